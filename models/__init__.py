@@ -1,0 +1,117 @@
+"""Model families in Flax NNX, and the loader of Hugging Face checkpoints. Imported as `specjax.models`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+if __name__ != "specjax.models":
+    # A second copy under another name would define every pytree class twice, and nothing would fit together.
+    raise ImportError(f"import this package as specjax.models, not as {__name__}.")
+
+from specjax.models import checkpoint, gpt2, llama, llama2c
+from specjax.models.checkpoint import Loaded, save
+from specjax.models.family import Architecture, init
+from specjax.types import PyTree
+
+FAMILIES = {kind: family for family in (llama, gpt2) for kind in family.MODEL_TYPES}
+PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # the shipped pair: target and draft
+
+
+def build(config: dict[str, Any], *, vocab_size: int | None = None) -> Architecture:
+    """The architecture that a config.json describes.
+
+    Args:
+      config: contents of a Hugging Face config.json.
+      vocab_size: ids that may be emitted, where the vocabulary is padded; default all.
+
+    Raises:
+      ValueError: an architecture or an option that is not supported, by name.
+
+    >>> tiny = {"model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16,
+    ...         "num_hidden_layers": 1, "num_attention_heads": 2}
+    >>> build(tiny).model.vocab_size
+    16
+    """
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"unknown model_type {kind!r} (architectures: {config.get('architectures')}); "
+            f"known: {', '.join(FAMILIES)}. Any other Flax model can be wrapped as a specjax.Model."
+        )
+    read = FAMILIES[kind].read_config(config)
+    return FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size))
+
+
+def random(config: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Loaded:
+    """A model of this config with random parameters."""
+    built = build(config)
+    return Loaded(built.model, init(built, key, dtype), config, None)
+
+
+def load(
+    path_or_hub_id: str | os.PathLike[str], *, dtype: Any = None, sharding: checkpoint.ShardingRule = None
+) -> Loaded:
+    """Reads a model: a Hugging Face folder, a llama2.c `.bin` file, or a hub id (fetched where there is a network).
+
+    Tensors go one at a time straight to the device(s): the memory peak is the parameters plus one tensor.
+
+    Args:
+      path_or_hub_id: a folder with config.json and safetensors (single or sharded), a file, or "owner/name".
+      dtype: of the parameters, for example jnp.bfloat16; None keeps what is stored.
+      sharding: one sharding for all tensors, or a function of (tensor name, shape).
+
+    Raises:
+      ValueError: an unknown architecture, a missing, extra or misshapen tensor, a damaged file; named.
+      FileNotFoundError: no such path, and no hub to ask.
+
+    >>> loaded = load(PRETRAINED / "draft")
+    >>> loaded.config["num_hidden_layers"]
+    2
+    """
+    path = Path(path_or_hub_id)
+    if path.is_file() and path.suffix == ".bin":
+        return llama2c.load(path, dtype)
+    folder = path if path.is_dir() else _fetch(path_or_hub_id)
+    config = checkpoint.read_config(folder)
+    built = build(config, vocab_size=_tokenizer_size(folder))
+    params = checkpoint.read_params(folder, built, dtype, sharding)
+    return Loaded(built.model, params, config, folder)
+
+
+def _tokenizer_size(folder: Path) -> int | None:
+    """One more than the largest id of the folder's tokenizer: the ids past it are padding."""
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        return None
+    content = json.loads(path.read_text(encoding="utf-8"))
+    vocab = content.get("model", {}).get("vocab", {})
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    ids += [token["id"] for token in content.get("added_tokens", [])]
+    return max(ids) + 1 if ids else None
+
+
+def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
+    name = os.fspath(path_or_hub_id)
+    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{name} is neither a folder, nor a .bin file, nor a hub id of the form owner/name.")
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as error:
+        raise ImportError("fetching from the hub needs huggingface_hub: pip install 'specjax[hf]'.") from error
+    patterns = ["config.json", "*.safetensors", checkpoint.INDEX, *checkpoint.TOKENIZER_FILES]
+    try:
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{name} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
+            "Check the spelling and the network, or pass the path of a downloaded folder."
+        ) from error
+
+
+__all__ = ["FAMILIES", "PRETRAINED", "Architecture", "Loaded", "PyTree", "build", "init", "load", "random", "save"]

@@ -1,0 +1,227 @@
+"""Hugging Face checkpoint folders, read and written without PyTorch: config.json and safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.models.family import Architecture
+from specjax.types import Model, PyTree
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
+)  # fmt: skip
+
+# Where a tensor goes: one sharding for all, or a function of (tensor name, shape); None is the default device.
+ShardingRule = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
+
+
+class Loaded(NamedTuple):
+    """A model ready to use: `specjax.generate(loaded.model, loaded.params, ...)`."""
+
+    model: Model
+    params: PyTree
+    config: dict[str, Any]  # the contents of config.json
+    path: Path | None  # where it came from
+
+
+class _Tensor(NamedTuple):
+    """One stored tensor; `read` takes a tuple of slices."""
+
+    shape: tuple[int, ...]
+    read: Callable[[tuple[slice, ...]], np.ndarray]
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The contents of config.json, or a ValueError that says what is wrong with the folder."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{folder} has no config.json: a Hugging Face model folder is expected.")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} holds {type(config).__name__}, not an object: fetch the file again.")
+    return config
+
+
+def read_params(folder: Path, built: Architecture, dtype: Any, sharding: ShardingRule) -> PyTree:
+    """Every tensor of the folder, one at a time, straight into (sharded) device arrays of `dtype` (None: as stored)."""
+    tensors = _open_tensors(folder)
+    source = match_names(set(tensors), built, folder)
+    leaves = jax.tree_util.tree_leaves_with_path(built.abstract)
+    shapes = {tensor_name(path): leaf.shape for path, leaf in leaves}
+    wrong = [
+        f"{name}: expected {shapes[name]}, got {tensors[stored].shape}"
+        for name, stored in source.items()
+        if shapes[name] != tensors[stored].shape
+    ]
+    if wrong:
+        raise ValueError(f"{folder}: tensors do not have the shapes that config.json asks for: {_some(wrong)}.")
+    _check_tied(folder, tensors, built)
+
+    def read(path, leaf) -> jax.Array:
+        name = tensor_name(path)
+        return _to_device(tensors[source[name]], dtype, sharding(name, leaf.shape) if callable(sharding) else sharding)
+
+    return jax.tree_util.tree_map_with_path(read, built.abstract)
+
+
+def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str, str]:
+    """The stored name of each parameter. Raises ValueError with the names that are missing or not known."""
+    wanted = {tensor_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(built.abstract)}
+    source, extra = {}, []
+    for name in sorted(stored):
+        if name in wanted:
+            source[name] = name
+        elif built.prefix + name in wanted:  # a checkpoint of the bare base model
+            source[built.prefix + name] = name
+        elif not name.endswith(built.ignored) and not (built.tied and name == built.tied[0]):
+            extra.append(name)
+    missing = sorted(wanted - source.keys())
+    if missing or extra:
+        said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
+        raise ValueError(
+            f"{folder}: the tensors do not fit config.json. {'; '.join(said)}. Does config.json belong to these weights?"
+        )
+    return source
+
+
+def tensor_name(path: tuple[Any, ...]) -> str:
+    """The checkpoint's name of a parameter, from its path in the tree."""
+    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def save(loaded: Loaded, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:
+    """Writes a Hugging Face folder that `load` and transformers read: config, safetensors, tokenizer files.
+
+    Tensors are written as they are, so a checkpoint loaded without `dtype` comes back byte for byte. Everything goes
+    to a temporary folder that is renamed at the end: a failure leaves nothing half-written.
+
+    Raises:
+      FileExistsError: `folder` exists and is not empty.
+    """
+    target = Path(folder)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is not an empty folder: choose another or remove it first.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    partial.mkdir()
+    try:
+        _write(loaded, partial, max_shard_bytes)
+        os.replace(partial, target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write(loaded: Loaded, folder: Path, max_shard_bytes: int) -> None:
+    from safetensors.numpy import save_file
+
+    leaves = jax.tree_util.tree_leaves_with_path(loaded.params)
+    sizes = {tensor_name(path): leaf.nbytes for path, leaf in leaves}
+    arrays = {tensor_name(path): leaf for path, leaf in leaves}
+    shards = list(_shards(sizes, max_shard_bytes))
+    names = [SINGLE] if len(shards) == 1 else [_shard_name(i, len(shards)) for i in range(len(shards))]
+    for file, shard in zip(names, shards, strict=True):
+        save_file({name: np.asarray(arrays[name]) for name in shard}, folder / file, metadata={"format": "pt"})
+    if len(shards) > 1:
+        weight_map = {name: file for file, shard in zip(names, shards, strict=True) for name in shard}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+        (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    config = {**loaded.config, "dtype": str(leaves[0][1].dtype)}
+    config.pop("torch_dtype", None)  # the older name of the same field
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    for file in TOKENIZER_FILES:
+        if loaded.path is not None and (loaded.path / file).is_file():
+            shutil.copyfile(loaded.path / file, folder / file)
+
+
+def _shards(sizes: dict[str, int], most: int) -> Iterator[list[str]]:
+    shard: list[str] = []
+    filled = 0
+    for name, size in sizes.items():
+        if shard and filled + size > most:
+            yield shard
+            shard, filled = [], 0
+        shard.append(name)
+        filled += size
+    yield shard
+
+
+def _shard_name(index: int, count: int) -> str:
+    return f"model-{index + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _open_tensors(folder: Path) -> dict[str, _Tensor]:
+    try:
+        from safetensors import SafetensorError, safe_open
+    except ImportError as error:
+        raise ImportError("reading checkpoints needs safetensors: pip install 'specjax[hf]'.") from error
+
+    tensors: dict[str, _Tensor] = {}
+    for file in _weight_files(folder):
+        try:
+            handle = safe_open(folder / file, framework="np")
+        except SafetensorError as error:
+            raise ValueError(f"{folder / file} is not a readable safetensors file ({error}): fetch it again.") from error
+        for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
+            stored = handle.get_slice(name)
+            tensors[name] = _Tensor(tuple(stored.get_shape()), lambda at, stored=stored: stored[at])
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[str]:
+    if (folder / INDEX).is_file():
+        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        files = sorted(set(weight_map.values()))
+        absent = [file for file in files if not (folder / file).is_file()]
+        if absent:
+            raise ValueError(f"{folder} lacks {_some(absent)}, named in {INDEX}: fetch the missing shards.")
+        return files
+    if (folder / SINGLE).is_file():
+        return [SINGLE]
+    raise ValueError(
+        f"{folder} has neither {SINGLE} nor {INDEX}. Checkpoints in another format (pytorch_model.bin) can be converted "
+        "with transformers: model.save_pretrained(folder)."
+    )
+
+
+def _to_device(tensor: _Tensor, dtype: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    def piece(at: tuple[slice, ...]) -> np.ndarray:
+        host = tensor.read(at)
+        return host if dtype is None else host.astype(jnp.dtype(dtype))
+
+    if sharding is None:
+        return jnp.asarray(piece(tuple(slice(None) for _ in tensor.shape)))
+    return jax.make_array_from_callback(tensor.shape, sharding, piece)
+
+
+def _check_tied(folder: Path, tensors: dict[str, _Tensor], built: Architecture) -> None:
+    """A tied output layer that was stored all the same must be the embedding."""
+    if built.tied is None or built.tied[0] not in tensors:
+        return
+    whole = (slice(None), slice(None))
+    spare, kept = (tensors[name].read(whole) for name in built.tied)
+    if not np.array_equal(spare, kept):
+        raise ValueError(
+            f"{folder}: config.json ties {built.tied[0]} to {built.tied[1]}, but the stored tensors differ. "
+            "Set tie_word_embeddings to false in config.json if the output layer has weights of its own."
+        )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(names[:5])
+    return shown if len(names) <= 5 else f"{shown} and {len(names) - 5} more"

@@ -1,0 +1,100 @@
+"""Pieces that the families share. Parameter names are those of Hugging Face checkpoints, so that loading is a lookup."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from specjax.types import Array
+
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_new": lambda x: jax.nn.gelu(x, approximate=True),
+    "gelu_pytorch_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+
+class Linear(nnx.Module):
+    """y = x W^T + b, with W stored [out, in]."""
+
+    def __init__(self, inputs: int, outputs: int, *, bias: bool, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs, (outputs, inputs)))
+        self.bias = nnx.Param(jnp.zeros((outputs,))) if bias else None
+
+    def __call__(self, x: Array) -> Array:
+        y = project(x, self.weight[...])
+        return y if self.bias is None else y + self.bias[...]
+
+
+class Embedding(nnx.Module):
+    """Rows by id; also the output layer of models that tie the two."""
+
+    def __init__(self, count: int, width: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs, (count, width)))
+
+    def __call__(self, ids: Array) -> Array:
+        return jnp.take(self.weight[...], ids, axis=0)
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) * weight over the last axis, in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.weight = nnx.Param(jnp.ones((width,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        scaled = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
+        return scaled.astype(x.dtype) * self.weight[...]
+
+
+class LayerNorm(nnx.Module):
+    """(x - mean) / std * weight + bias over the last axis, in float32."""
+
+    def __init__(self, width: int, epsilon: float):
+        self.weight = nnx.Param(jnp.ones((width,)))
+        self.bias = nnx.Param(jnp.zeros((width,)))
+        self.epsilon = epsilon
+
+    def __call__(self, x: Array) -> Array:
+        wide = x.astype(jnp.float32)
+        centred = wide - jnp.mean(wide, -1, keepdims=True)
+        scaled = centred * lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.epsilon)
+        return scaled.astype(x.dtype) * self.weight[...] + self.bias[...]
+
+
+def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
+    """x [..., in] times weight [out, in] -> [..., out]."""
+    return lax.dot_general(
+        x,
+        weight,
+        (((x.ndim - 1,), (1,)), ((), ())),
+        precision=exact_precision(x.dtype),
+        preferred_element_type=out_dtype or x.dtype,
+    )
+
+
+def exact_precision(dtype):
+    """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, H * D] -> [B, H, T, D]."""
+    batch, width, _ = x.shape
+    return x.reshape(batch, width, -1, head_dim).transpose(0, 2, 1, 3)
+
+
+def merge_heads(x: Array) -> Array:
+    """[B, H, T, D] -> [B, T, H * D]."""
+    batch, _, width, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, width, -1)
+
+
+def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:
+    return 0.02 * jax.random.normal(rngs.params(), shape)

@@ -1,0 +1,49 @@
+"""specjax: exact speculative decoding for JAX models, one XLA program on TPU, GPU and CPU."""
+
+from specjax import controllers, drafters, stats, verify
+from specjax.decode import autoregressive, generate
+from specjax.stream import stream
+from specjax.types import (
+    Context,
+    Controller,
+    Draft,
+    Drafter,
+    DraftPlan,
+    Generation,
+    Model,
+    Output,
+    Round,
+    Sampling,
+    Stats,
+    Status,
+    Target,
+    Verdict,
+    Verifier,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Context",
+    "Controller",
+    "Draft",
+    "DraftPlan",
+    "Drafter",
+    "Generation",
+    "Model",
+    "Output",
+    "Round",
+    "Sampling",
+    "Stats",
+    "Status",
+    "Target",
+    "Verdict",
+    "Verifier",
+    "autoregressive",
+    "controllers",
+    "drafters",
+    "generate",
+    "stats",
+    "stream",
+    "verify",
+]

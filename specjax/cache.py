@@ -1,0 +1,207 @@
+"""Static key/value buffers: the one place that knows how keys and values are kept, read and written.
+
+A cache is a tuple of [B, Hkv, S, D] buffers per layer with one length per row. A *block* holds the keys and values of
+tokens not yet decided on (a prompt chunk, a draft, the K+1 tokens under verification): attention reads the live part
+of the cache and the block, and only `commit` writes the cache, once, after the layers. So the cache is read-only
+during drafting and verification (nothing to copy, nothing to roll back), drafting writes a small buffer at the same
+place for all rows, and a tree needs no more than a mask.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from specjax.types import Array
+
+_MASKED = -1e30  # finite, so that a row with nothing live in one part stays free of NaN
+_SMALLEST_BUCKET = 128
+_MOST_BUCKETS = 6
+_MOST_UNROLLED_ROWS = 8
+
+
+class KVCache(NamedTuple):
+    """Committed keys and values. Slots past `lengths` hold leftovers; attention never reads them."""
+
+    keys: tuple[Array, ...]  # per layer [B, Hkv, S, D]
+    values: tuple[Array, ...]
+    lengths: Array  # [B] int32, committed tokens
+
+
+class KVBlock(NamedTuple):
+    """Keys and values of the tokens not yet committed."""
+
+    keys: tuple[Array, ...]  # per layer [B, Hkv, N, D]
+    values: tuple[Array, ...]
+    positions: Array  # [B, N] int32, position in the text of each slot
+    count: Array  # [] int32, slots filled, the same for all rows
+
+
+class Placement(NamedTuple):
+    """Where the T tokens of a forward stand and what they see; computed once, used by every layer."""
+
+    positions: Array  # [B, T] int32
+    block_positions: Array  # [B, N] int32
+    visible: Array  # [B or 1, T, N] bool
+    cache_lengths: Array  # [B] int32
+    count: Array  # [] int32
+
+
+def init_cache(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
+    """An empty cache. Slots are rounded up to a multiple of 128, which every backend tiles well."""
+    shape = (batch, heads, -(-slots // 128) * 128, head_dim)
+    return KVCache(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), jnp.zeros((batch,), jnp.int32))
+
+
+def init_block(layers: int, batch: int, heads: int, size: int, head_dim: int, dtype) -> KVBlock:
+    """An empty block with room for `size` tokens."""
+    shape = (batch, heads, size, head_dim)
+    positions = jnp.zeros((batch, size), jnp.int32)
+    return KVBlock(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), positions, jnp.int32(0))
+
+
+def place(cache: KVCache, block: KVBlock, width: int, depths: Array | None, visible: Array | None) -> Placement:
+    """Positions and block mask of the next `width` tokens; see `types.Apply` for depths and visible."""
+    size = block.positions.shape[1]
+    order = block.count + jnp.arange(width)
+    if visible is None:
+        visible = jnp.arange(size)[None, :] <= order[:, None]
+    if visible.ndim == 2:
+        visible = visible[None]
+    steps = order if depths is None else depths
+    positions = cache.lengths[:, None] + (steps[None] if steps.ndim == 1 else steps)
+    block_positions = append(block.positions, positions, block.count, axis=1)
+    return Placement(positions, block_positions, visible, cache.lengths, block.count)
+
+
+def append(buffer: Array, new: Array, count: Array, axis: int = 2) -> Array:
+    """`new` written into the block's buffer after `count` slots."""
+    if new.shape[axis] == buffer.shape[axis]:
+        return new  # the block is filled at once: nothing was in it
+    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), count, axis)
+
+
+def attend(
+    query: Array,
+    cache_keys: Array,
+    cache_values: Array,
+    block_keys: Array,
+    block_values: Array,
+    placement: Placement,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> Array:
+    """Attention over the live cache and the block, with one softmax over both.
+
+    Args:
+      query: [B, Hq, T, D]; Hq is a multiple of Hkv.
+      cache_keys, cache_values: [B, Hkv, S, D]; only slots below the row's length are read.
+      block_keys, block_values: [B, Hkv, N, D].
+      scale: factor on the scores, usually D ** -0.5.
+      window: sliding window: a token sees itself and the window - 1 positions before it.
+
+    Returns:
+      [B, Hq, T, D], the query's dtype. The cost follows the longest live row, not S: the work is done at the
+      smallest of a few cache prefixes that holds every live slot.
+    """
+    batch, query_heads, width, head_dim = query.shape
+    heads, slots = cache_keys.shape[1:3]
+    groups = query_heads // heads
+    folded = query.reshape(batch, heads, groups * width, head_dim)
+    positions = placement.positions[:, :, None]  # [B, T, 1]
+
+    def spread(mask: Array) -> Array:  # [B or 1, T, n] -> [B or 1, 1, G*T, n]
+        return jnp.tile(mask, (1, groups, 1))[:, None]
+
+    def scores_of(keys: Array) -> Array:
+        return _dot(folded, keys, ((3,), (3,))) * scale
+
+    seen = placement.visible
+    if window is not None:
+        seen = seen & (positions - placement.block_positions[:, None, :] < window)
+    block_scores = jnp.where(spread(seen), scores_of(block_keys), _MASKED)
+    block_peak = jnp.max(block_scores, -1, keepdims=True)
+
+    def with_prefix(size: int) -> Array:
+        if size == 0:
+            weights = jnp.exp(block_scores - block_peak)
+            return _mix(weights, block_values) / jnp.sum(weights, -1, keepdims=True)
+        keys, values = cache_keys[:, :, :size], cache_values[:, :, :size]
+        slot = jnp.arange(size)
+        live = jnp.broadcast_to((slot < placement.cache_lengths[:, None])[:, None, :], (batch, width, size))
+        if window is not None:
+            live = live & (positions - slot < window)
+        scores = jnp.where(spread(live), scores_of(keys), _MASKED)
+        peak = jnp.maximum(jnp.max(scores, -1, keepdims=True), block_peak)
+        cached, own = jnp.exp(scores - peak), jnp.exp(block_scores - peak)
+        total = jnp.sum(cached, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
+        return (_mix(cached, values) + _mix(own, block_values)) / total
+
+    sizes = _prefix_sizes(slots)
+    longest = jnp.max(placement.cache_lengths)
+    branch = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), longest, method="compare_all")
+    out = lax.switch(branch, [lambda size=size: with_prefix(size) for size in sizes])
+    return out.astype(query.dtype).reshape(batch, query_heads, width, head_dim)
+
+
+def commit(cache: KVCache, block: KVBlock, keep: Array, path: Array | None = None) -> KVCache:
+    """The cache with the first `keep` [B] tokens of the block added; along `path` [B, n] (block slots), for a tree.
+
+    The whole block is written after the live part and only `keep` of it counted: the slots past the new length are
+    overwritten by the next commit. The cache therefore needs as many spare slots as a block has.
+    """
+    new = (*block.keys, *block.values)
+    if path is not None:
+        new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
+    written = write_rows((*cache.keys, *cache.values), new, cache.lengths)
+    layers = len(cache.keys)
+    return KVCache(written[:layers], written[layers:], cache.lengths + keep)
+
+
+def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
+    """Writes new[i][b] into buffers[i][b] from slot starts[b] on, along the last axis but one; in place where donated.
+
+    Row by row on purpose: a vmapped update becomes a copy on CPU and a scatter or a serial loop on TPU.
+    """
+
+    def write_row(row, written: tuple[Array, ...]) -> tuple[Array, ...]:
+        def one(buffer: Array, update: Array) -> Array:
+            piece = lax.dynamic_slice_in_dim(update, row, 1, 0).astype(buffer.dtype)
+            at = (row, *(0,) * (buffer.ndim - 3), starts[row], 0)
+            return lax.dynamic_update_slice(buffer, piece, at)
+
+        return tuple(one(buffer, update) for buffer, update in zip(written, new, strict=True))
+
+    batch = starts.shape[0]
+    if batch <= _MOST_UNROLLED_ROWS:
+        for row in range(batch):
+            buffers = write_row(row, buffers)
+        return buffers
+    return lax.fori_loop(0, batch, write_row, buffers)
+
+
+def _prefix_sizes(slots: int) -> list[int]:
+    """Cache prefixes to attend over: nothing, then halvings of the whole down to 128 slots, six at most."""
+    sizes = [slots]
+    while sizes[0] > _SMALLEST_BUCKET and len(sizes) < _MOST_BUCKETS:
+        sizes.insert(0, -(-sizes[0] // 256) * 128)
+    return [0, *sizes]
+
+
+def _zeros(layers: int, shape: tuple[int, ...], dtype) -> tuple[Array, ...]:
+    return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+
+
+def _mix(weights: Array, values: Array) -> Array:
+    return _dot(weights.astype(values.dtype), values, ((3,), (2,)))
+
+
+def _dot(left: Array, right: Array, contract: tuple[tuple[int], tuple[int]]) -> Array:
+    # float32 callers asked for float32: without a precision TPU and GPU would multiply in bfloat16 or TF32.
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(
+        left, right, (contract, ((0, 1), (0, 1))), precision=precision, preferred_element_type=jnp.float32
+    )

@@ -1,0 +1,50 @@
+"""Randomness: every number drawn has an address, and no address is used twice.
+
+A row has one key, made from the caller's key and the row's seed. From it: one key per (role, index), where the
+index is the row's round or the position in the text, then one per place inside the round. Nothing depends on the
+batch, the padding or the capacity, so a row draws the same numbers alone and in company. Noise that a later round
+could see again biases verification (block verification first of all), hence the round in the address.
+"""
+
+from __future__ import annotations
+
+import enum
+
+import jax
+import jax.numpy as jnp
+
+from specjax.types import Array
+
+
+class Role(enum.IntEnum):
+    """Who draws. TARGET is addressed by position in the text, the others by round."""
+
+    TARGET = 0
+    DRAFT = 1
+    ACCEPT = 2
+    RESIDUAL = 3
+
+
+def row_keys(key: Array, seeds: Array) -> Array:
+    """One key per row. `key`: a typed key or a legacy uint32 one; `seeds`: [B] int32."""
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+
+
+def derive(keys: Array, role: Role, index: Array) -> Array:
+    """The keys of one role at one round or position. `keys`: [B]; `index`: [B] or [] int32; returns [B]."""
+    fold = jax.vmap(jax.random.fold_in)
+    batch = keys.shape[0]
+    keys = fold(keys, jnp.full((batch,), role, jnp.uint32))
+    return fold(keys, jnp.broadcast_to(index, (batch,)))
+
+
+def uniforms(keys: Array, count: int) -> Array:
+    """[B, count] float32 in [0, 1), from keys [B]."""
+    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+
+
+def gumbels(keys: Array, width: int) -> Array:
+    """[B, width] float32 standard Gumbel noise, from keys [B]."""
+    return jax.vmap(lambda key: jax.random.gumbel(key, (width,)))(keys)

@@ -1,0 +1,63 @@
+"""The prompt: read in chunks, so that memory follows the chunk and not the square of the prompt."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from specjax.types import Array, Model, PyTree
+
+CHUNK = 512
+
+
+class Prefilled(NamedTuple):
+    """A cache that holds the prompts, and what the target said at their ends."""
+
+    cache: PyTree
+    logits: Array  # [B, V] float32 after the last prompt token
+    hidden: tuple[Array, ...]  # [B, P, D] per layer asked for
+
+
+def prefill(
+    model: Model,
+    params: PyTree,
+    prompts: Array,
+    lengths: Array,
+    cache: PyTree,
+    hidden_layers: tuple[int, ...] = (),
+) -> Prefilled:
+    """Commits the first `lengths` [B] tokens of the right-padded `prompts` [B, P] to an empty cache.
+
+    Lengths of 0 are allowed and commit nothing; that row's logits mean nothing then.
+    """
+    batch, width = prompts.shape
+    chunk = min(width, CHUNK)
+    num_chunks = -(-width // chunk)
+    padded = jnp.pad(prompts, ((0, 0), (0, num_chunks * chunk - width)))
+
+    def read(index, cache: PyTree) -> tuple[PyTree, Array, tuple[Array, ...]]:
+        start = index * chunk
+        tokens = lax.dynamic_slice_in_dim(padded, start, chunk, 1)
+        last = jnp.clip(lengths - 1 - start, 0, chunk - 1)[:, None]
+        block = model.init_block(params, batch, chunk)
+        out = model.apply(params, tokens, cache, block, logits_at=last, hidden_layers=hidden_layers)
+        return model.commit(cache, out.block, jnp.clip(lengths - start, 0, chunk), None), out.logits[:, 0], out.hidden
+
+    cache, logits, hidden = read(0, cache)
+    if num_chunks == 1:
+        return Prefilled(cache, logits, hidden)
+
+    def step(carry, index):
+        cache, logits = carry
+        cache, chunk_logits, hidden = read(index, cache)
+        ends_here = (lengths - 1) // chunk == index
+        return (cache, jnp.where(ends_here[:, None], chunk_logits, logits)), hidden
+
+    (cache, logits), more = lax.scan(step, (cache, logits), jnp.arange(1, num_chunks))
+    hidden = tuple(
+        jnp.concatenate([first, jnp.moveaxis(rest, 0, 1).reshape(batch, -1, first.shape[-1])], 1)[:, :width]
+        for first, rest in zip(hidden, more, strict=True)
+    )
+    return Prefilled(cache, logits, hidden)

@@ -1,0 +1,120 @@
+"""From logits to a law: temperature, top-k, top-p and min-p, per row, traced, without sorting the vocabulary.
+
+One path for draft and target: a token is verified against the very law that it was drawn from. Order as in Hugging
+Face: temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort would keep an arbitrary one).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specjax import noise
+from specjax.types import Array, Sampling
+
+_NOTHING = -jnp.inf
+
+
+def per_row(sampling: Sampling, batch: int) -> Sampling:
+    """Every field as a [batch] array: float32, and int32 for top_k."""
+
+    def spread(value, dtype):
+        return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
+
+    return Sampling(
+        temperature=spread(sampling.temperature, jnp.float32),
+        top_k=spread(sampling.top_k, jnp.int32),
+        top_p=spread(sampling.top_p, jnp.float32),
+        min_p=spread(sampling.min_p, jnp.float32),
+    )
+
+
+def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
+    """Log-weights of the law to sample from; `jax.nn.softmax` of the result is that law.
+
+    Args:
+      logits: [B, T, V] float32; columns from vocab_size on are padding and can never be drawn.
+      sampling: fields [B]. A temperature of 0 or below is greedy: all weight on the (first) largest logit.
+      vocab_size: number of ids that may be emitted.
+
+    Returns:
+      [B, T, V] float32; -inf where the law is zero.
+
+    >>> from specjax.types import Sampling
+    >>> logits = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
+    >>> rows = per_row(Sampling(temperature=1.0, top_k=2), 1)
+    >>> jax.nn.softmax(process(logits, rows, 4)).round(3).tolist()
+    [[[0.625, 0.375, 0.0, 0.0]]]
+    """
+    width = logits.shape[-1]
+    if vocab_size < width:
+        logits = jnp.where(jnp.arange(width) < vocab_size, logits, _NOTHING)
+    temperature = sampling.temperature[:, None, None]
+    is_sampled = temperature > 0
+    best = jnp.argmax(logits, -1, keepdims=True)
+    greedy = jnp.where(jnp.arange(width) == best, 0.0, _NOTHING)
+
+    def sampled() -> Array:
+        scaled = logits / jnp.where(is_sampled, temperature, 1.0)
+        is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
+        kept = lax.cond(jnp.any(is_filtered), lambda: _filter(scaled, sampling), lambda: scaled)
+        return jnp.where(is_sampled, kept, greedy)
+
+    return lax.cond(jnp.any(is_sampled), sampled, lambda: greedy)
+
+
+def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+    """One token per row from processed logits [B, V], by the Gumbel-max rule; [B] int32. Greedy rows draw no noise."""
+
+    def drawn() -> Array:
+        return jnp.argmax(logits + noise.gumbels(keys, logits.shape[-1]), -1).astype(jnp.int32)
+
+    def best() -> Array:
+        return jnp.argmax(logits, -1).astype(jnp.int32)
+
+    return lax.cond(jnp.any(sampling.temperature > 0), drawn, best)
+
+
+def _filter(logits: Array, sampling: Sampling) -> Array:
+    top_k, top_p, min_p = (value[:, None, None] for value in (sampling.top_k, sampling.top_p, sampling.min_p))
+    logits = jnp.where(_is_in_top_k(logits, top_k), logits, _NOTHING)
+    probs = jax.nn.softmax(logits, -1)
+    is_kept = _is_in_top_p(probs, top_p) & (probs >= min_p * jnp.max(probs, -1, keepdims=True))
+    return jnp.where(is_kept, logits, _NOTHING)
+
+
+def _is_in_top_k(logits: Array, top_k: Array) -> Array:
+    """Bisection for the k-th largest value, exact: the threshold is built bit by bit."""
+    bits = lax.bitcast_convert_type(logits, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    ordered = jnp.where(bits >= sign, ~bits, bits | sign)  # the same order as the floats
+    enough = jnp.where(top_k > 0, top_k, logits.shape[-1])
+
+    def holds(threshold: Array) -> Array:
+        return jnp.sum(ordered >= threshold, -1, keepdims=True, dtype=jnp.int32) >= enough
+
+    return ordered >= _largest_threshold(holds, (*logits.shape[:-1], 1), 32)
+
+
+def _is_in_top_p(probs: Array, top_p: Array) -> Array:
+    """The smallest set of most likely tokens whose mass reaches top_p, by the same bisection."""
+    bits = lax.bitcast_convert_type(probs, jnp.uint32)  # probabilities are not negative: the order is theirs
+
+    def holds(threshold: Array) -> Array:
+        return jnp.sum(jnp.where(bits >= threshold, probs, 0.0), -1, keepdims=True) >= top_p
+
+    # At least the best token stays, even if rounding keeps the whole mass below top_p.
+    best = jnp.max(bits, -1, keepdims=True)
+    threshold = jnp.minimum(_largest_threshold(holds, (*probs.shape[:-1], 1), 31), best)
+    return jnp.where(top_p < 1, bits >= threshold, True)
+
+
+def _largest_threshold(holds, shape: tuple[int, ...], num_bits: int) -> Array:
+    """The largest unsigned number for which the monotone predicate `holds`; 0 where it never does."""
+
+    def body(step: Array, threshold: Array) -> Array:
+        raised = threshold | (jnp.uint32(1) << (num_bits - 1 - step).astype(jnp.uint32))
+        return jnp.where(holds(raised), raised, threshold)
+
+    return lax.fori_loop(0, num_bits, body, jnp.zeros(shape, jnp.uint32))

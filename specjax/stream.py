@@ -1,0 +1,158 @@
+"""Tokens as they come: the loop of `generate`, one dispatch at a time."""
+
+from __future__ import annotations
+
+import enum
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from specjax import controllers, validate, verify
+from specjax.decode import Roles, State, speculate, start
+from specjax.rows import is_active
+from specjax.types import Array, Controller, Drafter, Model, PyTree, Round, Sampling, Stats, Status, Verifier
+
+
+class Origin(enum.IntEnum):
+    """Where an emitted token came from."""
+
+    PROMPT_END = 0  # the first token, from the prompt's own forward pass
+    ACCEPTED = 1  # drafted, and accepted
+    CORRECTED = 2  # from the residual law, in place of a rejected draft token
+    BONUS = 3  # from the target, after a full acceptance
+
+
+class Chunk(NamedTuple):
+    """What one dispatch brought."""
+
+    tokens: list[list[int]]  # new tokens of each row
+    origins: list[list[Origin]]  # where each of them came from
+    status: np.ndarray  # [B] int32, a `Status`
+    stats: Stats  # since the start, NumPy arrays
+
+
+class _Log(NamedTuple):
+    """The rounds of one dispatch, [n, B, ...]; unused rounds emit nothing."""
+
+    tokens: Array
+    num_emitted: Array
+    num_accepted: Array
+    draft_lengths: Array
+
+
+def stream(
+    model: Model,
+    params: PyTree,
+    drafter: Drafter,
+    drafter_params: PyTree,
+    prompts: Array,
+    prompt_lengths: Array | None = None,
+    *,
+    key: Array | None = None,
+    max_new_tokens: int | Array = 128,
+    sampling: Sampling = Sampling(),
+    verifier: Verifier | None = None,
+    controller: Controller | None = None,
+    controller_state: PyTree | None = None,
+    stop_tokens: Array | tuple[int, ...] = (),
+    seeds: Array | None = None,
+    capacity: int | None = None,
+    rounds_per_dispatch: int = 1,
+) -> Iterator[Chunk]:
+    """Yields newly emitted tokens per row, the same tokens as `generate` with the same arguments.
+
+    Each dispatch runs `rounds_per_dispatch` rounds with the state donated, and is sent off before the one before it is
+    read, so the device does not wait for the host. Arguments and errors as for `generate`; errors come from this call,
+    not from the first `next`.
+
+    >>> import jax, jax.numpy as jnp, specjax
+    >>> from specjax import testing
+    >>> model = testing.table_model(order=1, vocab_size=8)
+    >>> params = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+    >>> draft = specjax.drafters.draft_model(model)
+    >>> chunks = specjax.stream(model, params, draft, params, jnp.array([[1, 2]]), max_new_tokens=5)
+    >>> sum(len(chunk.tokens[0]) for chunk in chunks)
+    5
+    """
+    if rounds_per_dispatch < 1:
+        raise ValueError(f"rounds_per_dispatch must be 1 or more, got {rounds_per_dispatch}.")
+    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5))
+    request = validate.request(
+        model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
+        stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
+    )  # fmt: skip
+    validate.roles(model, drafter, roles.verifier, request.arrays.sampling)
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, drafter_params, request.arrays))):
+        raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
+    return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)
+
+
+def _chunks(roles, request, params, drafter_params, controller_state, num_rounds) -> Iterator[Chunk]:
+    capacity = request.capacity
+    state = _start(roles, capacity, params, drafter_params, request.arrays, controller_state)
+    first, starts, lengths = jax.device_get((state.rows.tokens, request.arrays.prompt_lengths, state.rows.lengths))
+    head = [row[start:end].tolist() for row, start, end in zip(first, starts, lengths, strict=True)]
+    status, stats = jax.device_get((state.rows.status, state.stats))
+    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], status, stats)
+
+    pending = None
+    while (status == Status.ACTIVE).any():
+        state, log = _dispatch(roles, capacity, num_rounds, params, drafter_params, state)
+        # Copies: the state's own buffers are donated to the next dispatch.
+        sent = (log, jnp.copy(state.rows.status), jax.tree.map(jnp.copy, state.stats))
+        if pending is not None:
+            status, chunk = _read(pending)
+            yield chunk
+        pending = sent
+    if pending is not None:
+        _, chunk = _read(pending)
+        if any(chunk.tokens):
+            yield chunk
+
+
+def _read(sent) -> tuple[np.ndarray, Chunk]:
+    log, status, stats = jax.device_get(sent)
+    tokens: list[list[int]] = [[] for _ in status]
+    origins: list[list[Origin]] = [[] for _ in status]
+    for emitted, num_emitted, num_accepted, draft_lengths in zip(*log, strict=True):
+        for row, count in enumerate(num_emitted):
+            accepted = num_accepted[row]
+            tokens[row] += emitted[row, :count].tolist()
+            origins[row] += [Origin.ACCEPTED] * accepted
+            if count > accepted:
+                origins[row].append(Origin.CORRECTED if accepted < draft_lengths[row] else Origin.BONUS)
+    return status, Chunk(tokens, origins, status, stats)
+
+
+_start = jax.jit(start, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
+def _dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
+    batch = state.rows.status.shape[0]
+    shape = jax.eval_shape(lambda state: speculate(roles, capacity, params, drafter_params, state)[1], state)
+    none = jnp.zeros((num_rounds, batch), jnp.int32)
+    log = _Log(jnp.zeros((num_rounds, *shape.tokens.shape), jnp.int32), none, none, none)
+
+    def body(carry):
+        index, state, log = carry
+        state, info = speculate(roles, capacity, params, drafter_params, state)
+        entry = _entry(info)
+        log = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), log, entry)
+        return index + 1, state, log
+
+    def has_more(carry):
+        index, state, _ = carry
+        return (index < num_rounds) & jnp.any(is_active(state.rows))
+
+    _, state, log = lax.while_loop(has_more, body, (jnp.int32(0), state, log))
+    return state, log
+
+
+def _entry(info: Round) -> _Log:
+    return _Log(info.tokens, info.num_emitted, info.num_accepted, info.draft_lengths)

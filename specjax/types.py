@@ -1,0 +1,238 @@
+"""The words that every part of specjax speaks: four roles, and what passes between them.
+
+Shape legend, used by every module:
+    B  batch rows                K  longest draft of a round     V  columns of the logits
+    T  tokens of one forward     N  slots of a block             S  slots of a cache
+    P  padded prompt width       C  capacity (tokens per row)    D  model width
+
+A role is a NamedTuple of pure functions, as in optax. A new drafter, verifier, controller or model
+family is one new file that returns one of these tuples; the loop in `decode.py` knows nothing else.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+
+Array = jax.Array
+PyTree = Any
+
+
+class Status(enum.IntEnum):
+    """What became of a row; `describe()` adds the remedy. Stored per row as int32."""
+
+    ACTIVE = 0
+    LENGTH = 1
+    STOPPED = 2
+    CACHE_FULL = 3
+    NON_FINITE = 4
+    BAD_PROMPT = 5
+
+    def describe(self) -> str:
+        """One sentence: what happened and, where something went wrong, what to do."""
+        return _STATUS_TEXT[self]
+
+
+_STATUS_TEXT = {
+    Status.ACTIVE: "still generating",
+    Status.LENGTH: "reached max_new_tokens",
+    Status.STOPPED: "emitted a stop token",
+    Status.CACHE_FULL: "the row filled its buffers: pass a larger capacity or ask for fewer new tokens",
+    Status.NON_FINITE: (
+        "the target's logits held a NaN, +inf, or nothing but -inf: the tokens before that point are valid; "
+        "check the parameters and try float32"
+    ),
+    Status.BAD_PROMPT: (
+        "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was generated"
+    ),
+}
+
+
+class Sampling(NamedTuple):
+    """How logits become a law, per row. Every field is a scalar or a [B] array and may be traced.
+
+    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact.
+    """
+
+    temperature: Array | float = 0.0  # 0 is greedy: a one-hot law
+    top_k: Array | int = 0  # 0 keeps all
+    top_p: Array | float = 1.0  # in (0, 1]; 1 keeps all
+    min_p: Array | float = 0.0  # in [0, 1); 0 keeps all
+
+
+class Rows(NamedTuple):
+    """What every decoding loop keeps for each row of the batch."""
+
+    tokens: Array  # [B, C + slack] int32; past `lengths` it holds leftovers that nobody reads
+    lengths: Array  # [B] int32, prompt included; counts verified tokens only
+    prompt_lengths: Array  # [B] int32
+    limits: Array  # [B] int32, the length at which the row ends for max_new_tokens
+    status: Array  # [B] int32, a `Status`
+    keys: Array  # [B] PRNG keys, one a row; see noise.py
+    rounds: Array  # [B] int32, rounds this row took part in
+    stop_tokens: Array  # [B, n] int32, pad -1
+    sampling: Sampling  # every field [B]
+
+
+class Context(NamedTuple):
+    """What a drafter or a verifier may look at in a round. Read-only."""
+
+    rows: Rows
+    target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)
+
+
+class Output(NamedTuple):
+    """One forward pass over a block of tokens."""
+
+    logits: Array  # [B, T, V] float32, or [B, M, V] where logits_at chose M places
+    hidden: tuple[Array, ...]  # one [B, T, D] per layer asked for, in the order asked
+    block: PyTree  # the block with these tokens appended
+
+
+class Apply(Protocol):
+    """Reads the cache and the open block, appends T tokens to the block; writes no cache."""
+
+    def __call__(
+        self,
+        params: PyTree,
+        tokens: Array,  # [B, T] int32
+        cache: PyTree,
+        block: PyTree,
+        *,
+        depths: Array | None = None,  # [T] or [B, T] int32: distance from the first block slot; None is a chain
+        visible: Array | None = None,  # [T, N] or [B, T, N] bool: block slots seen by each token; None is a chain
+        logits_at: Array | None = None,  # [B, M] int32: compute logits at these of the T places only
+        hidden_layers: tuple[int, ...] = (),  # 0 is the embedding, i the output of the i-th layer
+    ) -> Output: ...
+
+
+class Commit(Protocol):
+    """Moves the first `keep` tokens of the block (along `path`, for a tree) into the cache; forgets the rest."""
+
+    def __call__(self, cache: PyTree, block: PyTree, keep: Array, path: Array | None = None) -> PyTree: ...
+
+
+class Model(NamedTuple):
+    """A language model as pure functions; parameters are always arguments.
+
+    `apply` never touches the cache: the block's own state travels beside it, and `commit` writes what was kept.
+    So a rejected token can leave no trace, whatever the architecture: attention keys, a ring, a recurrent state.
+    """
+
+    apply: Apply
+    init_cache: Callable[[PyTree, int, int], PyTree]  # (params, batch, slots) -> empty cache
+    init_block: Callable[[PyTree, int, int], PyTree]  # (params, batch, size) -> empty block
+    commit: Commit
+    vocab_size: int  # ids below this may be emitted; logits may have more (padding) columns
+    max_positions: int | None = None  # a hard limit on the capacity, where the architecture has one
+    trees: bool = True  # whether apply honours `depths` and `visible`
+
+
+class Draft(NamedTuple):
+    """What a drafter proposes in one round."""
+
+    tokens: Array  # [B, K] int32; entries past `lengths` are arbitrary valid ids
+    lengths: Array  # [B] int32 in 0..K
+    probs: Array | None  # [B, K, V] float32, the law each token was drawn from; None: a one-hot law at the token
+    parents: Array | None = None  # [K] or [B, K] int32: index of the parent token, -1 the root; None: a chain
+
+
+class KeepDrafting(Protocol):
+    """Whether to draft on after `token` [B], drawn from `law` [B, V] at `step`; [B] bool."""
+
+    def __call__(self, token: Array, law: Array, step: Array | int) -> Array: ...
+
+
+class DraftPlan(NamedTuple):
+    """How much to draft this round."""
+
+    lengths: Array  # [B] int32 in 0..longest
+    longest: int  # K, static
+    steps: int | Array  # the longest row's length; a Python int where the controller never varies it
+    keep_drafting: KeepDrafting | None = None  # asked after each drafted token; None: never stop early
+
+
+class Target(NamedTuple):
+    """The target's view of the root and every drafted token."""
+
+    logits: Array  # [B, K+1, V] float32, after processing (temperature, top-k, ...), padding columns at -inf
+    probs: Array  # [B, K+1, V] float32, their law
+
+
+class Verdict(NamedTuple):
+    """What a verifier decides for one round."""
+
+    num_accepted: Array  # [B] int32 in 0..K; never counts next_token
+    next_token: Array  # [B] int32: the corrected token, or the bonus token after a full acceptance
+    path: Array | None = None  # [B, depth] int32: draft indices of the accepted path, for a tree
+
+
+class Round(NamedTuple):
+    """What happened in one round: for controllers, drafters, streams and traces."""
+
+    tokens: Array  # [B, K+1] int32, emitted tokens, pad -1
+    num_emitted: Array  # [B] int32 in 0..K+1; 0 for a row that had ended
+    num_accepted: Array  # [B] int32, emitted tokens that were drafted
+    draft_tokens: Array  # [B, K] int32, pad -1
+    draft_lengths: Array  # [B] int32
+    hidden: tuple[Array, ...]  # the target's hidden states of the block [B, K+1, D], per layer the drafter asked for
+    path: Array | None = None  # [B, depth] int32, for a tree
+
+
+class Drafter(NamedTuple):
+    """Proposes tokens. `state` is the drafter's own pytree, carried through the loop."""
+
+    init: Callable[..., PyTree]  # (params, context, prompts [B, P], hidden, *, slots, longest) -> state
+    propose: Callable[..., tuple[Draft, PyTree]]  # (params, state, context, plan) -> (draft, state)
+    commit: Callable[..., PyTree]  # (params, state, context, round) -> state; context is that after the round
+    vocab_size: int | None = None  # None where any vocabulary will do
+    hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
+
+
+class Verifier(NamedTuple):
+    """Decides which draft tokens stay."""
+
+    verify: Callable[[Context, Draft, Target], Verdict]
+    greedy_only: bool = False  # refuses temperatures above 0
+
+
+class Controller(NamedTuple):
+    """Chooses how many tokens to draft, round by round."""
+
+    init: Callable[[int], PyTree]  # (batch) -> state
+    draft_len: Callable[[PyTree], Array]  # (state) -> [B] int32 in 0..longest
+    update: Callable[[PyTree, Round], PyTree]  # (state, round) -> state
+    longest: int  # K, static: the buffers are made for it
+    varies: bool = True  # False where draft_len is always `longest`: the draft loop's trip count is then static
+    # (state, token [B], law [B, V], step) -> [B] bool: whether to draft on after this token. It may look at the draft,
+    # never at the noise that verification will use. None: never stop early.
+    keep_drafting: Callable[[PyTree, Array, Array, Array], Array] | None = None
+
+
+class Stats(NamedTuple):
+    """Counts since the start, per row. The first token of a row comes from prefill and is in none of them."""
+
+    rounds: Array  # [B] int32
+    emitted: Array  # [B] int32, tokens emitted by rounds
+    drafted: Array  # [B, K] int32, how often a token was drafted at this position
+    tested: Array  # [B, K] int32, how often its turn came: every token before it had been accepted
+    accepted: Array  # [B, K] int32, how often it was accepted and emitted
+
+
+class Generation(NamedTuple):
+    """The result of `generate` and `autoregressive`."""
+
+    tokens: Array  # [B, C] int32: the prompt, then what was generated; pad_token past `lengths`
+    lengths: Array  # [B] int32, prompt included
+    prompt_lengths: Array  # [B] int32
+    status: Array  # [B] int32, a `Status`
+    stats: Stats
+    controller_state: PyTree = ()  # to start the next call from what was learnt
+
+    def new_tokens(self) -> list[list[int]]:
+        """The generated ids of each row, stop token included, as Python lists (waits for the device)."""
+        tokens, lengths, starts = jax.device_get((self.tokens, self.lengths, self.prompt_lengths))
+        return [row[start:end].tolist() for row, start, end in zip(tokens, starts, lengths, strict=True)]

@@ -1,0 +1,213 @@
+"""Arguments: everything that can be known to be wrong before running is a ValueError that says what to do.
+
+Shapes and dtypes are always checked. Values are checked where they are known (outside the caller's jit); traced ones
+cannot raise, and end their row with a `Status` instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.types import Array, Drafter, Model, Sampling, Verifier
+
+
+class Request(NamedTuple):
+    """The checked arrays of one call."""
+
+    prompts: Array  # [B, P] int32
+    prompt_lengths: Array  # [B] int32
+    key: Array
+    limits: Array  # [B] int32, most new tokens
+    sampling: Sampling
+    stop_tokens: Array  # [B, n] int32
+    seeds: Array  # [B] int32
+
+
+class Checked(NamedTuple):
+    """A request and its static capacity."""
+
+    arrays: Request
+    capacity: int
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The value on the host, or None while it is traced."""
+    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+
+
+def request(
+    model: Model,
+    prompts: Any,
+    prompt_lengths: Any,
+    *,
+    key: Any,
+    max_new_tokens: Any,
+    sampling: Sampling,
+    stop_tokens: Any,
+    seeds: Any,
+    capacity: int | None,
+) -> Checked:
+    """Checks and normalises the arguments that `generate`, `autoregressive` and `stream` share."""
+    prompts = _integers(prompts, "prompts", "[B, P]")
+    if prompts.ndim != 2:
+        raise ValueError(
+            f"prompts must have shape [B, P], got {prompts.shape}. For one prompt pass prompts[None]; "
+            "for ragged ones specjax.text.pad_prompts makes the array."
+        )
+    batch, width = prompts.shape
+    if batch == 0 or width == 0:
+        raise ValueError(f"prompts is empty: shape {prompts.shape}. Every row needs at least one token (a BOS, say).")
+    if prompt_lengths is None:
+        prompt_lengths = np.full((batch,), width, np.int32)
+    lengths = _per_row(prompt_lengths, "prompt_lengths", batch)
+    seeds = _per_row(np.arange(batch, dtype=np.int32) if seeds is None else seeds, "seeds", batch)
+    limits = _per_row(max_new_tokens, "max_new_tokens", batch, scalar=True)
+    stops = _stop_tokens(stop_tokens, batch, model.vocab_size)
+    _check_prompt_values(prompts, lengths, model.vocab_size)
+    _check_at_least(limits, "max_new_tokens", 1)
+    capacity = _capacity(model, width, limits, lengths, capacity)
+    arrays = Request(
+        prompts=jnp.asarray(prompts, jnp.int32),
+        prompt_lengths=jnp.asarray(lengths, jnp.int32),
+        key=jax.random.key(0) if key is None else _key(key),
+        limits=jnp.broadcast_to(jnp.asarray(limits, jnp.int32), (batch,)),
+        sampling=_sampling(sampling, batch),
+        stop_tokens=stops,
+        seeds=jnp.asarray(seeds, jnp.int32),
+    )
+    return Checked(arrays, capacity)
+
+
+def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
+    """Checks that the parts of a generation fit each other."""
+    if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
+            f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
+        )
+    temperature = known(sampling.temperature)
+    if verifier.greedy_only and temperature is not None and (temperature > 0).any():
+        raise ValueError(
+            f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
+            "Use specjax.verify.rejection(), which is exact at every temperature."
+        )
+
+
+def _integers(value: Any, name: str, shape: str) -> Any:
+    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    if not jnp.issubdtype(value.dtype, jnp.integer):
+        raise ValueError(f"{name} must hold integers {shape}, got dtype {value.dtype}: pass token ids as int32.")
+    return value
+
+
+def _per_row(value: Any, name: str, batch: int, *, scalar: bool = False) -> Any:
+    expected = f"[B] = [{batch}]" + (" or a scalar" if scalar else "")
+    value = _integers(value, name, expected)
+    if value.shape != (batch,) and not (scalar and value.ndim == 0):
+        raise ValueError(f"{name} must have shape {expected}, got {value.shape}: one entry per row of prompts.")
+    return value
+
+
+def _check_prompt_values(prompts: Any, lengths: Any, vocab_size: int) -> None:
+    width = prompts.shape[1]
+    host_lengths, host_prompts = known(lengths), known(prompts)
+    if host_lengths is None:
+        return
+    for row, length in enumerate(host_lengths):
+        if length < 1:
+            raise ValueError(
+                f"the prompt of row {row} is empty (prompt_lengths[{row}] = {length}). "
+                "Every row needs at least one token: start it with the tokenizer's BOS token."
+            )
+        if length > width:
+            raise ValueError(f"prompt_lengths[{row}] = {length}, but prompts has only {width} columns: lengths are 1..P.")
+    if host_prompts is None:
+        return
+    in_prompt = np.arange(width) < host_lengths[:, None]
+    bad = in_prompt & ((host_prompts < 0) | (host_prompts >= vocab_size))
+    if bad.any():
+        row, column = np.argwhere(bad)[0]
+        raise ValueError(
+            f"prompts[{row}, {column}] = {host_prompts[row, column]} is outside the vocabulary 0..{vocab_size - 1}. "
+            "Was the text encoded with another model's tokenizer?"
+        )
+
+
+def _check_at_least(value: Any, name: str, least: int) -> None:
+    host = known(value)
+    if host is not None and (host < least).any():
+        raise ValueError(f"{name} must be {least} or more, got {host.min()}.")
+
+
+def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int | None) -> int:
+    if capacity is None:
+        host = known(limits)
+        if host is None:
+            raise ValueError(
+                "max_new_tokens is traced, so the buffers' size is unknown: pass capacity=, the most tokens that a row "
+                "may hold, prompt included."
+            )
+        capacity = width + int(host.max())
+        if model.max_positions is not None:
+            capacity = min(capacity, max(model.max_positions, width))
+    capacity = int(capacity)
+    if capacity < width:
+        longest = known(lengths)
+        said = f"{width} columns" if longest is None else f"{width} columns (longest prompt {longest.max()})"
+        raise ValueError(
+            f"prompts has {said}, longer than capacity={capacity}. Pass a larger capacity, or cut the prompts to it."
+        )
+    if model.max_positions is not None and capacity > model.max_positions:
+        raise ValueError(
+            f"capacity {capacity} (prompt plus new tokens) exceeds the model's {model.max_positions} positions. "
+            "Shorten the prompts or lower max_new_tokens or capacity."
+        )
+    return capacity
+
+
+def _key(key: Any) -> Array:
+    key = jnp.asarray(key)
+    is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
+    if is_typed and key.ndim == 0 or not is_typed and key.dtype == jnp.uint32 and key.ndim == 1:
+        return key
+    raise ValueError(
+        f"key must be one PRNG key, got shape {key.shape} and dtype {key.dtype}: pass jax.random.key(seed); "
+        "rows get keys of their own from it (see seeds)."
+    )
+
+
+def _stop_tokens(stop_tokens: Any, batch: int, vocab_size: int) -> Array:
+    if not isinstance(stop_tokens, jax.Array):
+        stop_tokens = np.asarray(stop_tokens, np.int32 if np.size(stop_tokens) == 0 else None)
+    stops = _integers(stop_tokens, "stop_tokens", "[n] or [B, n]")
+    if stops.ndim not in (1, 2) or (stops.ndim == 2 and stops.shape[0] != batch):
+        raise ValueError(f"stop_tokens must have shape [n] or [B, n] with B = {batch}, got {stops.shape}.")
+    host = known(stops)
+    if host is not None and (host >= vocab_size).any():
+        raise ValueError(f"stop token {host.max()} is outside the vocabulary 0..{vocab_size - 1}; pad with -1.")
+    return jnp.broadcast_to(jnp.asarray(stops, jnp.int32), (batch, stops.shape[-1]))
+
+
+def _sampling(sampling: Sampling, batch: int) -> Sampling:
+    if not isinstance(sampling, Sampling):
+        raise ValueError(f"sampling must be a specjax.Sampling, got {type(sampling).__name__}.")
+    rules = {
+        "temperature": (lambda x: np.isfinite(x) & (x >= 0), "finite and 0 or more (0 is greedy)"),
+        "top_k": (lambda x: x >= 0, "0 or more (0 keeps all)"),
+        "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1] (1 keeps all)"),
+        "min_p": (lambda x: (x >= 0) & (x < 1), "in [0, 1) (0 keeps all)"),
+    }
+    for name, (is_valid, wanted) in rules.items():
+        value = getattr(sampling, name)
+        shape = np.shape(value)
+        if shape not in ((), (batch,)):
+            raise ValueError(f"sampling.{name} must be a scalar or have shape [B] = [{batch}], got {shape}.")
+        host = known(value)
+        if host is not None and not is_valid(host).all():
+            bad = host if host.ndim == 0 else host[~is_valid(host)][0]
+            raise ValueError(f"sampling.{name} must be {wanted}, got {bad}.")
+    return Sampling(*(jnp.asarray(value) for value in sampling))
