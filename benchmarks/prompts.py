@@ -19,7 +19,7 @@ class Prompts(NamedTuple):
 
 
 def code_prompts(tokenizer: Tokenizer, count: int, *, shortest: int = 24, longest: int = 64) -> Prompts:
-    """`count` file openings of `shortest` to `longest` tokens, evenly spread over the corpus; the same on every call."""
+    """`count` file openings of `shortest` to `longest` tokens, spread over the corpus; the same on every call."""
     if not CORPUS.is_file():
         raise FileNotFoundError(f"{CORPUS} is not here: measurements on real prompts need the shared corpora.")
     files = [text.split("\n", 1)[1] for text in CORPUS.read_text(encoding="utf-8").split("# file: ")[1:]]

@@ -14,7 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -123,7 +123,7 @@ def _transformers(target_path, draft_path, prompts, max_new_tokens, draft_lens, 
 
     transformers.utils.logging.set_verbosity_error()
 
-    def read(path: Path):
+    def read(path: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
 
     target, draft = read(target_path), read(draft_path)
@@ -146,10 +146,9 @@ def _transformers(target_path, draft_path, prompts, max_new_tokens, draft_lens, 
         draft.generation_config.num_assistant_tokens = draft_len
         return run(assistant_model=draft)
 
-    peers = [Contender("transformers greedy", lambda: run(), [])]
-    for k in draft_lens:
-        peers.append(Contender(f"transformers assisted K={k}", lambda k=k: assisted(k), []))
-    return [*peers, Contender("transformers prompt lookup", lambda: run(prompt_lookup_num_tokens=5), [])]
+    greedy = Contender("transformers greedy", lambda: run(), [])
+    helped = [Contender(f"transformers assisted K={k}", lambda k=k: assisted(k), []) for k in draft_lens]
+    return [greedy, *helped, Contender("transformers prompt lookup", lambda: run(prompt_lookup_num_tokens=5), [])]
 
 
 def _measure(contenders: list[Contender], rows: int, repeats: int) -> list[Result]:
@@ -165,8 +164,7 @@ def _measure(contenders: list[Contender], rows: int, repeats: int) -> list[Resul
         ratios = [base / own for base, own in zip(seconds[0], times, strict=True)]
         middle = statistics.median(times)
         is_speculative = bool(contender.stats) and contender.stats[0].drafted.shape[1] > 0
-        counts = contender.stats if is_speculative else []
-        summed = counts and specjax.Stats(*(np.concatenate([np.asarray(part) for part in parts]) for parts in zip(*counts)))  # noqa: B905
+        summed = _sum(contender.stats) if is_speculative else None
         results.append(
             Result(
                 contender.name,
@@ -180,6 +178,10 @@ def _measure(contenders: list[Contender], rows: int, repeats: int) -> list[Resul
             )
         )
     return results
+
+
+def _sum(parts: list[specjax.Stats]) -> specjax.Stats:
+    return specjax.Stats(*(jnp.concatenate(counts) for counts in zip(*parts, strict=True)))
 
 
 def _show(results: list[Result], temperature: float) -> None:

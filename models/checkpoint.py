@@ -94,7 +94,7 @@ def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str
     if missing or extra:
         said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
         raise ValueError(
-            f"{folder}: the tensors do not fit config.json. {'; '.join(said)}. Does config.json belong to these weights?"
+            f"{folder}: the tensors do not fit config.json. {'; '.join(said)}. Is it the config of these weights?"
         )
     return source
 
@@ -176,7 +176,7 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
         try:
             handle = safe_open(folder / file, framework="np")
         except SafetensorError as error:
-            raise ValueError(f"{folder / file} is not a readable safetensors file ({error}): fetch it again.") from error
+            raise ValueError(f"{folder / file} is no readable safetensors file ({error}): fetch it again.") from error
         for name in handle.keys():  # noqa: SIM118 (the handle is no dict)
             stored = handle.get_slice(name)
             tensors[name] = _Tensor(tuple(stored.get_shape()), lambda at, stored=stored: stored[at])
@@ -194,7 +194,7 @@ def _weight_files(folder: Path) -> list[str]:
     if (folder / SINGLE).is_file():
         return [SINGLE]
     raise ValueError(
-        f"{folder} has neither {SINGLE} nor {INDEX}. Checkpoints in another format (pytorch_model.bin) can be converted "
+        f"{folder} has neither {SINGLE} nor {INDEX}. Convert other formats (pytorch_model.bin) "
         "with transformers: model.save_pretrained(folder)."
     )
 

@@ -92,8 +92,8 @@ class Attention(nnx.Module):
     def __call__(self, x: Array, cache: kv.KVCache, block: kv.KVBlock, place: kv.Placement):
         query, key, value = (split_heads(part, self.head_dim) for part in jnp.split(self.c_attn(x), 3, -1))
         layer = self.layer
-        keys = kv.append(block.keys[layer], key, block.count)
-        values = kv.append(block.values[layer], value, block.count)
+        keys = kv.append(block.keys[layer], key, block.filled)
+        values = kv.append(block.values[layer], value, block.filled)
         mixed = kv.attend(query, cache.keys[layer], cache.values[layer], keys, values, place, scale=self.scale)
         return self.c_proj(merge_heads(mixed)), keys, values
 
@@ -172,11 +172,11 @@ class GPT2(nnx.Module):
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = trunk.wte if self.lm_head is None else self.lm_head
         logits = project(trunk.ln_f(x), head.weight[...], out_dtype=jnp.float32)
-        filled = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.count + width)
-        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), filled)
+        appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
+        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(config: GPT2Config, vocab_size: int) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
     return architecture(

@@ -1,4 +1,4 @@
-"""Pieces that the families share. Parameter names are those of Hugging Face checkpoints, so that loading is a lookup."""
+"""Pieces that the families share. Parameters are named as in Hugging Face checkpoints: loading is a lookup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Llama family in one module: Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM; what differs is read from the config."""
+"""The Llama family in one module: Llama 2 and 3, Mistral, Qwen2, Qwen3, SmolLM; the config says what differs."""
 
 from __future__ import annotations
 
@@ -115,8 +115,8 @@ class Attention(nnx.Module):
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         layer = self.layer
-        keys = kv.append(block.keys[layer], rope.rotate(key, cos, sin), block.count)
-        values = kv.append(block.values[layer], value, block.count)
+        keys = kv.append(block.keys[layer], rope.rotate(key, cos, sin), block.filled)
+        values = kv.append(block.values[layer], value, block.filled)
         mixed = kv.attend(
             rope.rotate(query, cos, sin), cache.keys[layer], cache.values[layer], keys, values, place,
             scale=self.head_dim**-0.5, window=self.window,
@@ -197,11 +197,11 @@ class Llama(nnx.Module):
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         logits = project(self.model.norm(x), head.weight[...], out_dtype=jnp.float32)
-        filled = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.count + width)
-        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), filled)
+        appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
+        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def build(config: LlamaConfig, vocab_size: int) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
     return architecture(

@@ -36,7 +36,7 @@ class KVBlock(NamedTuple):
     keys: tuple[Array, ...]  # per layer [B, Hkv, N, D]
     values: tuple[Array, ...]
     positions: Array  # [B, N] int32, position in the text of each slot
-    count: Array  # [] int32, slots filled, the same for all rows
+    filled: Array  # [] int32, slots in use, the same for all rows
 
 
 class Placement(NamedTuple):
@@ -46,7 +46,6 @@ class Placement(NamedTuple):
     block_positions: Array  # [B, N] int32
     visible: Array  # [B or 1, T, N] bool
     cache_lengths: Array  # [B] int32
-    count: Array  # [] int32
 
 
 def init_cache(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
@@ -65,22 +64,22 @@ def init_block(layers: int, batch: int, heads: int, size: int, head_dim: int, dt
 def place(cache: KVCache, block: KVBlock, width: int, depths: Array | None, visible: Array | None) -> Placement:
     """Positions and block mask of the next `width` tokens; see `types.Apply` for depths and visible."""
     size = block.positions.shape[1]
-    order = block.count + jnp.arange(width)
+    order = block.filled + jnp.arange(width)
     if visible is None:
         visible = jnp.arange(size)[None, :] <= order[:, None]
     if visible.ndim == 2:
         visible = visible[None]
     steps = order if depths is None else depths
     positions = cache.lengths[:, None] + (steps[None] if steps.ndim == 1 else steps)
-    block_positions = append(block.positions, positions, block.count, axis=1)
-    return Placement(positions, block_positions, visible, cache.lengths, block.count)
+    block_positions = append(block.positions, positions, block.filled, axis=1)
+    return Placement(positions, block_positions, visible, cache.lengths)
 
 
-def append(buffer: Array, new: Array, count: Array, axis: int = 2) -> Array:
-    """`new` written into the block's buffer after `count` slots."""
+def append(buffer: Array, new: Array, filled: Array, axis: int = 2) -> Array:
+    """`new` written into the block's buffer after the `filled` slots."""
     if new.shape[axis] == buffer.shape[axis]:
         return new  # the block is filled at once: nothing was in it
-    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), count, axis)
+    return lax.dynamic_update_slice_in_dim(buffer, new.astype(buffer.dtype), filled, axis)
 
 
 def attend(

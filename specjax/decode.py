@@ -187,9 +187,7 @@ def start(
     )
 
 
-def speculate(
-    roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State
-) -> tuple[State, Round]:
+def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
     """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are."""
     model, drafter, verifier, controller = roles
     rows = state.rows
@@ -201,14 +199,14 @@ def speculate(
     longest = draft.tokens.shape[1]
 
     block_tokens = jnp.concatenate([last_tokens(rows, 1), draft.tokens], 1)
-    shape = tree.Layout(None, None) if draft.parents is None else tree.layout(draft.parents)
+    shape = None if draft.parents is None else tree.layout(draft.parents)
     out = model.apply(
         params,
         block_tokens,
         state.target_cache,
         model.init_block(params, rows.tokens.shape[0], longest + 1),
-        depths=shape.depths,
-        visible=shape.visible,
+        depths=shape and shape.depths,
+        visible=shape and shape.visible,
         hidden_layers=drafter.hidden_layers,
     )
     processed = process(out.logits, rows.sampling, model.vocab_size)

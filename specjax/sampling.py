@@ -50,7 +50,7 @@ def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
     width = logits.shape[-1]
     if vocab_size < width:
         logits = jnp.where(jnp.arange(width) < vocab_size, logits, _NOTHING)
-    temperature = sampling.temperature[:, None, None]
+    temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = jnp.argmax(logits, -1, keepdims=True)
     greedy = jnp.where(jnp.arange(width) == best, 0.0, _NOTHING)
@@ -77,7 +77,9 @@ def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
 
 
 def _filter(logits: Array, sampling: Sampling) -> Array:
-    top_k, top_p, min_p = (value[:, None, None] for value in (sampling.top_k, sampling.top_p, sampling.min_p))
+    top_k, top_p, min_p = (
+        jnp.asarray(value)[:, None, None] for value in (sampling.top_k, sampling.top_p, sampling.min_p)
+    )
     logits = jnp.where(_is_in_top_k(logits, top_k), logits, _NOTHING)
     probs = jax.nn.softmax(logits, -1)
     is_kept = _is_in_top_p(probs, top_p) & (probs >= min_p * jnp.max(probs, -1, keepdims=True))

@@ -87,7 +87,7 @@ def stream(
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
     validate.roles(model, drafter, roles.verifier, request.arrays.sampling)
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, drafter_params, request.arrays))):
+    if validate.is_traced((params, drafter_params, request.arrays)):
         raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
     return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)
 

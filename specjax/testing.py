@@ -30,10 +30,10 @@ class TableBlock(NamedTuple):
 
     tokens: Array  # [B, N] int32
     depths: Array  # [B, N] int32
-    count: Array  # [] int32
+    filled: Array  # [] int32
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def table_model(order: int, vocab_size: int, logits_size: int | None = None) -> Model:
     """A Model whose next-token logits are a table over the last `order` tokens.
 
@@ -59,22 +59,22 @@ def table_model(order: int, vocab_size: int, logits_size: int | None = None) -> 
     def apply(params, tokens, cache, block, *, depths=None, visible=None, logits_at=None, hidden_layers=()) -> Output:
         batch, width = tokens.shape
         size = block.tokens.shape[1]
-        steps = block.count + jnp.arange(width) if depths is None else depths
+        steps = block.filled + jnp.arange(width) if depths is None else depths
         steps = jnp.broadcast_to(steps, (batch, width))
-        filled = TableBlock(
-            lax.dynamic_update_slice_in_dim(block.tokens, tokens, block.count, 1),
-            lax.dynamic_update_slice_in_dim(block.depths, steps, block.count, 1),
-            block.count + width,
+        appended = TableBlock(
+            lax.dynamic_update_slice_in_dim(block.tokens, tokens, block.filled, 1),
+            lax.dynamic_update_slice_in_dim(block.depths, steps, block.filled, 1),
+            block.filled + width,
         )
         if visible is None:
-            visible = jnp.arange(size) <= (block.count + jnp.arange(width))[:, None]
+            visible = jnp.arange(size) <= (block.filled + jnp.arange(width))[:, None]
         visible = jnp.broadcast_to(visible, (batch, width, size))
-        columns = [_ancestor(cache, filled, steps, visible, back) for back in range(order - 1, -1, -1)]
+        columns = [_ancestor(cache, appended, steps, visible, back) for back in range(order - 1, -1, -1)]
         logits = params[tuple(columns)].astype(jnp.float32)
         if logits_at is not None:
             logits = jnp.take_along_axis(logits, logits_at[..., None], 1)
         hidden = tuple(jax.nn.one_hot(tokens, vocab_size) for _ in hidden_layers)
-        return Output(logits, hidden, filled)
+        return Output(logits, hidden, appended)
 
     def commit(cache: TableCache, block: TableBlock, keep: Array, path: Array | None = None) -> TableCache:
         tokens = block.tokens if path is None else jnp.take_along_axis(block.tokens, path, 1)

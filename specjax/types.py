@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
 
-Array = jax.Array
-PyTree = Any
+Array: TypeAlias = jax.Array
+PyTree: TypeAlias = Any
 
 
 class Status(enum.IntEnum):
@@ -46,7 +46,7 @@ _STATUS_TEXT = {
         "check the parameters and try float32"
     ),
     Status.BAD_PROMPT: (
-        "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was generated"
+        "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was done"
     ),
 }
 

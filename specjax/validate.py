@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from specjax.types import Array, Drafter, Model, Sampling, Verifier
 
@@ -34,9 +35,14 @@ class Checked(NamedTuple):
     capacity: int
 
 
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf belongs to a trace under way."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
 def known(value: Any) -> np.ndarray | None:
     """The value on the host, or None while it is traced."""
-    return None if isinstance(value, jax.core.Tracer) else np.asarray(value)
+    return None if is_traced(value) else np.asarray(value)
 
 
 def request(
@@ -124,7 +130,9 @@ def _check_prompt_values(prompts: Any, lengths: Any, vocab_size: int) -> None:
                 "Every row needs at least one token: start it with the tokenizer's BOS token."
             )
         if length > width:
-            raise ValueError(f"prompt_lengths[{row}] = {length}, but prompts has only {width} columns: lengths are 1..P.")
+            raise ValueError(
+                f"prompt_lengths[{row}] = {length}, but prompts has only {width} columns: lengths are 1..P."
+            )
     if host_prompts is None:
         return
     in_prompt = np.arange(width) < host_lengths[:, None]
@@ -172,7 +180,7 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
 def _key(key: Any) -> Array:
     key = jnp.asarray(key)
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
-    if is_typed and key.ndim == 0 or not is_typed and key.dtype == jnp.uint32 and key.ndim == 1:
+    if (is_typed and key.ndim == 0) or (not is_typed and key.dtype == jnp.uint32 and key.ndim == 1):
         return key
     raise ValueError(
         f"key must be one PRNG key, got shape {key.shape} and dtype {key.dtype}: pass jax.random.key(seed); "

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from specjax.types import Controller
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def fixed(draft_len: int) -> Controller:
     """Drafts `draft_len` tokens (1 or more) in every round.
 

@@ -24,7 +24,7 @@ class DraftModelState(NamedTuple):
     block: PyTree  # of the round under way; its first slot is the last but one token
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def draft_model(model: Model) -> Drafter:
     """Drafts with `model`, any Model over the target's vocabulary; its parameters are generate's drafter_params.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from specjax.types import Context, Draft, Target, Verdict, Verifier
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def greedy() -> Verifier:
     """The output is that of greedy decoding, whatever the drafter; for temperature 0 only.
 

@@ -12,7 +12,7 @@ from specjax.sampling import sample
 from specjax.types import Array, Context, Draft, Target, Verdict, Verifier
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def rejection() -> Verifier:
     """Every emitted token follows the target's law exactly, whatever the drafter.
 
