@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -76,7 +75,7 @@ def load(
     """
     path = Path(path_or_hub_id)
     if path.is_file() and path.suffix == ".bin":
-        return llama2c.load(path, dtype)
+        return llama2c.load(path, dtype, sharding)
     folder = path if path.is_dir() else _fetch(path_or_hub_id)
     config = checkpoint.read_config(folder)
     built = build(config, vocab_size=_tokenizer_size(folder))
@@ -89,7 +88,7 @@ def _tokenizer_size(folder: Path) -> int | None:
     path = folder / "tokenizer.json"
     if not path.is_file():
         return None
-    content = json.loads(path.read_text(encoding="utf-8"))
+    content = checkpoint.read_json(path)
     vocab = content.get("model", {}).get("vocab", {})
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     ids += [token["id"] for token in content.get("added_tokens", [])]

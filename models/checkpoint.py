@@ -48,13 +48,18 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: a Hugging Face model folder is expected.")
+    return read_json(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, or a ValueError that names the file."""
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path} holds {type(config).__name__}, not an object: fetch the file again.")
-    return config
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds {type(content).__name__}, not an object: fetch the file again.")
+    return content
 
 
 def read_params(folder: Path, built: Architecture, dtype: Any, sharding: ShardingRule) -> PyTree:
@@ -185,7 +190,9 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
 
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        weight_map = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(folder / INDEX).get("weight_map")
+        if not weight_map:
+            raise ValueError(f"{folder / INDEX} has no weight_map: fetch the file again.")
         files = sorted(set(weight_map.values()))
         absent = [file for file in files if not (folder / file).is_file()]
         if absent:

@@ -17,6 +17,7 @@ from specjax.models.layers import (
     Embedding,
     LayerNorm,
     Linear,
+    along_last,
     exact_precision,
     merge_heads,
     project,
@@ -76,7 +77,7 @@ class Conv1D(nnx.Module):
     def __call__(self, x: Array) -> Array:
         weight = self.weight[...]
         y = lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), precision=exact_precision(x.dtype))
-        return y + self.bias[...]
+        return y + along_last(self.bias[...], y)
 
 
 class Attention(nnx.Module):

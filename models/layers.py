@@ -27,7 +27,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         y = project(x, self.weight[...])
-        return y if self.bias is None else y + self.bias[...]
+        return y if self.bias is None else y + along_last(self.bias[...], y)
 
 
 class Embedding(nnx.Module):
@@ -50,7 +50,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Array) -> Array:
         wide = x.astype(jnp.float32)
         scaled = wide * lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + self.epsilon)
-        return scaled.astype(x.dtype) * self.weight[...]
+        return scaled.astype(x.dtype) * along_last(self.weight[...], x)
 
 
 class LayerNorm(nnx.Module):
@@ -65,7 +65,7 @@ class LayerNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         centred = wide - jnp.mean(wide, -1, keepdims=True)
         scaled = centred * lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.epsilon)
-        return scaled.astype(x.dtype) * self.weight[...] + self.bias[...]
+        return scaled.astype(x.dtype) * along_last(self.weight[...], x) + along_last(self.bias[...], x)
 
 
 def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
@@ -82,6 +82,11 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
 def exact_precision(dtype):
     """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def along_last(vector: Array, like: Array) -> Array:
+    """`vector` [D] with the rank of `like` [..., D]: callers may have set jax_numpy_rank_promotion to "raise"."""
+    return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
 def split_heads(x: Array, head_dim: int) -> Array:

@@ -40,16 +40,17 @@ class LlamaConfig(NamedTuple):
 _DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "mistral": {"num_key_value_heads": 8, "sliding_window": 4096},
-    "qwen2": {"num_key_value_heads": 32, "max_window_layers": 28},
-    "qwen3": {"num_key_value_heads": 32, "max_window_layers": 28, "head_dim": 128},
+    "qwen2": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28},
+    "qwen3": {"num_key_value_heads": 32, "sliding_window": 4096, "max_window_layers": 28, "head_dim": 128},
 }
+_NULL_IS_A_VALUE = ("sliding_window", "num_key_value_heads")  # no window; one for each query head
 MODEL_TYPES = tuple(_DEFAULTS)
 
 
 def read_config(raw: dict[str, Any]) -> LlamaConfig:
     """From the contents of a config.json. Raises ValueError, naming what is missing or unknown."""
     kind = raw["model_type"]
-    given = {name: value for name, value in raw.items() if value is not None or name == "sliding_window"}
+    given = {name: value for name, value in raw.items() if value is not None or name in _NULL_IS_A_VALUE}
     config = {**_DEFAULTS[kind], **given}
     needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
     missing = [name for name in needed if name not in config]
@@ -67,7 +68,7 @@ def read_config(raw: dict[str, Any]) -> LlamaConfig:
         intermediate_size=config["intermediate_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads", heads),
+        num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
         rms_norm_eps=config.get("rms_norm_eps", 1e-6),
         rope=rope.from_config(config, head_dim),

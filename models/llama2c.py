@@ -16,13 +16,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.models import llama
-from specjax.models.checkpoint import Loaded, tensor_name
+from specjax.models.checkpoint import Loaded, ShardingRule, tensor_name
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def load(path: Path, dtype: Any = None) -> Loaded:
+def load(path: Path, dtype: Any = None, sharding: ShardingRule = None) -> Loaded:
     """A Llama model from a version 0 file.
 
     Raises:
@@ -85,7 +85,8 @@ def load(path: Path, dtype: Any = None) -> Loaded:
             value = tensors[rest][int(layer)]
         else:
             value = tensors[name]
-        return jnp.asarray(value, dtype or jnp.float32)
+        place = sharding(name, value.shape) if callable(sharding) else sharding
+        return jax.device_put(value.astype(jnp.dtype(dtype or jnp.float32)), place)
 
     built = llama.build(llama.read_config(config), vocab)
     return Loaded(built.model, jax.tree_util.tree_map_with_path(pick, built.abstract), config, path)

@@ -29,6 +29,10 @@ def from_config(config: dict[str, Any], head_dim: int) -> Rope:
     4
     """
     scaling = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    scaling = {name: value for name, value in scaling.items() if value is not None}
+    nested = [name for name, value in scaling.items() if isinstance(value, dict)]
+    if nested:
+        raise ValueError(f"rope parameters per layer type ({', '.join(nested)}) are not supported.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
@@ -37,12 +41,16 @@ def from_config(config: dict[str, Any], head_dim: int) -> Rope:
     if kind not in _SCALINGS:
         raise ValueError(f"unknown rope scaling {kind!r}; known: {', '.join(sorted(_SCALINGS))}.")
     plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
-    return _SCALINGS[kind](plain, theta, scaling, config)
+    try:
+        return _SCALINGS[kind](plain, theta, scaling, config)
+    except KeyError as error:
+        raise ValueError(f"config.json lacks {error}, which rope scaling {kind!r} needs.") from error
 
 
 def angles(rope: Rope, positions: Array) -> tuple[Array, Array]:
     """cos and sin, each [B, 1, T, head_dim / 2] float32, for positions [B, T]."""
-    phase = positions[:, None, :, None].astype(jnp.float32) * jnp.asarray(rope.frequencies, jnp.float32)
+    frequencies = jnp.asarray(rope.frequencies, jnp.float32)[None, None, None]
+    phase = positions[:, None, :, None].astype(jnp.float32) * frequencies
     return jnp.cos(phase) * rope.magnitude, jnp.sin(phase) * rope.magnitude
 
 
@@ -91,7 +99,7 @@ def _yarn(plain, theta, scaling, config) -> Rope:
     if scaling.get("truncate", True):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)
-    ramp = np.clip((np.arange(len(plain)) - low) / max(high - low, 0.001), 0, 1)
+    ramp = np.clip((np.arange(len(plain)) - low) / (high - low or 0.001), 0, 1)
     magnitude = scaling.get("attention_factor")
     if magnitude is None:
         if scaling.get("mscale") or scaling.get("mscale_all_dim"):

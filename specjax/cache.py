@@ -129,8 +129,8 @@ def attend(
             weights = jnp.exp(block_scores - block_peak)
             return _mix(weights, block_values) / jnp.sum(weights, -1, keepdims=True)
         keys, values = cache_keys[:, :, :size], cache_values[:, :, :size]
-        slot = jnp.arange(size)
-        live = jnp.broadcast_to((slot < placement.cache_lengths[:, None])[:, None, :], (batch, width, size))
+        slot = jnp.arange(size)[None, None]
+        live = jnp.broadcast_to(slot < placement.cache_lengths[:, None, None], (batch, width, size))
         if window is not None:
             live = live & (positions - slot < window)
         scores = jnp.where(spread(live), scores_of(keys), _MASKED)

@@ -224,13 +224,15 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     faulty = num_sound <= num_accepted
     width = drafted.shape[1]
     candidates = jnp.where(
-        jnp.arange(width + 1) == num_accepted[:, None], verdict.next_token[:, None], jnp.pad(drafted, ((0, 0), (0, 1)))
+        jnp.arange(width + 1)[None] == num_accepted[:, None],
+        verdict.next_token[:, None],
+        jnp.pad(drafted, ((0, 0), (0, 1))),
     )
-    moved = advance(rows, candidates, num_accepted + 1 - faulty, faulty, capacity=capacity)
+    moved = advance(rows, candidates, num_accepted + jnp.where(faulty, 0, 1), faulty, capacity=capacity)
 
     block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
     target_cache = model.commit(state.target_cache, out.block, moved.num_emitted, block_path)
-    place = jnp.arange(longest)
+    place = jnp.arange(longest)[None]
     draft_lengths = jnp.where(was_active, draft.lengths, 0)
     info = Round(
         tokens=moved.tokens,
@@ -307,7 +309,7 @@ def _emit_one(model: Model, rows: Rows, logits: Array, capacity: int):
     processed = process(logits[:, None], rows.sampling, model.vocab_size)[:, 0]
     token = sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), processed, rows.sampling)
     faulty = ~_is_sound(logits[:, None], model.vocab_size)[:, 0]
-    return advance(rows, token[:, None], 1 - faulty, faulty, capacity=capacity)
+    return advance(rows, token[:, None], jnp.where(faulty, 0, 1), faulty, capacity=capacity)
 
 
 def _plan(controller: Controller, state: PyTree, rows: Rows) -> DraftPlan:
@@ -336,15 +338,16 @@ def _is_sound(logits: Array, vocab_size: int) -> Array:
 
 
 def _count(stats: Stats, info: Round, was_active: Array) -> Stats:
-    place = jnp.arange(stats.drafted.shape[1])
+    place = jnp.arange(stats.drafted.shape[1])[None]
+    was_drafted = place < info.draft_lengths[:, None]
     # An emitted token that was not drafted replaces the draft token whose turn it was.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
     return Stats(
-        rounds=stats.rounds + was_active,
+        rounds=stats.rounds + was_active.astype(jnp.int32),
         emitted=stats.emitted + info.num_emitted,
-        drafted=stats.drafted + (place < info.draft_lengths[:, None]),
-        tested=stats.tested + ((place < num_tested) & (place < info.draft_lengths[:, None])),
-        accepted=stats.accepted + (place < info.num_accepted[:, None]),
+        drafted=stats.drafted + was_drafted.astype(jnp.int32),
+        tested=stats.tested + ((place < num_tested) & was_drafted).astype(jnp.int32),
+        accepted=stats.accepted + (place < info.num_accepted[:, None]).astype(jnp.int32),
     )
 
 
@@ -352,7 +355,7 @@ def _result(rows: Rows, capacity: int, pad_token, stats: Stats, controller_state
     # A bad prompt has generated nothing; its length is kept inside the buffer, whatever the caller passed.
     is_bad = rows.status == Status.BAD_PROMPT
     prompt_lengths = jnp.where(is_bad, rows.lengths, rows.prompt_lengths)
-    is_text = jnp.arange(capacity) < rows.lengths[:, None]
+    is_text = jnp.arange(capacity)[None] < rows.lengths[:, None]
     tokens = jnp.where(is_text, rows.tokens[:, :capacity], pad_token)
     return Generation(tokens, rows.lengths, prompt_lengths, rows.status, stats, controller_state)
 

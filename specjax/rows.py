@@ -84,7 +84,7 @@ def advance(rows: Rows, candidates: Array, num_candidates: Array, faulty: Array,
     num_emitted = jnp.minimum(num_emitted, jnp.minimum(until_limit, until_full))
     num_emitted = jnp.where(was_active, jnp.maximum(num_emitted, 0), 0)
 
-    # The earliest reason wins: each line below overrides the ones before it.
+    # Later lines override earlier ones: a row that ends for its own reason is not faulty or full.
     lengths = rows.lengths + num_emitted
     status = jnp.full_like(rows.status, Status.ACTIVE)
     status = jnp.where(faulty & (num_emitted == num_candidates), Status.NON_FINITE, status)
@@ -94,5 +94,6 @@ def advance(rows: Rows, candidates: Array, num_candidates: Array, faulty: Array,
     status = jnp.where(was_active, status, rows.status).astype(jnp.int32)
 
     written = cache.write_rows((rows.tokens[..., None],), (candidates[..., None],), rows.lengths)[0][..., 0]
-    moved = rows._replace(tokens=written, lengths=lengths, status=status, rounds=rows.rounds + was_active)
+    rounds = rows.rounds + was_active.astype(jnp.int32)
+    moved = rows._replace(tokens=written, lengths=lengths, status=status, rounds=rounds)
     return Advance(moved, jnp.where(place < num_emitted[:, None], candidates, -1), num_emitted)

@@ -49,11 +49,11 @@ def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
     """
     width = logits.shape[-1]
     if vocab_size < width:
-        logits = jnp.where(jnp.arange(width) < vocab_size, logits, _NOTHING)
+        logits = jnp.where(_columns(width) < vocab_size, logits, _NOTHING)
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = jnp.argmax(logits, -1, keepdims=True)
-    greedy = jnp.where(jnp.arange(width) == best, 0.0, _NOTHING)
+    greedy = jnp.where(_columns(width) == best, 0.0, _NOTHING)
 
     def sampled() -> Array:
         scaled = logits / jnp.where(is_sampled, temperature, 1.0)
@@ -74,6 +74,10 @@ def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
         return jnp.argmax(logits, -1).astype(jnp.int32)
 
     return lax.cond(jnp.any(sampling.temperature > 0), drawn, best)
+
+
+def _columns(width: int) -> Array:
+    return jnp.arange(width)[None, None]
 
 
 def _filter(logits: Array, sampling: Sampling) -> Array:

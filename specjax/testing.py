@@ -60,15 +60,15 @@ def table_model(order: int, vocab_size: int, logits_size: int | None = None) -> 
         batch, width = tokens.shape
         size = block.tokens.shape[1]
         steps = block.filled + jnp.arange(width) if depths is None else depths
-        steps = jnp.broadcast_to(steps, (batch, width))
+        steps = jnp.broadcast_to(steps[None] if steps.ndim == 1 else steps, (batch, width))
         appended = TableBlock(
             lax.dynamic_update_slice_in_dim(block.tokens, tokens, block.filled, 1),
             lax.dynamic_update_slice_in_dim(block.depths, steps, block.filled, 1),
             block.filled + width,
         )
         if visible is None:
-            visible = jnp.arange(size) <= (block.filled + jnp.arange(width))[:, None]
-        visible = jnp.broadcast_to(visible, (batch, width, size))
+            visible = jnp.arange(size)[None] <= (block.filled + jnp.arange(width))[:, None]
+        visible = jnp.broadcast_to(visible[None] if visible.ndim == 2 else visible, (batch, width, size))
         columns = [_ancestor(cache, appended, steps, visible, back) for back in range(order - 1, -1, -1)]
         logits = params[tuple(columns)].astype(jnp.float32)
         if logits_at is not None:
@@ -79,7 +79,7 @@ def table_model(order: int, vocab_size: int, logits_size: int | None = None) -> 
     def commit(cache: TableCache, block: TableBlock, keep: Array, path: Array | None = None) -> TableCache:
         tokens = block.tokens if path is None else jnp.take_along_axis(block.tokens, path, 1)
         text = jnp.concatenate([cache.history, tokens], 1)
-        newest = keep[:, None] + jnp.arange(order)
+        newest = keep[:, None] + jnp.arange(order)[None]
         return TableCache(jnp.take_along_axis(text, newest, 1), cache.lengths + keep)
 
     return Model(apply, init_cache, init_block, commit, vocab_size)

@@ -80,7 +80,7 @@ def draft_model(model: Model) -> Drafter:
             def stopping_step(carry):
                 index, wants_more, lengths, drafted = carry
                 tokens, laws, block = step(index, drafted)
-                lengths = lengths + wants_more
+                lengths = lengths + wants_more.astype(jnp.int32)
                 token = lax.dynamic_index_in_dim(tokens, index, 1, keepdims=False)
                 law = lax.dynamic_index_in_dim(laws, index, 0, keepdims=False)
                 wants_more = wants_more & (lengths < plan.lengths) & go_on(token, law, index)

@@ -33,7 +33,7 @@ def rejection() -> Verifier:
 def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     rows = context.rows
     longest = draft.tokens.shape[1]
-    drafted = jnp.arange(longest) < draft.lengths[:, None]  # [B, K]
+    drafted = jnp.arange(longest)[None] < draft.lengths[:, None]  # [B, K]
     target_prob = jnp.take_along_axis(target.probs[:, :longest], draft.tokens[..., None], -1)[..., 0]
     if draft.probs is None:
         draft_prob = jnp.ones_like(target_prob)
@@ -59,7 +59,7 @@ def _draft_law_at(draft: Draft, num_accepted: Array, width: int) -> Array:
     at = jnp.minimum(num_accepted, draft.tokens.shape[1] - 1)[:, None]
     if draft.probs is None:
         token = jnp.take_along_axis(draft.tokens, at, 1)
-        law = (jnp.arange(width) == token).astype(jnp.float32)
+        law = (jnp.arange(width)[None] == token).astype(jnp.float32)
     else:
         law = jnp.take_along_axis(draft.probs, at[..., None], 1)[:, 0]
     return jnp.where((num_accepted < draft.lengths)[:, None], law, 0.0)

@@ -1,0 +1,117 @@
+"""The command line: `specjax generate`. Imports JAX only when a command runs, so that --help is quick."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
+
+_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+
+
+def main() -> None:
+    """Entry point: bad input ends with a message and status 2, Ctrl-C with status 130; no traceback for either."""
+    try:
+        app()
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"specjax: {error}", err=True)
+        raise SystemExit(2) from None
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Exact speculative decoding for JAX models."""
+    if version:
+        from specjax import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
+    model: Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id.")] = None,
+    draft: Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
+    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 5,
+    temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(help="In (0, 1]; 1 keeps all.")] = 1.0,
+    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    min_p: Annotated[float, typer.Option(help="In [0, 1); 0 keeps all.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")
+    ] = None,
+    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of PROMPT.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
+    cache: Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")] = True,
+) -> None:
+    """Continue a text, and say what speculation brought.
+
+    Tokens are coloured by origin on a terminal; a pipe gets plain text. The summary goes to standard error.
+    """
+    texts = _prompts(prompt, prompt_file)
+    _quiet_platform()
+    import jax
+
+    if cache:
+        _keep_programs(jax)
+    # Imported here: they import JAX.
+    from specjax import Sampling, report, runner
+
+    task = runner.Task(
+        model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, max_new_tokens=max_new_tokens,
+        sampling=Sampling(temperature, top_k, top_p, min_p), seed=seed, batch=batch, baseline=baseline,
+    )  # fmt: skip
+    display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output)
+    summary = runner.run(task, texts, display)
+    if json_output:
+        typer.echo(json.dumps(report.as_json(summary)))
+    else:
+        display.summary(summary)
+    if summary.interrupted:
+        raise SystemExit(130)
+
+
+def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
+    if (prompt is None) == (prompt_file is None):
+        raise ValueError("give a PROMPT or --prompt-file, one of the two.")
+    if prompt_file is None:
+        assert prompt is not None
+        return [prompt]
+    lines = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise ValueError(f"{prompt_file} holds no prompt: one a line is expected.")
+    return lines
+
+
+def _quiet_platform() -> None:
+    """With libtpu installed and no accelerator at hand, JAX looks for a TPU and prints its disappointment."""
+    is_bare = not any(glob.glob(pattern) for pattern in _ACCELERATORS)
+    if is_bare and "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") is not None:
+        os.environ["JAX_PLATFORMS"] = "cpu"
+
+
+def _keep_programs(jax) -> None:
+    if jax.config.jax_compilation_cache_dir is None:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        jax.config.update("jax_compilation_cache_dir", str(home / "specjax" / "xla"))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+if __name__ == "__main__":
+    main()

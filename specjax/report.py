@@ -1,0 +1,145 @@
+"""How `specjax generate` looks: text coloured by origin, a spinner while compiling, and a summary."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from specjax import stats
+from specjax.runner import Summary, predicted_speedup
+from specjax.stream import Origin
+from specjax.text import Piece
+from specjax.types import Status
+
+STYLES = {
+    Origin.PROMPT_END: "cyan",
+    Origin.ACCEPTED: "green",
+    Origin.CORRECTED: "red",
+    Origin.BONUS: "cyan",
+}
+
+
+class Display:
+    """Text to standard output; everything else to standard error."""
+
+    def __init__(self, *, plain: bool, silent: bool):
+        self._out = Console(highlight=False, soft_wrap=True)
+        self._err = Console(stderr=True, highlight=False)
+        self._plain, self._silent = plain, silent
+
+    def busy(self, what: str) -> AbstractContextManager[Any]:
+        """A spinner, on a terminal."""
+        return self._err.status(f"{what} ...") if self._err.is_terminal and not self._silent else nullcontext()
+
+    def prompt(self, row: int, text: str, several: bool) -> None:
+        """The prompt, before its continuation."""
+        if self._silent:
+            return
+        if several and not self._plain:
+            self._out.print(Text(f"[{row}] ", style="bold"), end="")
+        self._write(text, "dim")
+
+    def piece(self, piece: Piece) -> None:
+        """The text of one token."""
+        if not self._silent:
+            self._write(piece.text, STYLES[piece.origin])
+
+    def end_row(self) -> None:
+        """The end of one continuation."""
+        if not self._silent:
+            self._write("\n", "")
+
+    def summary(self, summary: Summary) -> None:
+        """What speculation brought, to standard error."""
+        if not self._plain:
+            legend = Text("accepted draft", STYLES[Origin.ACCEPTED]) + Text("  corrected", STYLES[Origin.CORRECTED])
+            self._err.print(legend + Text("  from the target (first, bonus)", STYLES[Origin.BONUS]))
+        table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+        for name, value in _lines(summary):
+            table.add_row(name, value)
+        self._err.print(table)
+        for index, row in enumerate(summary.rows):
+            if row.status in (Status.CACHE_FULL, Status.NON_FINITE, Status.BAD_PROMPT):
+                self._err.print(f"prompt {index}: {row.status.describe()}", style="yellow")
+
+    def _write(self, text: str, style: str) -> None:
+        if self._plain:
+            self._out.file.write(text)
+            self._out.file.flush()
+        else:
+            self._out.print(Text(text, style=style), end="")
+
+
+def as_json(summary: Summary) -> dict[str, Any]:
+    """The whole run as plain data; null for what was not measured."""
+    rows = [
+        {
+            "prompt": row.prompt,
+            "text": row.text,
+            "tokens": row.tokens,
+            "origins": [Origin(origin).name.lower() for origin in row.origins],
+            "status": row.status.name.lower(),
+        }
+        for row in summary.rows
+    ]
+    rates = _rates(summary)
+    numbers = {name: None if value is None or math.isnan(value) else value for name, value in rates.items()}
+    return {
+        "results": rows,
+        "draft_len": summary.draft_len,
+        **numbers,
+        "acceptance_by_position": [
+            None if math.isnan(share) else share for share in stats.acceptance_by_position(summary.stats).tolist()
+        ],
+        "same_tokens_as_plain": summary.same_tokens,
+        "device": summary.device,
+        "interrupted": summary.interrupted,
+    }
+
+
+def _rates(summary: Summary) -> dict[str, float | None]:
+    emitted = sum(len(row.tokens) for row in summary.rows)
+    speculative = emitted / summary.seconds if summary.seconds > 0 else None
+    plain = summary.baseline_tokens / summary.baseline_seconds if summary.baseline_seconds else None
+    return {
+        "tokens_per_second": speculative,
+        "plain_tokens_per_second": plain,
+        "speedup": speculative / plain if speculative and plain else None,
+        "predicted_speedup": predicted_speedup(summary),
+        "acceptance_rate": stats.acceptance_rate(summary.stats),
+        "tokens_per_round": stats.tokens_per_round(summary.stats),
+    }
+
+
+def _lines(summary: Summary) -> list[tuple[str, str]]:
+    rates = _rates(summary)
+
+    def show(name: str, form: str) -> str:
+        value = rates[name]
+        return "-" if value is None or math.isnan(value) else format(value, form)
+
+    lines = [("speculative", f"{show('tokens_per_second', '.0f')} tokens/s on {summary.device}")]
+    if rates["plain_tokens_per_second"] is not None:
+        same = {None: "", True: ", the same tokens", False: ", other tokens (near-ties in this dtype?)"}
+        lines.append(
+            ("plain decoding", f"{show('plain_tokens_per_second', '.0f')} tokens/s{same[summary.same_tokens]}")
+        )
+        lines.append(("speed-up", f"{show('speedup', '.2f')}x measured, {_prediction(summary, show)}"))
+    else:
+        lines.append(("speed-up", _prediction(summary, show)))
+    accepted = int(summary.stats.accepted.sum())
+    drafted = int(summary.stats.drafted.sum())
+    lines.append(("acceptance", f"{show('acceptance_rate', '.0%')} ({accepted} of {drafted} drafted tokens)"))
+    lines.append(("tokens per round", f"{show('tokens_per_round', '.2f')} of at most {summary.draft_len + 1}"))
+    if summary.interrupted:
+        lines.append(("interrupted", "what was generated until then is shown"))
+    return lines
+
+
+def _prediction(summary: Summary, show) -> str:
+    return f"{show('predicted_speedup', '.2f')}x predicted if time were bytes read"

@@ -1,0 +1,255 @@
+"""What `specjax generate` does: load, compile, stream, measure. No printing: that is report.py's."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import controllers, drafters, stats, text
+from specjax.decode import autoregressive
+from specjax.stream import Chunk, stream
+from specjax.types import Generation, Sampling, Stats, Status
+
+CAPACITY_STEP = 128
+
+
+class Task(NamedTuple):
+    """The arguments of one run."""
+
+    model: str | None
+    draft: str | None
+    tokenizer: str | None
+    dtype: str | None
+    draft_len: int
+    max_new_tokens: int
+    sampling: Sampling
+    seed: int
+    batch: int
+    baseline: bool
+
+
+class Row(NamedTuple):
+    """What became of one prompt."""
+
+    prompt: str
+    text: str
+    tokens: list[int]
+    origins: list[int]
+    status: Status
+
+
+class Summary(NamedTuple):
+    """Everything that the report says."""
+
+    rows: list[Row]
+    stats: Stats  # all rows, NumPy
+    draft_len: int
+    seconds: float  # with speculation, compilation not counted
+    baseline_seconds: float | None  # plain decoding of the same prompts
+    baseline_tokens: int
+    same_tokens: bool | None  # greedy only: whether both gave the same tokens
+    draft_cost: float  # bytes of the draft's parameters over those of the target's
+    device: str
+    interrupted: bool
+
+
+class Display(Protocol):
+    """Where progress and text go."""
+
+    def busy(self, what: str) -> AbstractContextManager[Any]: ...
+
+    def prompt(self, row: int, text: str, several: bool) -> None: ...
+
+    def piece(self, piece: text.Piece) -> None: ...
+
+    def end_row(self) -> None: ...
+
+
+class _Pair(NamedTuple):
+    target: Any
+    draft: Any
+    tokenizer: Any
+
+
+def run(task: Task, texts: list[str], display: Display) -> Summary:
+    """Runs the task; Ctrl-C while tokens stream ends it early with what there is."""
+    with display.busy("loading the models"):
+        pair = _load(task)
+    rows: list[Row] = []
+    parts: list[Stats] = []
+    seconds = baseline_seconds = 0.0
+    plain: list[list[int]] = []
+    interrupted = False
+    # Every batch has the width and capacity of the longest prompt, and the last one is filled up: one program for all.
+    prompts = text.encode(pair.tokenizer, texts)
+    size = min(task.batch, len(texts))
+    for start in range(0, len(texts), size):
+        batch = _Batch(task, pair, prompts, start, size)
+        with display.busy("compiling the speculative loop (once per shape)"):
+            batch.warm_up()
+        began = time.perf_counter()
+        try:
+            part = _stream(batch, texts[start : start + size], rows, display)
+        except KeyboardInterrupt:
+            interrupted = True
+            break
+        seconds += time.perf_counter() - began
+        parts.append(part)
+        if task.baseline:
+            with display.busy("compiling and measuring plain decoding"):
+                batch.plain(limit=1)
+                began = time.perf_counter()
+                out = batch.plain(limit=task.max_new_tokens).new_tokens()
+                baseline_seconds += time.perf_counter() - began
+            plain += out[: len(texts[start : start + size])]
+    total = _join(parts, task.draft_len)
+    measured = task.baseline and not interrupted
+    return Summary(
+        rows=rows,
+        stats=total,
+        draft_len=task.draft_len,
+        seconds=seconds,
+        baseline_seconds=baseline_seconds if measured else None,
+        baseline_tokens=sum(map(len, plain)),
+        same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
+        draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
+        device=jax.devices()[0].device_kind,
+        interrupted=interrupted,
+    )
+
+
+class _Batch:
+    """One batch of prompts, ready to be generated in several ways."""
+
+    def __init__(self, task: Task, pair: _Pair, prompts: text.Prompts, start: int, size: int):
+        self.task, self.pair = task, pair
+        chosen = np.arange(start, start + size) % len(prompts.lengths)
+        self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
+        self.count = min(size, len(prompts.lengths) - start)
+        self.options = {
+            "sampling": task.sampling,
+            "key": jax.random.key(task.seed),
+            "seeds": np.arange(start, start + size, dtype=np.int32),
+            "stop_tokens": _stop_tokens(pair.target.config),
+            # In steps, so that runs of similar length find each other's compiled programs.
+            "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP,
+        }
+
+    def stream(self, limit: int) -> Iterator[Chunk]:
+        pair = self.pair
+        return stream(
+            pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
+            *self.prompts, controller=controllers.fixed(self.task.draft_len), max_new_tokens=self._limits(limit),
+            **self.options,
+        )  # fmt: skip
+
+    def plain(self, limit: int) -> Generation:
+        target = self.pair.target
+        limits = self._limits(limit)
+        return autoregressive(target.model, target.params, *self.prompts, max_new_tokens=limits, **self.options)
+
+    def warm_up(self) -> None:
+        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs."""
+        for _ in self.stream(limit=2):
+            pass
+
+    def _limits(self, limit: int) -> np.ndarray:
+        # Rows that only fill the batch up stop after their first token.
+        return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
+
+
+def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) -> Stats:
+    """Streams one batch to the display and appends its rows, also when interrupted."""
+    printer = text.Printer(batch.pair.tokenizer, batch.prompts)
+    several = len(texts) > 1 or len(batch.prompts.lengths) > 1
+    pieces: list[list[text.Piece]] = [[] for _ in texts]
+    tokens: list[list[int]] = [[] for _ in texts]
+    status = [Status.ACTIVE] * len(texts)
+    latest: Stats | None = None
+    if not several:
+        display.prompt(0, texts[0], several)
+    try:
+        for chunk in batch.stream(batch.task.max_new_tokens):
+            latest = chunk.stats
+            status = [Status(value) for value in chunk.status[: len(texts)]]
+            for piece in printer.pieces(chunk):
+                if piece.row >= len(texts):
+                    continue
+                pieces[piece.row].append(piece)
+                if not several:
+                    display.piece(piece)
+            for row, new in enumerate(chunk.tokens[: len(texts)]):
+                tokens[row] += new
+    finally:
+        first = len(rows)
+        for row, prompt in enumerate(texts):
+            if several:  # rows come interleaved: shown one after the other
+                display.prompt(first + row, prompt, several)
+                for piece in pieces[row]:
+                    display.piece(piece)
+            display.end_row()
+            whole = "".join(piece.text for piece in pieces[row])
+            origins = [int(piece.origin) for piece in pieces[row]]
+            rows.append(Row(prompt, whole, tokens[row], origins, status[row]))
+    assert latest is not None
+    return Stats(*(np.asarray(counts)[: len(texts)] for counts in latest))  # type: ignore[arg-type]
+
+
+def _load(task: Task) -> _Pair:
+    from specjax import models
+
+    if (task.model is None) != (task.draft is None):
+        given, lacking = ("--model", "--draft") if task.draft is None else ("--draft", "--model")
+        raise ValueError(
+            f"{given} needs {lacking} beside it: a pair with one tokenizer (or neither, for the shipped one)."
+        )
+    default = "float32" if jax.default_backend() == "cpu" else None
+    name = task.dtype or default
+    try:
+        dtype = None if name is None else jnp.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
+    target = models.load(task.model or models.PRETRAINED / "target", dtype=dtype)
+    draft = models.load(task.draft or models.PRETRAINED / "draft", dtype=dtype)
+    return _Pair(target, draft, _tokenizer(task, target))
+
+
+def _tokenizer(task: Task, target: Any) -> Any:
+    from specjax.models import llama2c
+
+    path = Path(task.tokenizer) if task.tokenizer else target.path
+    if path.suffix == ".bin":
+        if not task.tokenizer:
+            raise ValueError(f"{path} has no tokenizer in it: pass --tokenizer with its tokenizer .bin file.")
+        return llama2c.load_tokenizer(path, target.config["vocab_size"])
+    return text.load_tokenizer(path)
+
+
+def _stop_tokens(config: dict[str, Any]) -> np.ndarray:
+    end = config.get("eos_token_id")
+    ids = end if isinstance(end, list) else [] if end is None else [end]
+    return np.array(ids, np.int32)
+
+
+def _join(parts: list[Stats], draft_len: int) -> Stats:
+    if not parts:
+        none, counts = np.zeros((0,), np.int32), np.zeros((0, draft_len), np.int32)
+        parts = [Stats(none, none, counts, counts, counts)]  # type: ignore[arg-type]
+    return Stats(*(np.concatenate(counts) for counts in zip(*parts, strict=True)))  # type: ignore[arg-type]
+
+
+def _num_bytes(params: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+
+def predicted_speedup(summary: Summary) -> float:
+    """The speed-up if time were bytes read and verification cost one step: what the pair allows at best."""
+    alpha = stats.token_acceptance(summary.stats)
+    return stats.predicted_speedup(alpha, summary.draft_len, summary.draft_cost)

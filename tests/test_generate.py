@@ -1,0 +1,342 @@
+"""The loop: identity with greedy decoding, independence of rows, statuses, and no recompilation."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax._src import test_util as jtu
+
+import specjax
+from specjax import decode, models, testing, validate
+from specjax.types import Controller, Status
+
+VOCAB = 13
+TABLE_MODEL = testing.table_model(2, VOCAB)
+TABLE = testing.random_table(jax.random.key(0), order=2, vocab_size=VOCAB, sharpness=2.0)
+BAD_TABLE = testing.random_table(jax.random.key(1), order=2, vocab_size=VOCAB)
+TINY = {
+    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
+}  # fmt: skip
+PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
+LENGTHS = jnp.array([4, 1, 2])
+
+
+def _llama(seed, **changes):
+    loaded = models.random({**TINY, **changes}, jax.random.key(seed))
+    return loaded.model, jax.tree.map(lambda leaf: leaf * 12 if leaf.ndim > 1 else leaf, loaded.params)
+
+
+def _pairs():
+    yield (
+        "table",
+        TABLE_MODEL,
+        TABLE,
+        TABLE_MODEL,
+        jnp.where(jax.random.uniform(jax.random.key(5), TABLE.shape) < 0.5, TABLE, BAD_TABLE),
+    )
+    yield "llama", *_llama(0), *_llama(1, num_hidden_layers=1)
+    yield "llama drafting for itself", *_llama(0), *_llama(0)
+    gpt2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    small = models.random(gpt2, jax.random.key(3))
+    yield "gpt2", small.model, jax.tree.map(lambda leaf: leaf * 9 if leaf.ndim > 1 else leaf, small.params), *_llama(1)
+
+
+PAIRS = {name: parts for name, *parts in _pairs()}
+
+
+@pytest.mark.parametrize(
+    ("pair", "draft_len", "verifier"),
+    [
+        ("table", 1, specjax.verify.greedy()),
+        ("table", 3, specjax.verify.rejection()),
+        ("table", 8, specjax.verify.greedy()),
+        ("llama", 1, specjax.verify.rejection()),
+        ("llama", 4, specjax.verify.greedy()),
+        ("gpt2", 3, specjax.verify.rejection()),
+    ],
+)
+def test_greedy_speculation_is_greedy_decoding(pair, draft_len, verifier):
+    """Catches any loss of position, cache or token between rounds. Ragged prompts, limits that differ by row."""
+    model, params, draft, draft_params = PAIRS[pair]
+    limits = jnp.array([20, 31, 7])
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=limits)
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=limits,
+        controller=specjax.controllers.fixed(draft_len), verifier=verifier,
+    )  # fmt: skip
+    assert out.new_tokens() == plain.new_tokens()
+    assert [len(row) for row in out.new_tokens()] == limits.tolist()
+    assert (out.status == Status.LENGTH).all()
+    assert (out.tokens == plain.tokens).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_model_drafting_for_itself_is_always_right(temperature):
+    """Known bug 5: a draft cache off by one still gives the right text, only fewer tokens a round. K + 1 here."""
+    model, params, draft, draft_params = PAIRS["llama drafting for itself"]
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=31,
+        controller=specjax.controllers.fixed(4), sampling=specjax.Sampling(temperature),
+    )  # fmt: skip
+    assert specjax.stats.acceptance_rate(out.stats) == 1.0
+    assert out.stats.rounds.tolist() == [6, 6, 6]  # 1 + 6 * 5 tokens
+    assert out.stats.emitted.tolist() == [30, 30, 30]
+
+
+def test_caches_hold_verified_tokens_only():
+    """Known bug 5: lengths that count unverified drafts. After every round: all tokens but the last (target), all but
+    the last two (draft)."""
+    model, params, draft, draft_params = PAIRS["llama"]
+    roles = decode.Roles(
+        model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
+    )
+    request = _request(model, PROMPTS, LENGTHS, 12)
+    state = decode.start(roles, request.capacity, params, draft_params, request.arrays)
+    step = jax.jit(decode.speculate, static_argnums=(0, 1))
+    for _ in range(4):
+        before = state.rows.lengths
+        state, info = step(roles, request.capacity, params, draft_params, state)
+        assert (state.rows.lengths == before + info.num_emitted).all()
+        assert (info.num_accepted <= info.draft_lengths).all()
+        assert (state.target_cache.lengths == state.rows.lengths - 1).all()
+        assert (state.drafter_state.cache.lengths == state.rows.lengths - 2).all()
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.9])
+def test_a_row_is_the_same_alone_and_in_company(temperature):
+    """Known bug 3 and shared noise: a row's output must not depend on its batch, its place, the padding or the
+    capacity. The rows of the batch end at different times."""
+    model, params, draft, draft_params = PAIRS["llama"]
+    options = {"sampling": specjax.Sampling(temperature), "controller": specjax.controllers.fixed(3)}
+    drafter = specjax.drafters.draft_model(draft)
+    seeds = jnp.array([70, 71, 72])
+    limits = jnp.array([25, 9, 17])
+    together = specjax.generate(
+        model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=limits, seeds=seeds, **options
+    ).new_tokens()
+    order = jnp.array([2, 0, 1])
+    shuffled = specjax.generate(
+        model, params, drafter, draft_params, PROMPTS[order], LENGTHS[order], max_new_tokens=limits[order],
+        seeds=seeds[order], capacity=70, **options,
+    ).new_tokens()  # fmt: skip
+    assert [shuffled[1], shuffled[2], shuffled[0]] == together
+    wide = jnp.pad(PROMPTS, ((0, 0), (0, 5)), constant_values=12)
+    for row in range(3):
+        alone = specjax.generate(
+            model, params, drafter, draft_params, wide[row : row + 1], LENGTHS[row : row + 1],
+            max_new_tokens=limits[row : row + 1], seeds=seeds[row : row + 1], **options,
+        )  # fmt: skip
+        assert alone.new_tokens()[0] == together[row]
+
+
+def test_a_second_call_compiles_nothing():
+    """Catches closures made anew and values that became static. Everything that may change without a new shape does:
+    known bug 10 is stop tokens read once for ever."""
+    model, params, draft, draft_params = PAIRS["table"]
+
+    def run(key, params, stop, temperature, limit, prompts=PROMPTS):
+        return specjax.generate(
+            model, params, specjax.drafters.draft_model(draft), draft_params, prompts, LENGTHS,
+            key=jax.random.key(key), stop_tokens=np.array(stop), sampling=specjax.Sampling(temperature, top_p=0.9),
+            max_new_tokens=limit, controller=specjax.controllers.fixed(3), verifier=specjax.verify.rejection(),
+            capacity=40,
+        )  # fmt: skip
+
+    other_params, other_prompts = params + 1, PROMPTS + 1
+    plain = specjax.autoregressive(model, other_params, other_prompts, LENGTHS, max_new_tokens=30).new_tokens()
+    run(0, params, [plain[0][1]], 0.5, 20)
+    with jtu.count_jit_compilation_cache_miss() as misses:
+        second = run(1, other_params, [-1], 0.0, 30, other_prompts)
+    assert misses() == 0
+    assert second.new_tokens() == plain  # the first call's stop token, which is in it, stops nothing now
+
+
+def test_inside_the_callers_jit_and_vmap():
+    """Catches anything that needs concrete values, and parameters captured instead of passed."""
+    model, params, draft, draft_params = PAIRS["table"]
+    drafter = specjax.drafters.draft_model(draft)
+    traces = []
+
+    @jax.jit
+    def evaluate(params, draft_params, prompts, lengths, limit):
+        traces.append(1)
+        return specjax.generate(
+            model, params, drafter, draft_params, prompts, lengths, max_new_tokens=limit, capacity=24
+        )
+
+    for scale in (1.0, -1.0):
+        out = evaluate(params * scale, draft_params, PROMPTS, LENGTHS, jnp.int32(15))
+        plain = specjax.autoregressive(model, params * scale, PROMPTS, LENGTHS, max_new_tokens=15)
+        assert out.new_tokens() == plain.new_tokens()
+    assert len(traces) == 1
+
+    tables = jnp.stack([params, -params])
+    many = jax.vmap(evaluate, (0, None, None, None, None))(tables, draft_params, PROMPTS, LENGTHS, jnp.int32(15))
+    for index in range(2):
+        plain = specjax.autoregressive(model, tables[index], PROMPTS, LENGTHS, max_new_tokens=15, capacity=24)
+        assert (many.tokens[index] == plain.tokens).all()
+
+
+@pytest.mark.parametrize("draft_len", [1, 4])
+def test_stop_tokens_end_a_row_wherever_they_fall(draft_len):
+    """Catches tokens emitted after a stop token that was accepted in the middle of a draft."""
+    model, params, draft, draft_params = PAIRS["llama drafting for itself"]
+    stops = jnp.array([[9, -1], [2, 11], [0, 4]])
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=40, stop_tokens=stops)
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=40,
+        stop_tokens=stops, controller=specjax.controllers.fixed(draft_len),
+    )  # fmt: skip
+    assert out.new_tokens() == plain.new_tokens()
+    assert out.status.tolist() == plain.status.tolist()
+    for row, text in enumerate(out.new_tokens()):
+        hit = [token in stops[row].tolist() for token in text]
+        assert not any(hit[:-1])
+        assert hit[-1] == (out.status[row] == Status.STOPPED)
+    assert (out.status == Status.STOPPED).any()
+
+
+def test_faults_end_their_row_and_no_other():
+    """Catches NaN leaking between rows, and tokens lost or invented around a fault."""
+    model, params, draft, draft_params = PAIRS["table"]
+    drafter = specjax.drafters.draft_model(draft)
+    clean = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=20).new_tokens()
+    fatal = clean[0][6:8]  # the context after the 8th token of row 0
+    for poison in (jnp.nan, jnp.inf, -jnp.inf):
+        broken = params.at[tuple(fatal)].set(poison)
+        plain = specjax.autoregressive(model, broken, PROMPTS, LENGTHS, max_new_tokens=20)
+        for draft_len in (1, 5):
+            out = specjax.generate(
+                model, broken, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=20,
+                controller=specjax.controllers.fixed(draft_len),
+            )  # fmt: skip
+            assert out.new_tokens() == plain.new_tokens()
+            assert out.status.tolist() == plain.status.tolist()
+        assert out.status[0] == Status.NON_FINITE
+        assert out.new_tokens()[0] == clean[0][: len(out.new_tokens()[0])]
+        whole = [row for row in range(3) if out.status[row] == Status.LENGTH]
+        assert all(out.new_tokens()[row] == clean[row] for row in whole)
+
+
+def test_a_full_cache_is_a_status():
+    """Catches writes that clamp at the end of the buffer and overwrite live slots."""
+    model, params, draft, draft_params = PAIRS["llama"]
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=30,
+        capacity=20, controller=specjax.controllers.fixed(5),
+    )  # fmt: skip
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=30)
+    assert out.status.tolist() == [Status.CACHE_FULL] * 3
+    assert out.lengths.tolist() == [20] * 3
+    for new, wanted in zip(out.new_tokens(), plain.new_tokens(), strict=True):
+        assert new == wanted[: len(new)]
+
+
+def test_bad_prompts_hidden_in_traced_data():
+    """Catches silent garbage: an empty prompt, a length past the width, an id outside the vocabulary."""
+    model, params, draft, draft_params = PAIRS["table"]
+    drafter = specjax.drafters.draft_model(draft)
+    prompts = jnp.array([[1, 2], [1, 2], [1, VOCAB], [3, VOCAB]])
+    lengths = jnp.array([0, 3, 2, 1])
+    out = jax.jit(lambda p, n: specjax.generate(model, params, drafter, draft_params, p, n, max_new_tokens=4))(
+        prompts, lengths
+    )
+    assert out.status.tolist() == [Status.BAD_PROMPT] * 3 + [Status.LENGTH]
+    assert [len(row) for row in out.new_tokens()] == [0, 0, 0, 4]
+    assert "empty" in Status.BAD_PROMPT.describe()
+
+
+def test_long_prompts_are_read_in_chunks(monkeypatch):
+    """Catches chunk borders: the last token in an earlier chunk than the row's neighbour's, uneven chunks."""
+    from specjax import prefill
+
+    model, params, draft, draft_params = PAIRS["llama"]
+    prompts = jax.random.randint(jax.random.key(4), (3, 23), 0, VOCAB)
+    lengths = jnp.array([23, 8, 9])
+    wanted = specjax.autoregressive(model, params, prompts, lengths, max_new_tokens=10).new_tokens()
+    monkeypatch.setattr(prefill, "CHUNK", 8)
+    jax.clear_caches()
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, prompts, lengths, max_new_tokens=10
+    )
+    assert out.new_tokens() == wanted
+    asked = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
+    monkeypatch.undo()
+    whole = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
+    for row, length in enumerate(lengths.tolist()):
+        for chunked, one in zip(asked.hidden, whole.hidden, strict=True):
+            np.testing.assert_allclose(chunked[row, :length], one[row, :length], atol=1e-4)
+    jax.clear_caches()
+
+
+def test_no_host_in_the_compiled_loop_and_no_cache_copied():
+    """Catches callbacks, and a copy of a cache-shaped buffer inside the loop body."""
+    model, params, draft, draft_params = PAIRS["llama"]
+    roles = decode.Roles(
+        model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
+    )
+    request = _request(model, PROMPTS, LENGTHS, 400)
+    lowered = decode._generate.lower(roles, request.capacity, params, draft_params, request.arrays, None, 0)
+    for word in ("callback", "infeed", "outfeed"):
+        assert word not in lowered.as_text()
+    text = lowered.compile().as_text()
+    assert "while(" in text
+    cache = "f32[3,2,512,4]"  # 404 tokens and the slack of a round, in steps of 128
+    assert cache in text
+    copies = [line for line in text.splitlines() if f"= {cache}" in line and " copy(" in line and "while/body" in line]
+    assert not copies
+
+
+def _request(model, prompts, lengths, max_new_tokens):
+    return validate.request(
+        model, prompts, lengths, key=None, max_new_tokens=max_new_tokens, sampling=specjax.Sampling(),
+        stop_tokens=(), seeds=None, capacity=None,
+    )  # fmt: skip
+
+
+def _saw(longest: int) -> Controller:
+    """Draft lengths 0, 1, ..., longest in turn, different for every row."""
+    return Controller(
+        init=lambda batch: jnp.arange(batch, dtype=jnp.int32),
+        draft_len=lambda state: state % (longest + 1),
+        update=lambda state, info: state + 1,
+        longest=longest,
+    )
+
+
+@pytest.mark.parametrize("pair", ["table", "llama"])
+def test_draft_lengths_may_vary_by_row_and_round(pair):
+    """Catches a draft cache that falls behind when a row drafts little, or nothing, while others draft on."""
+    model, params, draft, draft_params = PAIRS[pair]
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=25)
+    drafter = specjax.drafters.draft_model(draft)
+    controller = _saw(4)
+    out = specjax.generate(
+        model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=25, controller=controller
+    )
+    assert out.new_tokens() == plain.new_tokens()
+    again = specjax.generate(
+        model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=25, controller=controller,
+        controller_state=out.controller_state,
+    )  # fmt: skip
+    assert (again.controller_state > out.controller_state).all()
+
+
+def test_drafting_may_stop_early():
+    """Catches a stopping rule that is ignored, or that changes the text."""
+    model, params, _, draft_params = PAIRS["llama drafting for itself"]
+    drafter = specjax.drafters.draft_model(model)
+    unsure = Controller(
+        init=lambda batch: jnp.zeros((batch,), jnp.int32),
+        draft_len=lambda state: state + 6,
+        update=lambda state, info: state,
+        longest=6,
+        keep_drafting=lambda state, token, law, step: jnp.max(law, -1) > 0.25,
+    )
+    options = {"max_new_tokens": 40, "sampling": specjax.Sampling(1.0)}
+    out = specjax.generate(model, params, drafter, draft_params, PROMPTS, LENGTHS, controller=unsure, **options)
+    assert 0 < int(out.stats.drafted[:, 1].sum()) < int(out.stats.drafted[:, 0].sum())
+    assert specjax.stats.acceptance_rate(out.stats) == 1.0  # it drafts for itself: every drafted token stays

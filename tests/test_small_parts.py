@@ -1,0 +1,145 @@
+"""Trees, statistics, text, import layers: the parts that need few lines each."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specjax
+from specjax import models, stats, testing, text, tree
+from specjax.types import Draft, Drafter, Stats
+
+PACKAGE = Path(specjax.__file__).resolve().parent
+
+# Lower may not import higher; a module may import its own layer.
+LAYERS = [
+    {"types", "noise"},
+    {"sampling", "cache", "tree"},
+    {"rows", "prefill"},
+    {"verify", "controllers", "drafters"},
+    {"validate"},
+    {"decode"},
+    {"stream", "stats", "testing"},
+    {"text"},
+    {"runner"},
+    {"report"},
+    {"cli"},
+]
+
+
+def _imports(file: Path) -> set[str]:
+    """The specjax modules that a file imports, by their first name below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.split(".")[0] == "specjax":
+            parts = node.module.split(".")
+            found |= {parts[1]} if len(parts) > 1 else {alias.name for alias in node.names}
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[1] for alias in node.names if alias.name.startswith("specjax.")}
+    return found
+
+
+def test_imports_point_down():
+    """Catches the core importing an architecture or the command line, and cycles."""
+    rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
+    files = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+    assert {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in files} == {*rank, "models"}
+    for file in files:
+        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        for name in _imports(file) & rank.keys() if own != "models" else ():
+            assert rank[name] <= rank[own], f"{own} imports {name}, which lies above it"
+        if own == "models":
+            assert _imports(file) <= {"types", "cache", "models"}, file
+        elif own not in ("runner", "text", "cli"):
+            assert "models" not in _imports(file), f"{own} must not know an architecture"
+
+
+def test_every_file_is_one_algorithm():
+    """Catches files that grow past what a reader holds: 350 lines at most."""
+    for file in PACKAGE.rglob("*.py"):
+        assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
+
+
+def test_tree_layout():
+    """Catches a node that sees its sibling, or not its grandparent."""
+    shape = tree.layout(jnp.array([[-1, -1, 0, 2], [-1, 0, 1, 2]]))
+    assert shape.depths.tolist() == [[0, 1, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert shape.visible[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 1, 0, 1, 1],
+    ]  # fmt: skip
+    assert (shape.visible[1] == jnp.tril(jnp.ones((5, 5), bool))).all()
+
+
+@pytest.mark.parametrize("order", [1, 3])
+def test_a_chain_is_a_tree_with_one_child_each(order):
+    """Catches a loop that treats a draft with parents differently from a chain."""
+    model = testing.table_model(order, 7)
+    table = testing.random_table(jax.random.key(1), order=order, vocab_size=7, sharpness=2.0)
+    worse = jnp.where(jax.random.uniform(jax.random.key(2), table.shape) < 0.3, 0.0, table)
+    chain = specjax.drafters.draft_model(model)
+
+    def propose(params, state, context, plan):
+        draft, state = chain.propose(params, state, context, plan)
+        return Draft(draft.tokens, draft.lengths, draft.probs, jnp.arange(plan.longest) - 1), state
+
+    treed = Drafter(chain.init, propose, chain.commit, chain.vocab_size)
+    prompts = jnp.array([[1, 2, 3], [4, 5, 6]])
+    for temperature in (0.0, 1.0):
+        one, other = (
+            specjax.generate(
+                model, table, drafter, worse, prompts, max_new_tokens=20, sampling=specjax.Sampling(temperature)
+            )
+            for drafter in (chain, treed)
+        )
+        assert one.new_tokens() == other.new_tokens()
+
+
+@pytest.mark.parametrize(
+    ("alpha", "cost", "draft_len", "speedup"),
+    [(0.6, 0.01, 7, 2.30), (0.9, 0.01, 24, 7.49), (0.8, 0.05, 8, 3.09), (0.7, 0.1, 4, 1.98), (0.9, 0.2, 7, 2.37)],
+)
+def test_predicted_speedup_matches_the_published_table(alpha, cost, draft_len, speedup):
+    """Catches a wrong formula: values of Leviathan et al., theorem 3.8, tabulated in FIELD.md."""
+    assert stats.predicted_speedup(alpha, draft_len, cost) == pytest.approx(speedup, abs=0.006)
+
+
+def test_statistics_of_nothing_are_nan():
+    """Catches a division by zero where a row never drafted."""
+    none = np.zeros((1,), np.int32)
+    empty = Stats(none, none, *(np.zeros((1, 2), np.int32),) * 3)
+    assert np.isnan(stats.acceptance_rate(empty))
+    assert np.isnan(stats.tokens_per_round(empty))
+    assert np.isnan(stats.acceptance_by_position(empty)).all()
+
+
+def test_prompts_are_padded_to_buckets():
+    """Catches a new program for every prompt length."""
+    assert text.pad_prompts([[1] * 5, [2] * 33]).tokens.shape == (2, 64)
+    with pytest.raises(ValueError, match="BOS"):
+        text.pad_prompts([[1], []])
+
+
+def test_streamed_text_is_generated_text():
+    """Catches spaces lost between tokens, and characters split over tokens."""
+    pair = [models.load(models.PRETRAINED / name, dtype=jnp.float32) for name in ("target", "draft")]
+    drafter = specjax.drafters.draft_model(pair[1].model)
+    tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
+    texts = ["import numpy", "# naïve café → ✓\ndef f("]
+    arguments = (pair[0].model, pair[0].params, drafter, pair[1].params, tokenizer, texts)
+    whole = text.generate_text(*arguments, max_new_tokens=24)
+    assert whole[0].startswith(" as np")
+    rows = ["", ""]
+    for piece in text.stream_text(*arguments, max_new_tokens=24):
+        rows[piece.row] += piece.text
+    assert rows == whole
+
+
+def test_a_folder_without_tokenizer_says_so(tmp_path):
+    """Catches a traceback from deep inside the tokenizer library."""
+    with pytest.raises(FileNotFoundError, match=r"tokenizer\.json.*AutoTokenizer"):
+        text.load_tokenizer(tmp_path)

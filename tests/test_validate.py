@@ -1,0 +1,88 @@
+"""Bad input: a ValueError that says what was expected, what came, and what to do."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specjax
+from specjax import models, testing
+
+MODEL = testing.table_model(1, 8)
+TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+DRAFTER = specjax.drafters.draft_model(MODEL)
+PROMPTS = jnp.array([[1, 2, 3], [4, 5, 0]])
+GPT2 = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 10}
+
+CASES = {
+    "one row": ({"prompts": jnp.array([1, 2])}, r"\[B, P\].*prompts\[None\]"),
+    "no rows": ({"prompts": jnp.zeros((0, 3), jnp.int32)}, "empty"),
+    "no columns": ({"prompts": jnp.zeros((2, 0), jnp.int32)}, "empty"),
+    "floats": ({"prompts": PROMPTS.astype(jnp.float32)}, "integers.*float32"),
+    "lengths for other rows": ({"prompt_lengths": jnp.array([1, 2, 3])}, r"prompt_lengths.*\[2\].*\(3,\)"),
+    "float lengths": ({"prompt_lengths": jnp.array([1.0, 2.0])}, "prompt_lengths.*float32"),
+    "empty prompt": ({"prompt_lengths": jnp.array([3, 0])}, "row 1 is empty.*BOS"),
+    "length past the width": ({"prompt_lengths": jnp.array([3, 4])}, r"prompt_lengths\[1\] = 4.*3 columns"),
+    "id too large": ({"prompts": jnp.array([[1, 2, 3], [4, 8, 0]])}, r"prompts\[1, 1\] = 8.*0\.\.7.*tokenizer"),
+    "negative id": ({"prompts": jnp.array([[1, -1, 3]])}, r"prompts\[0, 1\] = -1"),
+    "prompt past the capacity": ({"capacity": 2}, "3 columns.*capacity=2"),
+    "no tokens asked": ({"max_new_tokens": 0}, "max_new_tokens must be 1 or more, got 0"),
+    "limits for other rows": ({"max_new_tokens": jnp.array([1, 2, 3])}, "max_new_tokens"),
+    "negative temperature": ({"sampling": specjax.Sampling(-1.0)}, r"temperature.*0 or more.*got -1\.0"),
+    "nan temperature": ({"sampling": specjax.Sampling(float("nan"))}, "temperature.*finite"),
+    "one row's temperature": ({"sampling": specjax.Sampling(jnp.array([1.0, -2.0]))}, r"got -2\.0"),
+    "top_p zero": ({"sampling": specjax.Sampling(1.0, top_p=0.0)}, r"top_p must be in \(0, 1\].*got 0\.0"),
+    "top_p above one": ({"sampling": specjax.Sampling(1.0, top_p=1.5)}, r"got 1\.5"),
+    "top_k negative": ({"sampling": specjax.Sampling(1.0, top_k=-1)}, "top_k must be 0 or more"),
+    "min_p one": ({"sampling": specjax.Sampling(1.0, min_p=1.0)}, r"min_p must be in \[0, 1\)"),
+    "settings for other rows": ({"sampling": specjax.Sampling(jnp.ones(3))}, r"temperature.*\[2\], got \(3,\)"),
+    "not a Sampling": ({"sampling": {"temperature": 1}}, "specjax.Sampling, got dict"),
+    "many keys": ({"key": jax.random.split(jax.random.key(0), 2)}, "one PRNG key"),
+    "an int for a key": ({"key": 3}, r"jax\.random\.key\(seed\)"),
+    "stop token too large": ({"stop_tokens": [8]}, r"stop token 8.*0\.\.7"),
+    "stop tokens for other rows": ({"stop_tokens": np.zeros((3, 1), np.int32)}, r"\[n\] or \[B, n\]"),
+    "seeds for other rows": ({"seeds": jnp.arange(3)}, "seeds"),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("call", ["generate", "autoregressive"])
+def test_bad_arguments_are_refused_with_a_remedy(case, call):
+    """Catches bad input that becomes silent garbage, or an error from deep inside XLA."""
+    changes, message = CASES[case]
+    options = {"prompts": PROMPTS, "max_new_tokens": 4, **changes}
+    if call == "generate":
+        options |= {"drafter": DRAFTER, "drafter_params": TABLE}
+    with pytest.raises(ValueError, match=message):
+        getattr(specjax, call)(model=MODEL, params=TABLE, **options)
+
+
+def test_parts_that_do_not_fit():
+    """Catches a draft model with another vocabulary, K below 1, and a greedy verifier asked to sample."""
+    other = specjax.drafters.draft_model(testing.table_model(1, 9))
+    with pytest.raises(ValueError, match=r"vocabularies differ.*9 ids.*8"):
+        specjax.generate(MODEL, TABLE, other, TABLE, PROMPTS)
+    with pytest.raises(ValueError, match=r"1 or more, got 0.*autoregressive"):
+        specjax.controllers.fixed(0)
+    with pytest.raises(ValueError, match=r"temperature 0 only.*rejection"):
+        specjax.generate(
+            MODEL, TABLE, DRAFTER, TABLE, PROMPTS, sampling=specjax.Sampling(0.5), verifier=specjax.verify.greedy()
+        )
+
+
+def test_models_with_a_last_position():
+    """Catches positions past the end of a learned table, which a gather clamps without a word."""
+    loaded = models.random(GPT2, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"capacity 11.*10 positions"):
+        specjax.autoregressive(loaded.model, loaded.params, PROMPTS, capacity=11)
+    out = specjax.autoregressive(loaded.model, loaded.params, PROMPTS, max_new_tokens=50)
+    assert out.lengths.tolist() == [10, 10]
+    assert [specjax.Status(value).name for value in out.status.tolist()] == ["CACHE_FULL"] * 2
+
+
+def test_a_traced_limit_needs_a_capacity():
+    """Catches a tracer that leaks into a shape."""
+    with pytest.raises(ValueError, match="max_new_tokens is traced.*capacity="):
+        jax.jit(lambda n: specjax.autoregressive(MODEL, TABLE, PROMPTS, max_new_tokens=n))(3)
