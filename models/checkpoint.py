@@ -75,7 +75,7 @@ def read_params(folder: Path, built: Architecture, dtype: Any, sharding: Shardin
     ]
     if wrong:
         raise ValueError(f"{folder}: tensors do not have the shapes that config.json asks for: {_some(wrong)}.")
-    _check_tied(folder, tensors, built)
+    _check_tied(folder, tensors, built, source)
 
     def read(path, leaf) -> jax.Array:
         name = tensor_name(path)
@@ -95,6 +95,8 @@ def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str
             source[built.prefix + name] = name
         elif not name.endswith(built.ignored) and not (built.tied and name == built.tied[0]):
             extra.append(name)
+    if built.tied and built.tied[0] in stored:
+        source.setdefault(built.tied[1], built.tied[0])  # of the two, some checkpoints hold only the output layer
     missing = sorted(wanted - source.keys())
     if missing or extra:
         said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
@@ -216,12 +218,12 @@ def _to_device(tensor: _Tensor, dtype: Any, sharding: jax.sharding.Sharding | No
     return jax.make_array_from_callback(tensor.shape, sharding, piece)
 
 
-def _check_tied(folder: Path, tensors: dict[str, _Tensor], built: Architecture) -> None:
+def _check_tied(folder: Path, tensors: dict[str, _Tensor], built: Architecture, source: dict[str, str]) -> None:
     """A tied output layer that was stored all the same must be the embedding."""
     if built.tied is None or built.tied[0] not in tensors:
         return
     whole = (slice(None), slice(None))
-    spare, kept = (tensors[name].read(whole) for name in built.tied)
+    spare, kept = (tensors[name].read(whole) for name in (built.tied[0], source[built.tied[1]]))
     if not np.array_equal(spare, kept):
         raise ValueError(
             f"{folder}: config.json ties {built.tied[0]} to {built.tied[1]}, but the stored tensors differ. "

@@ -51,7 +51,9 @@ class Placement(NamedTuple):
 def init_cache(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
     """An empty cache. Slots are rounded up to a multiple of 128, which every backend tiles well."""
     shape = (batch, heads, -(-slots // 128) * 128, head_dim)
-    return KVCache(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), jnp.zeros((batch,), jnp.int32))
+    # Were the lengths known to be 0, XLA would fold the masks of every prefix, element by element: minutes of compiling.
+    lengths = lax.optimization_barrier(jnp.zeros((batch,), jnp.int32))
+    return KVCache(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), lengths)
 
 
 def init_block(layers: int, batch: int, heads: int, size: int, head_dim: int, dtype) -> KVBlock:

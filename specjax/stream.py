@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import enum
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from specjax import controllers, validate, verify
-from specjax.decode import Roles, State, speculate, start
+from specjax.rounds import Roles, State, speculate, start
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Drafter, Model, PyTree, Round, Sampling, Stats, Status, Verifier
 
@@ -50,17 +51,17 @@ def stream(
     params: PyTree,
     drafter: Drafter,
     drafter_params: PyTree,
-    prompts: Array,
-    prompt_lengths: Array | None = None,
+    prompts: ArrayLike,
+    prompt_lengths: ArrayLike | None = None,
     *,
     key: Array | None = None,
-    max_new_tokens: int | Array = 128,
+    max_new_tokens: ArrayLike = 128,
     sampling: Sampling = Sampling(),
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
-    stop_tokens: Array | tuple[int, ...] = (),
-    seeds: Array | None = None,
+    stop_tokens: ArrayLike | Sequence[int] = (),
+    seeds: ArrayLike | None = None,
     capacity: int | None = None,
     rounds_per_dispatch: int = 1,
 ) -> Iterator[Chunk]:

@@ -9,7 +9,7 @@ import pytest
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, models, testing, validate
+from specjax import decode, models, rounds, testing, validate
 from specjax.types import Controller, Status
 
 VOCAB = 13
@@ -90,12 +90,12 @@ def test_caches_hold_verified_tokens_only():
     """Known bug 5: lengths that count unverified drafts. After every round: all tokens but the last (target), all but
     the last two (draft)."""
     model, params, draft, draft_params = PAIRS["llama"]
-    roles = decode.Roles(
+    roles = rounds.Roles(
         model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
     )
     request = _request(model, PROMPTS, LENGTHS, 12)
-    state = decode.start(roles, request.capacity, params, draft_params, request.arrays)
-    step = jax.jit(decode.speculate, static_argnums=(0, 1))
+    state = rounds.start(roles, request.capacity, params, draft_params, request.arrays)
+    step = jax.jit(rounds.speculate, static_argnums=(0, 1))
     for _ in range(4):
         before = state.rows.lengths
         state, info = step(roles, request.capacity, params, draft_params, state)
@@ -275,7 +275,7 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
 def test_no_host_in_the_compiled_loop_and_no_cache_copied():
     """Catches callbacks, and a copy of a cache-shaped buffer inside the loop body."""
     model, params, draft, draft_params = PAIRS["llama"]
-    roles = decode.Roles(
+    roles = rounds.Roles(
         model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
     )
     request = _request(model, PROMPTS, LENGTHS, 400)

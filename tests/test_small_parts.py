@@ -23,6 +23,7 @@ LAYERS = [
     {"rows", "prefill"},
     {"verify", "controllers", "drafters"},
     {"validate"},
+    {"rounds"},
     {"decode"},
     {"stream", "stats", "testing"},
     {"text"},
@@ -30,6 +31,10 @@ LAYERS = [
     {"report"},
     {"cli"},
 ]
+
+
+def _files() -> list[Path]:
+    return [*PACKAGE.rglob("*.py"), *(PACKAGE / "models").glob("*.py")]  # rglob follows no link
 
 
 def _imports(file: Path) -> set[str]:
@@ -47,7 +52,7 @@ def _imports(file: Path) -> set[str]:
 def test_imports_point_down():
     """Catches the core importing an architecture or the command line, and cycles."""
     rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
-    files = [file for file in PACKAGE.rglob("*.py") if file != PACKAGE / "__init__.py"]
+    files = [file for file in _files() if file != PACKAGE / "__init__.py"]
     assert {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in files} == {*rank, "models"}
     for file in files:
         own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
@@ -61,7 +66,7 @@ def test_imports_point_down():
 
 def test_every_file_is_one_algorithm():
     """Catches files that grow past what a reader holds: 350 lines at most."""
-    for file in PACKAGE.rglob("*.py"):
+    for file in _files():
         assert len(file.read_text(encoding="utf-8").splitlines()) <= 350, file
 
 
@@ -132,7 +137,6 @@ def test_streamed_text_is_generated_text():
     texts = ["import numpy", "# naïve café → ✓\ndef f("]
     arguments = (pair[0].model, pair[0].params, drafter, pair[1].params, tokenizer, texts)
     whole = text.generate_text(*arguments, max_new_tokens=24)
-    assert whole[0].startswith(" as np")
     rows = ["", ""]
     for piece in text.stream_text(*arguments, max_new_tokens=24):
         rows[piece.row] += piece.text

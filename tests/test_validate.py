@@ -84,5 +84,5 @@ def test_models_with_a_last_position():
 
 def test_a_traced_limit_needs_a_capacity():
     """Catches a tracer that leaks into a shape."""
-    with pytest.raises(ValueError, match="max_new_tokens is traced.*capacity="):
+    with pytest.raises(ValueError, match=r"max_new_tokens is traced.*capacity="):
         jax.jit(lambda n: specjax.autoregressive(MODEL, TABLE, PROMPTS, max_new_tokens=n))(3)

@@ -50,7 +50,7 @@ def tokenizer(folder):
 def test_greedy_text_is_the_one_its_author_printed(loaded, tokenizer, folder):
     """Catches weights in the wrong order, rotary pairs in the wrong layout, wrong rope or norms, a wrong BOS, and a
     decoder that misplaces spaces: any of them changes the story."""
-    out = specjax.autoregressive(loaded.model, loaded.params, jnp.array([[1]]), max_new_tokens=220)
+    out = specjax.autoregressive(loaded.model, loaded.params, jnp.array([[1]]), max_new_tokens=240)
     told = tokenizer.decode(out.new_tokens()[0])
     printed = (folder / "stories260K.md").read_text().split("-t 0.0\n")[1].split("\n```")[0]
     assert len(told) > 500
@@ -129,7 +129,7 @@ def test_an_output_layer_of_its_own(tmp_path):
     ("content", "culprit"),
     [
         (b"", "0 bytes"),
-        (b"not a checkpoint of any kind at all", "header reads"),
+        (b"not a checkpoint of any kind at all", "version 0"),
         (struct.pack("<7i", 64, 172, 5, 0, 4, 512, 512), "header reads"),
         (struct.pack("<7i", 64, 172, 5, 8, 4, 512, 512) + bytes(1000), "1028 bytes"),
     ],

@@ -1,0 +1,211 @@
+"""One speculation round: draft, verify, accept, commit; and the state that rounds pass on."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax import noise, tree
+from specjax.noise import Role
+from specjax.prefill import prefill
+from specjax.rows import Advance, advance, is_active, last_tokens, open_rows
+from specjax.sampling import process, sample
+from specjax.types import (
+    Array,
+    Context,
+    Controller,
+    Draft,
+    Drafter,
+    DraftPlan,
+    Model,
+    PyTree,
+    Round,
+    Rows,
+    Stats,
+    Target,
+    Verifier,
+)
+from specjax.validate import Request
+
+
+class Roles(NamedTuple):
+    """The static half of a generation: hashable, so that jit knows an old program by it."""
+
+    model: Model
+    drafter: Drafter
+    verifier: Verifier
+    controller: Controller
+
+
+class State(NamedTuple):
+    """The carry of the speculation loop.
+
+    Invariant between rounds: the target's cache holds all tokens of a row but the last.
+    """
+
+    rows: Rows
+    target_cache: PyTree
+    drafter_state: PyTree
+    controller_state: PyTree
+    stats: Stats
+
+
+def start(
+    roles: Roles,
+    capacity: int,
+    params: PyTree,
+    drafter_params: PyTree,
+    request: Request,
+    controller_state: PyTree | None = None,
+) -> State:
+    """Reads the prompts with target and drafter, and emits each row's first token."""
+    model, drafter, _, controller = roles
+    batch, _ = request.prompts.shape
+    longest = controller.longest
+    slots = capacity + longest + 1  # a round writes K+1 slots past the live ones
+    rows = open_request(model, request, slots)
+    cache = model.init_cache(params, batch, slots)
+    prompts = rows.tokens[:, : request.prompts.shape[1]]
+    prompt = prefill(model, params, prompts, rows.lengths, cache, drafter.hidden_layers)
+    context = Context(rows, prompt.cache)
+    drafter_state = drafter.init(drafter_params, context, prompts, prompt.hidden, slots=slots, longest=longest)
+    counts = jnp.zeros((batch, longest), jnp.int32)
+    none = jnp.zeros((batch,), jnp.int32)
+    return State(
+        rows=first_token(model, rows, prompt.logits, capacity),
+        target_cache=prompt.cache,
+        drafter_state=drafter_state,
+        controller_state=controller.init(batch) if controller_state is None else controller_state,
+        stats=Stats(none, none, counts, counts, counts),
+    )
+
+
+def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
+    """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are."""
+    model, drafter, verifier, controller = roles
+    rows = state.rows
+    was_active = is_active(rows)
+    context = Context(rows, state.target_cache)
+
+    plan = _plan(controller, state.controller_state, rows)
+    draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
+    longest = draft.tokens.shape[1]
+
+    block_tokens = jnp.concatenate([last_tokens(rows, 1), draft.tokens], 1)
+    shape = None if draft.parents is None else tree.layout(draft.parents)
+    out = model.apply(
+        params,
+        block_tokens,
+        state.target_cache,
+        model.init_block(params, rows.tokens.shape[0], longest + 1),
+        depths=shape and shape.depths,
+        visible=shape and shape.visible,
+        hidden_layers=drafter.hidden_layers,
+    )
+    processed = process(out.logits, rows.sampling, model.vocab_size)
+    draft = _match_width(draft, processed.shape[-1])
+    verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
+
+    path, drafted = verdict.path, draft.tokens
+    sound = _is_sound(out.logits, model.vocab_size)  # [B, K+1]
+    if path is not None:
+        drafted = jnp.take_along_axis(drafted, path, 1)
+        sound = jnp.take_along_axis(sound, jnp.pad(path + 1, ((0, 0), (1, 0))), 1)
+    # Nothing after a law that is not finite can be trusted: tokens before it stay, the row ends there.
+    num_sound = jnp.sum(jnp.cumprod(sound.astype(jnp.int32), -1), -1)
+    num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
+    faulty = num_sound <= num_accepted
+    width = drafted.shape[1]
+    candidates = jnp.where(
+        jnp.arange(width + 1)[None] == num_accepted[:, None],
+        verdict.next_token[:, None],
+        jnp.pad(drafted, ((0, 0), (0, 1))),
+    )
+    moved = advance(rows, candidates, num_accepted + jnp.where(faulty, 0, 1), faulty, capacity=capacity)
+
+    block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
+    target_cache = model.commit(state.target_cache, out.block, moved.num_emitted, block_path)
+    place = jnp.arange(longest)[None]
+    draft_lengths = jnp.where(was_active, draft.lengths, 0)
+    info = Round(
+        tokens=moved.tokens,
+        num_emitted=moved.num_emitted,
+        num_accepted=jnp.minimum(num_accepted, moved.num_emitted),
+        draft_tokens=jnp.where(place < draft_lengths[:, None], draft.tokens, -1),
+        draft_lengths=draft_lengths,
+        hidden=out.hidden,
+        path=path,
+    )
+    after = Context(moved.rows, target_cache)
+    next_state = State(
+        rows=moved.rows,
+        target_cache=target_cache,
+        drafter_state=drafter.commit(drafter_params, drafter_state, after, info),
+        controller_state=controller.update(state.controller_state, info),
+        stats=_count(state.stats, info, was_active),
+    )
+    return next_state, info
+
+
+def open_request(model: Model, request: Request, slots: int) -> Rows:
+    """Fresh rows for a checked request, with room for `slots` tokens each."""
+    prompts, lengths, key, limits, sampling, stop_tokens, seeds = request
+    return open_rows(
+        prompts, lengths, key=key, seeds=seeds, limits=lengths + limits, sampling=sampling,
+        stop_tokens=stop_tokens, slots=slots, vocab_size=model.vocab_size,
+    )  # fmt: skip
+
+
+def first_token(model: Model, rows: Rows, logits: Array, capacity: int) -> Rows:
+    """The token after the prompt; it is part of no round."""
+    moved = emit_one(model, rows, logits, capacity)
+    return moved.rows._replace(rounds=rows.rounds)
+
+
+def emit_one(model: Model, rows: Rows, logits: Array, capacity: int) -> Advance:
+    """One token from the target's own law: noise is addressed by position, so any verifier can find it again."""
+    processed = process(logits[:, None], rows.sampling, model.vocab_size)[:, 0]
+    token = sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), processed, rows.sampling)
+    faulty = ~_is_sound(logits[:, None], model.vocab_size)[:, 0]
+    return advance(rows, token[:, None], jnp.where(faulty, 0, 1), faulty, capacity=capacity)
+
+
+def _plan(controller: Controller, state: PyTree, rows: Rows) -> DraftPlan:
+    """Draft lengths for this round; a row never drafts past its limit, less the token that verification adds."""
+    lengths = jnp.clip(controller.draft_len(state), 0, controller.longest)
+    lengths = jnp.clip(rows.limits - rows.lengths - 1, 0, lengths)
+    steps = jnp.max(jnp.where(is_active(rows), lengths, 0)) if controller.varies else controller.longest
+    rule = controller.keep_drafting
+    keep = None if rule is None else lambda token, law, step: rule(state, token, law, step)
+    return DraftPlan(lengths, controller.longest, steps, keep)
+
+
+def _match_width(draft: Draft, width: int) -> Draft:
+    """The draft's law over the target's columns: vocabularies are equal, but paddings may differ."""
+    if draft.probs is None or draft.probs.shape[-1] == width:
+        return draft
+    probs = draft.probs[..., :width]
+    return draft._replace(probs=jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1]))))
+
+
+def _is_sound(logits: Array, vocab_size: int) -> Array:
+    """Whether the law after each token exists: no NaN, no +inf, something above -inf. [B, T, V] -> [B, T]."""
+    # NaN propagates through max; -inf alone is a mask, not a fault.
+    peak = jnp.max(logits[..., :vocab_size], -1)
+    return jnp.isfinite(peak)
+
+
+def _count(stats: Stats, info: Round, was_active: Array) -> Stats:
+    place = jnp.arange(stats.drafted.shape[1])[None]
+    was_drafted = place < info.draft_lengths[:, None]
+    # An emitted token that was not drafted replaces the draft token whose turn it was.
+    num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
+    return Stats(
+        rounds=stats.rounds + was_active.astype(jnp.int32),
+        emitted=stats.emitted + info.num_emitted,
+        drafted=stats.drafted + was_drafted.astype(jnp.int32),
+        tested=stats.tested + ((place < num_tested) & was_drafted).astype(jnp.int32),
+        accepted=stats.accepted + (place < info.num_accepted[:, None]).astype(jnp.int32),
+    )
