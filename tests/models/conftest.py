@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import torch
@@ -98,6 +98,22 @@ def reference_logits() -> Callable[[torch.nn.Module, Any], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
+def our_logits() -> Callable[[models.Loaded, Any], np.ndarray]:
+    """What specjax says of whole texts: [B, T] -> [B, T, V]."""
+
+    @jax.jit(static_argnums=0)
+    def read(model, params, tokens):
+        batch, width = tokens.shape
+        cache = model.init_cache(params, batch, width)
+        return model.apply(params, tokens, cache, model.init_block(params, batch, width)).logits
+
+    def logits(loaded: models.Loaded, tokens: Any) -> np.ndarray:
+        return np.asarray(read(loaded.model, loaded.params, np.asarray(tokens, np.int32)))
+
+    return logits
+
+
+@pytest.fixture(scope="session")
 def raw_tensors() -> Callable[[Path], dict[str, RawTensor]]:
     """Every tensor of a folder's safetensors files, parsed here by hand: no library between the test and the bytes."""
 
@@ -150,11 +166,3 @@ def edit_config() -> Callable[..., None]:
         path.write_text(json.dumps({name: value for name, value in config.items() if name not in drop}))
 
     return edit
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch) -> None:
-    """No test here may ask a hub."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert os.environ["HF_HUB_OFFLINE"] == "1"
-    assert models.PRETRAINED.is_dir()

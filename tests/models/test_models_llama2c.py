@@ -57,24 +57,19 @@ def test_greedy_text_is_the_one_its_author_printed(loaded, tokenizer, folder):
     assert printed.startswith(told[:500])
 
 
-def test_logits_match_the_arithmetic_of_run_c(loaded, folder):
+def test_logits_match_the_arithmetic_of_run_c(loaded, folder, our_logits):
     """Catches errors that a transformers model built by the same permutation would share: here the pairs are rotated
     side by side, with the angles stored in the file, in float64."""
     tokens = np.random.default_rng(0).integers(0, 512, 40, np.int32)
-    model, params = loaded.model, loaded.params
-    cache = model.init_cache(params, 1, 40)
-    out = model.apply(params, jnp.asarray(tokens)[None], cache, model.init_block(params, 1, 40))
     wanted = _run_c(folder / "stories260K.bin", tokens)
-    np.testing.assert_allclose(out.logits[0], wanted, rtol=0, atol=TOLERANCE)
+    np.testing.assert_allclose(our_logits(loaded, tokens[None])[0], wanted, rtol=0, atol=TOLERANCE)
 
 
-def test_transformers_reads_what_save_makes_of_it(loaded, tmp_path, read_reference, reference_logits):
+def test_transformers_reads_what_save_makes_of_it(loaded, tmp_path, our_logits, read_reference, reference_logits):
     """Catches a config that describes these weights to specjax only."""
     models.save(loaded, tmp_path / "saved")
-    tokens = np.arange(3, 30)
-    model, params = loaded.model, loaded.params
-    ours = model.apply(params, tokens[None].astype(np.int32), model.init_cache(params, 1, 1),
-                       model.init_block(params, 1, 27)).logits[0]  # fmt: skip
+    tokens = np.arange(40)
+    ours = our_logits(loaded, tokens[None])[0]
     theirs = reference_logits(read_reference(tmp_path / "saved"), tokens)
     np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCE)
 

@@ -32,7 +32,7 @@ Once upon a time there was a little girl named Lily. She loved to play outside w
         ("tinystories-656k", (300, 7)),
     ],
 )
-def test_matches_transformers(name, lengths, shared_data, read_reference, reference_logits):
+def test_matches_transformers(name, lengths, shared_data, our_logits, read_reference, reference_logits):
     """Catches whatever a tiny random model hides: real scales and lengths, several cache prefixes, a prompt of several
     chunks, and a checkpoint written by another version of transformers."""
     folder = models.PRETRAINED / name if name in ("target", "draft") else shared_data(f"models/{name}")
@@ -41,7 +41,7 @@ def test_matches_transformers(name, lengths, shared_data, read_reference, refere
     reference = read_reference(folder)
     wanted = [reference_logits(reference, row[:length]) for row, length in zip(tokens, lengths, strict=True)]
 
-    whole = np.asarray(_logits(loaded.model, loaded.params, tokens))
+    whole = our_logits(loaded, tokens)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(whole[row, :length], wanted[row], rtol=0, atol=TOLERANCE)
 
@@ -53,15 +53,15 @@ def test_matches_transformers(name, lengths, shared_data, read_reference, refere
         np.testing.assert_allclose(after[row], wanted[row][start:], rtol=0, atol=TOLERANCE)
 
 
-def test_bfloat16_checkpoint_stays_bfloat16():
+def test_bfloat16_checkpoint_stays_bfloat16(our_logits):
     """Catches parameters widened while loading, a cache wider than the parameters, and logits narrower than float32."""
     loaded = models.load(models.PRETRAINED / "draft")
     assert {leaf.dtype for leaf in jax.tree.leaves(loaded.params)} == {jnp.dtype(jnp.bfloat16)}
     assert loaded.model.init_cache(loaded.params, 1, 8).keys[0].dtype == jnp.bfloat16
     tokens = _texts(loaded.path, loaded.model.vocab_size, 60)[:1]
-    narrow = np.asarray(_logits(loaded.model, loaded.params, tokens))[0]
+    narrow = our_logits(loaded, tokens)[0]
     wide = models.load(models.PRETRAINED / "draft", dtype=jnp.float32)
-    exact = np.asarray(_logits(wide.model, wide.params, tokens))[0]
+    exact = our_logits(wide, tokens)[0]
     assert narrow.dtype == np.float32
     # 60 positions of real text: rounding moves a few close calls, never most of them.
     assert np.mean(narrow.argmax(-1) == exact.argmax(-1)) > 0.8
@@ -79,13 +79,6 @@ def _texts(folder, vocab_size: int, width: int) -> np.ndarray:
     ids = Tokenizer.from_file(str(folder / "tokenizer.json")).encode(TEXT).ids
     noise = np.random.default_rng(4).integers(0, vocab_size, width)
     return np.stack([np.resize(ids, width), noise]).astype(np.int32)
-
-
-@jax.jit(static_argnums=0)
-def _logits(model, params, tokens):
-    batch, width = tokens.shape
-    cache = model.init_cache(params, batch, width)
-    return model.apply(params, tokens, cache, model.init_block(params, batch, width)).logits
 
 
 @jax.jit(static_argnums=0)
