@@ -19,7 +19,6 @@ from specjax.types import Array
 _MASKED = -1e30  # finite, so that a row with nothing live in one part stays free of NaN
 _SMALLEST_BUCKET = 128
 _MOST_BUCKETS = 6
-_MOST_UNROLLED_ROWS = 8
 
 
 class KVCache(NamedTuple):
@@ -51,7 +50,7 @@ class Placement(NamedTuple):
 def init_cache(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
     """An empty cache. Slots are rounded up to a multiple of 128, which every backend tiles well."""
     shape = (batch, heads, -(-slots // 128) * 128, head_dim)
-    # Were the lengths known to be 0, XLA would fold the masks of every prefix, element by element: minutes of compiling.
+    # Were the lengths known to be 0, XLA would fold the masks of every prefix element by element, for minutes.
     lengths = lax.optimization_barrier(jnp.zeros((batch,), jnp.int32))
     return KVCache(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), lengths)
 
@@ -165,7 +164,8 @@ def commit(cache: KVCache, block: KVBlock, keep: Array, path: Array | None = Non
 def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
     """Writes new[i][b] into buffers[i][b] from slot starts[b] on, along the last axis but one; in place where donated.
 
-    Row by row on purpose: a vmapped update becomes a copy on CPU and a scatter or a serial loop on TPU.
+    A loop over rows on purpose. A vmapped update becomes a copy on CPU and a scatter or a serial loop on TPU. Unrolled
+    updates become copies on CPU from a few rows on, and let TPUs lay the buffers out as the updates like it.
     """
 
     def write_row(row, written: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -176,12 +176,7 @@ def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array
 
         return tuple(one(buffer, update) for buffer, update in zip(written, new, strict=True))
 
-    batch = starts.shape[0]
-    if batch <= _MOST_UNROLLED_ROWS:
-        for row in range(batch):
-            buffers = write_row(row, buffers)
-        return buffers
-    return lax.fori_loop(0, batch, write_row, buffers)
+    return lax.fori_loop(0, starts.shape[0], write_row, buffers)
 
 
 def _prefix_sizes(slots: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""The command line: `specjax generate`. Imports JAX only when a command runs, so that --help is quick."""
+"""The command line: `specjax generate`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
+import jax
 import typer
+
+from specjax import Sampling, __version__, report, runner
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -32,8 +35,6 @@ def main() -> None:
 def _root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
     """Exact speculative decoding for JAX models."""
     if version:
-        from specjax import __version__
-
         typer.echo(__version__)
         raise typer.Exit
 
@@ -66,13 +67,8 @@ def generate(
     """
     texts = _prompts(prompt, prompt_file)
     _quiet_platform()
-    import jax
-
     if cache:
-        _keep_programs(jax)
-    # Imported here: they import JAX.
-    from specjax import Sampling, report, runner
-
+        _keep_programs()
     task = runner.Task(
         model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, max_new_tokens=max_new_tokens,
         sampling=Sampling(temperature, top_k, top_p, min_p), seed=seed, batch=batch, baseline=baseline,
@@ -102,12 +98,12 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
 def _quiet_platform() -> None:
     """With libtpu installed and no accelerator at hand, JAX looks for a TPU and prints its disappointment."""
     is_bare = not any(glob.glob(pattern) for pattern in _ACCELERATORS)
-    if is_bare and "JAX_PLATFORMS" not in os.environ and importlib.util.find_spec("libtpu") is not None:
-        os.environ["JAX_PLATFORMS"] = "cpu"
+    if is_bare and not jax.config.read("jax_platforms") and importlib.util.find_spec("libtpu") is not None:
+        jax.config.update("jax_platforms", "cpu")
 
 
-def _keep_programs(jax) -> None:
-    if jax.config.jax_compilation_cache_dir is None:
+def _keep_programs() -> None:
+    if jax.config.read("jax_compilation_cache_dir") is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "specjax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,4 +1,4 @@
-"""llama2.c files: stories260K against run.c's arithmetic and merges, rewritten here, and the text its author printed."""
+"""llama2.c files: stories260K against run.c's arithmetic and merges, rewritten here, and the text that it printed."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_dtype_and_sharding_reach_every_tensor(folder):
 
 
 def test_an_output_layer_of_its_own(tmp_path):
-    """Catches a negative vocabulary size read as a broken header, and the output layer looked for in the wrong place."""
+    """Catches a negative vocabulary size read as a broken header, and an output layer read from the wrong place."""
     width, inner, layers, heads, kv_heads, vocab, positions = 8, 12, 1, 2, 1, 11, 4
     shared = vocab * width + layers * (2 * width + 2 * width * width + 2 * width * 4 + 3 * width * inner) + width
     angles = positions * (width // heads)

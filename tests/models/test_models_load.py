@@ -119,10 +119,12 @@ def test_fields_left_out_of_the_config_mean_what_transformers_means(tmp_path, ma
         wanted = models.llama.read_config({**full, **_CLASS_DEFAULTS[kind]})
         bare = {name: value for name, value in full.items() if name in needed}
         assert models.llama.read_config(bare) == wanted, kind
-    with_window = {**bare, "model_type": "qwen2", "num_hidden_layers": 30, "use_sliding_window": True}
-    assert models.llama.read_config(with_window).windows == (None,) * 28 + (4096,) * 2
-    assert models.llama.read_config({**bare, "model_type": "mistral"}).windows == (4096,)
-    assert models.llama.read_config({**bare, "model_type": "mistral", "sliding_window": None}).windows == (None,)
+    bare = {**options, "num_hidden_layers": 30}
+    qwen2 = models.llama.read_config({**bare, "model_type": "qwen2", "use_sliding_window": True})
+    assert qwen2.windows == (None,) * 28 + (4096,) * 2
+    assert models.llama.read_config({**bare, "model_type": "mistral"}).windows == (4096,) * 30
+    null = {**bare, "model_type": "mistral", "sliding_window": None}
+    assert models.llama.read_config(null).windows == (None,) * 30
 
 
 _CLASS_DEFAULTS = {  # of the transformers classes, for the fields that the configs above had to set
@@ -161,25 +163,22 @@ def padded_folder(tiny_copy) -> Path:
     return tiny_copy
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_padding_ids_are_never_emitted(padded_folder, temperature):
-    """Catches a padding id that wins an argmax or is drawn, from the target or from the draft."""
-    loaded = models.load(padded_folder)
-    assert loaded.model.vocab_size == 50
-    options = {"max_new_tokens": 16, "sampling": specjax.Sampling(temperature=temperature)}
+def test_padding_ids_are_never_emitted(padded_folder):
+    """Catches a padding id that wins an argmax (row 0) or is drawn (row 1), from the target or from the draft."""
+    padded = models.load(padded_folder)
+    assert padded.model.vocab_size == 50
+    (padded_folder / "tokenizer.json").unlink()
+    unpadded = models.load(padded_folder)  # nothing says any more that the last columns are padding
+    assert unpadded.model.vocab_size == 61
+    options = {"max_new_tokens": 16, "sampling": specjax.Sampling(temperature=jnp.array([0.0, 1.0]))}
     prompts = jnp.array([[1, 2], [3, 4]])
-    plain = specjax.autoregressive(loaded.model, loaded.params, prompts, **options)
-    drafter = specjax.drafters.draft_model(loaded.model)
-    fast = specjax.generate(loaded.model, loaded.params, drafter, loaded.params, prompts, **options)
-    for out in (plain, fast):
-        assert all(token < 50 for row in out.new_tokens() for token in row)
-        assert [len(row) for row in out.new_tokens()] == [16, 16]
-    if temperature == 0:
-        (padded_folder / "tokenizer.json").unlink()  # without it nothing says that they are padding
-        unpadded = models.load(padded_folder)
-        assert unpadded.model.vocab_size == 61
-        out = specjax.autoregressive(unpadded.model, unpadded.params, prompts, **options)
-        assert {50, 60} & {token for row in out.new_tokens() for token in row}
+    drafter = specjax.drafters.draft_model(padded.model)
+    fast = specjax.generate(padded.model, padded.params, drafter, padded.params, prompts, **options).new_tokens()
+    plain = specjax.autoregressive(padded.model, padded.params, prompts, **options).new_tokens()
+    assert [len(row) for row in fast + plain] == [16] * 4
+    assert max(max(row) for row in fast + plain) < 50
+    free = specjax.autoregressive(unpadded.model, unpadded.params, prompts, **options).new_tokens()
+    assert all({50, 60} & set(row) for row in free)
 
 
 @pytest.mark.parametrize(
@@ -319,14 +318,10 @@ def test_folder_without_weights_or_config_says_what_is_missing(tiny_copy, tmp_pa
 # Paths and hub ids.
 
 
-@pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "weights.bin", "gpt2", "a/b/c", "~/model", ""])
+@pytest.mark.parametrize("path", ["/no/such/folder", "./no/such", "weights.bin", "gpt2", "a/b/c", "~/model"])
 def test_path_that_is_nothing_is_named(monkeypatch, path):
     """Catches a mistyped path sent to the hub, and the hub's answer shown in place of the mistake."""
     monkeypatch.setattr(huggingface_hub, "snapshot_download", _never)
-    if path == "":
-        with pytest.raises(ValueError, match="has no config.json"):  # the current folder
-            models.load(path)
-        return
     with pytest.raises(FileNotFoundError, match=f"{path} is neither a folder, nor a .bin file, nor a hub id"):
         models.load(path)
 
