@@ -98,12 +98,12 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
 def _quiet_platform() -> None:
     """With libtpu installed and no accelerator at hand, JAX looks for a TPU and prints its disappointment."""
     is_bare = not any(glob.glob(pattern) for pattern in _ACCELERATORS)
-    if is_bare and not jax.config.read("jax_platforms") and importlib.util.find_spec("libtpu") is not None:
+    if is_bare and not jax.config.values["jax_platforms"] and importlib.util.find_spec("libtpu") is not None:
         jax.config.update("jax_platforms", "cpu")
 
 
 def _keep_programs() -> None:
-    if jax.config.read("jax_compilation_cache_dir") is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         jax.config.update("jax_compilation_cache_dir", str(home / "specjax" / "xla"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

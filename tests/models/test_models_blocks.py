@@ -163,7 +163,8 @@ def _read_prompts(case: Case):
 
 
 # Compiling is most of the time here, and the programs are run once or twice: so compile them badly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_jit = functools.partial(jax.jit, compiler_options=_QUICKLY)
 
 
 @functools.partial(_jit, static_argnums=0)

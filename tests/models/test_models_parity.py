@@ -219,7 +219,8 @@ def _to_legacy(folder: Path) -> None:
 
 
 # Compiling is most of the time here, and the programs are run once: so compile them badly.
-_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
+_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+_jit = functools.partial(jax.jit, compiler_options=_QUICKLY)
 
 
 def _read(model, params, tokens, cache, keep, hidden_layers=()):
