@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -98,10 +99,17 @@ def reference_logits() -> Callable[[torch.nn.Module, Any], np.ndarray]:
 
 
 @pytest.fixture(scope="session")
-def our_logits() -> Callable[[models.Loaded, Any], np.ndarray]:
+def quickly() -> Callable[..., Any]:
+    """jax.jit that compiles badly: compiling is most of the time here, and most programs run once."""
+    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
+    return functools.partial(jax.jit, compiler_options=options)
+
+
+@pytest.fixture(scope="session")
+def our_logits(quickly) -> Callable[[models.Loaded, Any], np.ndarray]:
     """What specjax says of whole texts: [B, T] -> [B, T, V]."""
 
-    @jax.jit(static_argnums=0)
+    @functools.partial(quickly, static_argnums=0)
     def read(model, params, tokens):
         batch, width = tokens.shape
         cache = model.init_cache(params, batch, width)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from pathlib import Path
@@ -164,7 +163,7 @@ def padded_folder(tiny_copy) -> Path:
     return tiny_copy
 
 
-def test_padding_ids_are_never_emitted(padded_folder):
+def test_padding_ids_are_never_emitted(padded_folder, quickly):
     """Catches a padding id that wins an argmax (row 0) or is drawn (row 1), from the target or from the draft."""
     padded = models.load(padded_folder)
     assert padded.model.vocab_size == 50
@@ -174,10 +173,6 @@ def test_padding_ids_are_never_emitted(padded_folder):
     options = {"max_new_tokens": 16, "sampling": specjax.Sampling(temperature=jnp.array([0.0, 1.0]))}
     prompts = jnp.array([[1, 2], [3, 4]])
     drafter = specjax.drafters.draft_model(padded.model)
-    # Compiling is most of the time, so compile badly: both become part of the caller's program.
-    quickly = functools.partial(
-        jax.jit, compiler_options={"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    )
 
     def speculate(params):
         return specjax.generate(padded.model, params, drafter, params, prompts, **options)
