@@ -42,10 +42,10 @@ def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
       [B, T, V] float32; -inf where the law is zero.
 
     >>> from specjax.types import Sampling
-    >>> logits = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
+    >>> logits = jnp.log(jnp.array([[[0.4, 0.4, 0.1, 0.1]]]))
     >>> rows = per_row(Sampling(temperature=1.0, top_k=2), 1)
     >>> jax.nn.softmax(process(logits, rows, 4)).round(3).tolist()
-    [[[0.625, 0.375, 0.0, 0.0]]]
+    [[[0.5, 0.5, 0.0, 0.0]]]
     """
     width = logits.shape[-1]
     if vocab_size < width:

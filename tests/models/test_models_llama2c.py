@@ -92,6 +92,18 @@ def test_tokenizer_round_trip(tokenizer, text):
     assert tokenizer.decode(tokenizer.encode(text).ids) == text
 
 
+def test_tokenizer_merges_by_score_and_not_by_id(tmp_path):
+    """Catches merges ranked by id: in the story model's file, as in most, the two orders are one."""
+    pieces = {"<unk>": 0, "\n<s>\n": 0, "\n</s>\n": 0, " ": 0, "a": 0, "b": 0, "c": 0, "ab": -2, "bc": -1}
+    entries = [struct.pack("<fi", score, len(piece)) + piece.encode() for piece, score in pieces.items()]
+    (tmp_path / "tokenizer.bin").write_bytes(struct.pack("<i", 6) + b"".join(entries))
+    made = llama2c.load_tokenizer(tmp_path / "tokenizer.bin", len(pieces))
+    text = "abab bcabc"
+    assert made.encode(text).ids == _encode_c(_read_pieces(tmp_path / "tokenizer.bin"), text)
+    assert made.encode("abc").ids == [1, 3, 4, 8]  # a, bc
+    assert made.decode(made.encode(text).ids) == text
+
+
 def test_dtype_and_sharding_reach_every_tensor(folder):
     """Catches options that this format passes over."""
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=jax.devices()[0].default_memory().kind)

@@ -63,6 +63,8 @@ def test_transformers_reads_the_saved_folder(
     np.testing.assert_allclose(our_logits(loaded, TOKENS)[0], theirs, rtol=0, atol=1e-4)
     config = transformers.AutoConfig.from_pretrained(tmp_path / "saved")
     assert str(config.dtype) == "torch.float32"
+    for file in (tmp_path / "saved").glob("*.safetensors"):  # transformers 4 refuses a file without this entry
+        assert safetensors.safe_open(file, framework="np").metadata() == {"format": "pt"}
 
 
 def test_transformers_reads_the_saved_tokenizer(tmp_path):
