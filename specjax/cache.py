@@ -156,9 +156,18 @@ def commit(cache: KVCache, block: KVBlock, keep: Array, path: Array | None = Non
     new = (*block.keys, *block.values)
     if path is not None:
         new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
-    written = write_rows((*cache.keys, *cache.values), new, cache.lengths)
+    written = write_rows((*cache.keys, *cache.values), new, after(cache.lengths, keep))
     layers = len(cache.keys)
     return KVCache(written[:layers], written[layers:], cache.lengths + keep)
+
+
+def after(value: Array, witness: Array) -> Array:
+    """`value`, but not before `witness` [B], integers from 0 on, is known.
+
+    XLA knows no order but that of data. A write to the cache that may run before the last read of it makes XLA copy
+    the cache first, in every round: a write has to wait for something that follows from the reads.
+    """
+    return jnp.minimum(value, value + witness)
 
 
 def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
+from specjax.cache import after
 from specjax.types import Array, Model, PyTree
 
 CHUNK = 512
@@ -43,7 +44,8 @@ def prefill(
         last = jnp.clip(lengths - 1 - start, 0, chunk - 1)[:, None]
         block = model.init_block(params, batch, chunk)
         out = model.apply(params, tokens, cache, block, logits_at=last, hidden_layers=hidden_layers)
-        return model.commit(cache, out.block, jnp.clip(lengths - start, 0, chunk), None), out.logits[:, 0], out.hidden
+        keep = after(jnp.clip(lengths - start, 0, chunk), jnp.argmax(out.logits[:, 0], -1))
+        return model.commit(cache, out.block, keep, None), out.logits[:, 0], out.hidden
 
     cache, logits, hidden = read(0, cache)
     if num_chunks == 1:

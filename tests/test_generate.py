@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +10,7 @@ import pytest
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, models, rounds, testing, validate
+from specjax import decode, models, prefill, rounds, testing, validate
 from specjax.types import Controller, Status
 
 VOCAB = 13
@@ -251,8 +252,6 @@ def test_bad_prompts_hidden_in_traced_data():
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
     """Catches chunk borders: the last token in an earlier chunk than the row's neighbour's, uneven chunks."""
-    from specjax import prefill
-
     model, params, draft, draft_params = PAIRS["llama"]
     prompts = jax.random.randint(jax.random.key(4), (3, 23), 0, VOCAB)
     lengths = jnp.array([23, 8, 9])
@@ -272,22 +271,30 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
     jax.clear_caches()
 
 
-def test_no_host_in_the_compiled_loop_and_no_cache_copied():
-    """Catches callbacks, and a copy of a cache-shaped buffer inside the loop body."""
+@pytest.mark.parametrize("rows", [1, 3])
+def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
+    """Catches callbacks, and a copy of a cache-shaped buffer inside a loop: of rounds, of tokens, of prompt chunks."""
     model, params, draft, draft_params = PAIRS["llama"]
+    monkeypatch.setattr(prefill, "CHUNK", 8)  # a prompt of several chunks
+    jax.clear_caches()
     roles = rounds.Roles(
         model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
     )
-    request = _request(model, PROMPTS, LENGTHS, 400)
-    lowered = decode._generate.lower(roles, request.capacity, params, draft_params, request.arrays, None, 0)
-    for word in ("callback", "infeed", "outfeed"):
-        assert word not in lowered.as_text()
-    text = lowered.compile().as_text()
-    assert "while(" in text
-    cache = "f32[3,2,512,4]"  # 404 tokens and the slack of a round, in steps of 128
-    assert cache in text
-    copies = [line for line in text.splitlines() if f"= {cache}" in line and " copy(" in line and "while/body" in line]
-    assert not copies
+    prompts = jnp.ones((rows, 30), jnp.int32)
+    request = _request(model, prompts, None, 400)
+    arrays = request.arrays
+    for lowered in (
+        decode._generate.lower(roles, request.capacity, params, draft_params, arrays, None, 0),
+        decode._autoregressive.lower(model, request.capacity, params, arrays, 0),
+    ):
+        assert not hlo.host_calls(lowered.as_text())
+        program = hlo.parse(lowered.compile().as_text())
+        cache = (rows, 2, 512, 4)  # 430 tokens and the slack of a round, in steps of 128
+        looped = [step.instruction for step in program.walk() if step.loops]
+        shaped = [item for item in looped if any(shape.dims == cache for shape in item.shapes)]
+        assert any("dynamic-update-slice" in item.text for item in shaped)  # it is written, so it was found
+        assert not [item.text for item in shaped if item.op == "copy"]
+    jax.clear_caches()
 
 
 def _request(model, prompts, lengths, max_new_tokens):
