@@ -46,8 +46,14 @@ def architecture(
     Output; see llama.py. Caches take the parameters' dtype.
     """
     graph, abstract = nnx.split(nnx.eval_shape(lambda: make(nnx.Rngs(0))))
+    num_tensors = len(jax.tree.leaves(abstract))
 
     def apply(params, tokens, cache, block, **options):
+        if len(jax.tree.leaves(params)) != num_tensors:
+            raise ValueError(
+                f"these parameters are another model's: this one has {num_tensors} tensors, got "
+                f"{len(jax.tree.leaves(params))}. Are the target's and the draft's exchanged?"
+            )
         return nnx.merge(graph, params)(tokens, cache, block, **options)
 
     def init_cache(params, batch: int, slots: int) -> cache.KVCache:

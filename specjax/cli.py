@@ -13,7 +13,7 @@ from typing import Annotated
 import jax
 import typer
 
-from specjax import Sampling, __version__, report, runner
+from specjax import Sampling, __version__, interrupts, report, runner
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -25,7 +25,7 @@ def main() -> None:
     try:
         app()
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        interrupts.leave("interrupted")
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"specjax: {error}", err=True)
         raise SystemExit(2) from None
@@ -41,9 +41,13 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 @app.command()
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="The text to continue.")] = None,
-    model: Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id.")] = None,
-    draft: Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads standard input.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")
+    ] = None,
+    draft: Annotated[
+        str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")
+    ] = None,
     tokenizer: Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
     draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 5,
@@ -55,7 +59,9 @@ def generate(
     dtype: Annotated[
         str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")
     ] = None,
-    prompt_file: Annotated[Path | None, typer.Option(help="One prompt a line, instead of PROMPT.")] = None,
+    prompt_file: Annotated[
+        Path | None, typer.Option(help="One prompt a line, instead of PROMPT; blank lines are skipped.")
+    ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
     json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
@@ -74,13 +80,14 @@ def generate(
         sampling=Sampling(temperature, top_k, top_p, min_p), seed=seed, batch=batch, baseline=baseline,
     )  # fmt: skip
     display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output)
+    interrupts.watch(lambda: display.is_busy)
     summary = runner.run(task, texts, display)
     if json_output:
         typer.echo(json.dumps(report.as_json(summary)))
     else:
         display.summary(summary)
     if summary.interrupted:
-        raise SystemExit(130)
+        interrupts.leave("")
 
 
 def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
@@ -88,7 +95,9 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         raise ValueError("give a PROMPT or --prompt-file, one of the two.")
     if prompt_file is None:
         assert prompt is not None
-        return [prompt]
+        return [sys.stdin.read() if prompt == "-" else prompt]
+    if not prompt_file.is_file():
+        raise ValueError(f"--prompt-file {prompt_file}: there is no such file.")
     lines = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if not lines:
         raise ValueError(f"{prompt_file} holds no prompt: one a line is expected.")

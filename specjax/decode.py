@@ -96,6 +96,7 @@ def generate(
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
+    validate.kinds(model, drafter, verifier, controller)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5))
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -123,6 +124,7 @@ def autoregressive(
 
     Arguments, result and errors as for `generate`, less what concerns the drafter.
     """
+    validate.kinds(model)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from rich.console import Console
@@ -31,10 +32,22 @@ class Display:
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False)
         self._plain, self._silent = plain, silent
+        self.is_busy = False  # read by another thread
 
-    def busy(self, what: str) -> AbstractContextManager[Any]:
+    @contextmanager
+    def busy(self, what: str) -> Iterator[None]:
         """A spinner, on a terminal."""
-        return self._err.status(f"{what} ...") if self._err.is_terminal and not self._silent else nullcontext()
+        shows = self._err.is_terminal and not self._silent
+        self.is_busy = True
+        try:
+            with self._err.status(f"{what} ...") if shows else nullcontext():
+                yield
+        finally:
+            self.is_busy = False
+
+    def note(self, text: str) -> None:
+        """Something to know, to standard error."""
+        self._err.print(text, style="yellow")
 
     def prompt(self, row: int, text: str, several: bool) -> None:
         """The prompt, before its continuation."""
@@ -134,7 +147,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(("speed-up", _prediction(summary, show)))
     accepted = int(summary.stats.accepted.sum())
     drafted = int(summary.stats.drafted.sum())
-    lines.append(("acceptance", f"{show('acceptance_rate', '.0%')} ({accepted} of {drafted} drafted tokens)"))
+    if drafted:
+        lines.append(("acceptance", f"{show('acceptance_rate', '.0%')} ({accepted} of {drafted} drafted tokens)"))
     lines.append(("tokens per round", f"{show('tokens_per_round', '.2f')} of at most {summary.draft_len + 1}"))
     if summary.interrupted:
         lines.append(("interrupted", "what was generated until then is shown"))
@@ -142,4 +156,4 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
 
 
 def _prediction(summary: Summary, show) -> str:
-    return f"{show('predicted_speedup', '.2f')}x predicted if time were bytes read"
+    return f"{show('predicted_speedup', '.2f')}x predicted where a pass costs what it reads (an accelerator, few rows)"

@@ -71,6 +71,8 @@ class Display(Protocol):
 
     def end_row(self) -> None: ...
 
+    def note(self, text: str) -> None: ...
+
 
 class _Pair(NamedTuple):
     target: Any
@@ -89,19 +91,23 @@ def run(task: Task, texts: list[str], display: Display) -> Summary:
     interrupted = False
     # Every batch has the width and capacity of the longest prompt, and the last one is filled up: one program for all.
     prompts = text.encode(pair.tokenizer, texts)
+    trained, longest = pair.target.config.get("max_position_embeddings"), int(prompts.lengths.max())
+    if trained is not None and longest + task.max_new_tokens > trained:
+        display.note(
+            f"note: prompt and new tokens may reach {longest + task.max_new_tokens} tokens, the target was made for "
+            f"{trained}: past that its text is worth little."
+        )
     size = min(task.batch, len(texts))
     for start in range(0, len(texts), size):
         batch = _Batch(task, pair, prompts, start, size)
         with display.busy("compiling the speculative loop (once per shape)"):
             batch.warm_up()
         began = time.perf_counter()
-        try:
-            part = _stream(batch, texts[start : start + size], rows, display)
-        except KeyboardInterrupt:
-            interrupted = True
-            break
+        part, interrupted = _stream(batch, texts[start : start + size], rows, display)
         seconds += time.perf_counter() - began
         parts.append(part)
+        if interrupted:
+            break
         if task.baseline:
             with display.busy("compiling and measuring plain decoding"):
                 batch.plain(limit=1)
@@ -165,14 +171,17 @@ class _Batch:
         return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
 
 
-def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) -> Stats:
-    """Streams one batch to the display and appends its rows, also when interrupted."""
+def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) -> tuple[Stats, bool]:
+    """Streams one batch to the display and appends its rows; the counts, and whether Ctrl-C ended it."""
     printer = text.Printer(batch.pair.tokenizer, batch.prompts)
     several = len(texts) > 1 or len(batch.prompts.lengths) > 1
     pieces: list[list[text.Piece]] = [[] for _ in texts]
     tokens: list[list[int]] = [[] for _ in texts]
     status = [Status.ACTIVE] * len(texts)
-    latest: Stats | None = None
+    nothing = np.zeros((len(texts),), np.int32)
+    counts = np.zeros((len(texts), batch.task.draft_len), np.int32)
+    latest = Stats(nothing, nothing, counts, counts, counts)  # type: ignore[arg-type]
+    interrupted = False
     if not several:
         display.prompt(0, texts[0], several)
     try:
@@ -187,6 +196,8 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
                     display.piece(piece)
             for row, new in enumerate(chunk.tokens[: len(texts)]):
                 tokens[row] += new
+    except KeyboardInterrupt:
+        interrupted = True
     finally:
         first = len(rows)
         for row, prompt in enumerate(texts):
@@ -198,8 +209,7 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
             whole = "".join(piece.text for piece in pieces[row])
             origins = [int(piece.origin) for piece in pieces[row]]
             rows.append(Row(prompt, whole, tokens[row], origins, status[row]))
-    assert latest is not None
-    return Stats(*(np.asarray(counts)[: len(texts)] for counts in latest))  # type: ignore[arg-type]
+    return Stats(*(np.asarray(counts)[: len(texts)] for counts in latest)), interrupted  # type: ignore[arg-type]
 
 
 def _load(task: Task) -> _Pair:
@@ -216,6 +226,8 @@ def _load(task: Task) -> _Pair:
         dtype = None if name is None else jnp.dtype(name)
     except TypeError as error:
         raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"parameters cannot be {name}: try float32, bfloat16 or float16.")
     target = models.load(task.model or models.PRETRAINED / "target", dtype=dtype)
     draft = models.load(task.draft or models.PRETRAINED / "draft", dtype=dtype)
     return _Pair(target, draft, _tokenizer(task, target))

@@ -46,6 +46,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise ImportError("text needs the tokenizers package: pip install 'specjax[hf]'.") from error
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
+        if not Path(path).is_dir():
+            raise FileNotFoundError(f"{path} does not exist: give a folder with a tokenizer.json, or that file.")
         raise FileNotFoundError(
             f"{file} does not exist. Folders without a tokenizer.json can be converted with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
@@ -70,7 +72,9 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET) -> Pr
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET) -> Prompts:
-    """Token ids of `texts`, padded."""
+    """Token ids of `texts`, a list of strings, padded."""
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, got one string: for a single prompt pass [text].")
     for row, text in enumerate(texts):
         if not tokenizer.encode(text).ids:
             raise ValueError(f"prompt {row} is empty: give at least one character.")

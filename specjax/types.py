@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
+from jax.core import Tracer
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
@@ -233,6 +234,9 @@ class Generation(NamedTuple):
     controller_state: PyTree = ()  # to start the next call from what was learnt
 
     def new_tokens(self) -> list[list[int]]:
-        """The generated ids of each row, stop token included, as Python lists (waits for the device)."""
+        """The generated ids of each row, stop token included, as Python lists. Waits for the device, so not under jit:
+        there read `tokens`, `prompt_lengths` and `lengths`."""
+        if isinstance(self.tokens, Tracer):
+            raise ValueError("new_tokens() is for the host: under jit read tokens, prompt_lengths and lengths.")
         tokens, lengths, starts = jax.device_get((self.tokens, self.lengths, self.prompt_lengths))
         return [row[start:end].tolist() for row, start, end in zip(tokens, starts, lengths, strict=True)]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from specjax.types import Array, Drafter, Model, Sampling, Verifier
+from specjax.types import Array, Controller, Drafter, Model, Sampling, Verifier
 
 
 class Request(NamedTuple):
@@ -86,6 +86,23 @@ def request(
         seeds=jnp.asarray(seeds, jnp.int32),
     )
     return Checked(arrays, capacity)
+
+
+def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
+    """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
+    parts = (
+        (model, Model, "model must be a specjax.Model: of what models.load returns, pass `.model` here"),
+        (
+            drafter,
+            Drafter,
+            "drafter must be a specjax.Drafter: wrap a draft model as drafters.draft_model(loaded.model)",
+        ),
+        (verifier, Verifier, "verifier must be a specjax.Verifier: call its maker, as in verify.rejection()"),
+        (controller, Controller, "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5)"),
+    )
+    for part, kind, wanted in parts:
+        if part is not None and not isinstance(part, kind):
+            raise ValueError(f"{wanted}; got {type(part).__name__}.")
 
 
 def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:

@@ -68,6 +68,7 @@ def test_json_says_everything(cache, tmp_path):
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--top-p", "0", "--temperature", "1"], "top_p"),
         (["generate", "x", "--dtype", "float33"], "float33"),
+        (["generate", "x", "--dtype", "int32"], "cannot be int32"),
         (["generate", "--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
         (["generate", "x", "--draft-len", "0"], "draft-len"),
     ],
@@ -94,7 +95,20 @@ def test_ctrl_c_stops_cleanly(cache):
     assert process.returncode == 130
     assert "Traceback" not in err
     assert "interrupted" in err
+    assert "of at most 6" in err  # what was done until then is counted
+    assert "acceptance" in err
     assert out
+
+
+def test_ctrl_c_while_compiling_leaves_at_once():
+    """Catches a crash in XLA's teardown, and a wait until the compiler is done."""
+    arguments = [*COMMAND, "generate", "import numpy", "--max-new-tokens", "900", "--no-baseline", "--no-cache"]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(7)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in err
 
 
 def test_help_is_quiet():

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import models, testing
+from specjax import models, testing, text
 
 MODEL = testing.table_model(1, 8)
 TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
@@ -70,6 +70,27 @@ def test_parts_that_do_not_fit():
         specjax.generate(
             MODEL, TABLE, DRAFTER, TABLE, PROMPTS, sampling=specjax.Sampling(0.5), verifier=specjax.verify.greedy()
         )
+
+
+def test_the_wrong_kind_of_part():
+    """Catches an AttributeError from deep inside where a model was passed as loaded, or a maker was not called."""
+    draft = models.random(GPT2, jax.random.key(0))
+    for changes, message in (
+        ({"model": draft}, r"pass `\.model`"),
+        ({"drafter": MODEL}, "drafters.draft_model"),
+        ({"drafter": specjax.drafters.draft_model}, "drafters.draft_model"),
+        ({"verifier": specjax.verify.rejection}, r"verify\.rejection\(\)"),
+        ({"controller": 3}, r"controllers\.fixed\(5\)"),
+    ):
+        options = {"model": MODEL, "drafter": DRAFTER, **changes}
+        with pytest.raises(ValueError, match=message):
+            specjax.generate(params=TABLE, drafter_params=TABLE, prompts=PROMPTS, **options)
+    with pytest.raises(ValueError, match="another model's"):
+        specjax.autoregressive(draft.model, {"only": TABLE}, PROMPTS, max_new_tokens=2)
+    with pytest.raises(ValueError, match="list of strings"):
+        text.encode(None, "one text")
+    with pytest.raises(ValueError, match="under jit"):
+        jax.jit(lambda: specjax.autoregressive(MODEL, TABLE, PROMPTS, max_new_tokens=2).new_tokens())()
 
 
 def test_models_with_a_last_position():
