@@ -55,6 +55,8 @@ def main(
     draft_len: Annotated[list[int], typer.Option(help="K; may be given several times")] = [3, 5],  # noqa: B006
     batch: Annotated[list[int], typer.Option(help="rows at once; may be given several times")] = [1],  # noqa: B006
     num_prompts: Annotated[int, typer.Option(help="prompts per repetition")] = 8,
+    shortest: Annotated[int, typer.Option(help="tokens of the shortest prompt")] = 24,
+    longest: Annotated[int, typer.Option(help="tokens of the longest prompt")] = 64,
     max_new_tokens: int = 128,
     repeats: Annotated[int, typer.Option(help="paired repetitions; medians are reported")] = 5,
     dtype: str = "float32",
@@ -66,7 +68,8 @@ def main(
 ) -> None:
     """Measures and prints a table."""
     target, drafter = models.load(model, dtype=jnp.dtype(dtype)), models.load(draft, dtype=jnp.dtype(dtype))
-    prompts = code_prompts(Tokenizer.from_file(str(model / "tokenizer.json")), num_prompts)
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    prompts = code_prompts(tokenizer, num_prompts, shortest=shortest, longest=longest)
     sampling = specjax.Sampling(temperature=temperature)
     results: list[Result] = []
     for rows in batch:
