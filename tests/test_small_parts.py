@@ -27,7 +27,7 @@ LAYERS = [
     {"decode"},
     {"stream", "stats", "testing"},
     {"text"},
-    {"runner"},
+    {"runner", "interrupts"},
     {"report"},
     {"cli"},
 ]
