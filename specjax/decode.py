@@ -23,7 +23,9 @@ from specjax.types import (
     Controller,
     Drafter,
     Generation,
+    LogProbs,
     Model,
+    Processor,
     PyTree,
     Rows,
     Sampling,
@@ -45,6 +47,7 @@ def generate(
     key: Array | None = None,
     max_new_tokens: ArrayLike = 128,
     sampling: Sampling = Sampling(),
+    processor: Processor | None = None,
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
@@ -67,7 +70,9 @@ def generate(
       prompt_lengths: [B] int32 in 1..P; None means P for all.
       key: a PRNG key; None is `jax.random.key(0)`. Row b draws from `fold_in(key, seeds[b])`.
       max_new_tokens: an int, or [B] int32. Traced, it needs `capacity`.
-      sampling: temperature, top-k, top-p, min-p: scalars or [B]. The default is greedy.
+      sampling: temperature, top-k, top-p, min-p, penalties, bias, bad words, minimum length: scalars or [B]. The
+        default is greedy.
+      processor: your own rule, a grammar or a mask; see `specjax.Processor`. Draft and target both obey it.
       verifier: default `verify.rejection()`, exact at every temperature.
       controller: how many tokens to draft; default `controllers.fixed(5)`.
       controller_state: from an earlier Generation, to go on from what was learnt.
@@ -97,7 +102,7 @@ def generate(
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
     validate.kinds(model, drafter, verifier, controller)
-    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5))
+    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
@@ -115,6 +120,7 @@ def autoregressive(
     key: Array | None = None,
     max_new_tokens: ArrayLike = 128,
     sampling: Sampling = Sampling(),
+    processor: Processor | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
     capacity: int | None = None,
@@ -129,7 +135,7 @@ def autoregressive(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    return _autoregressive(model, request.capacity, params, request.arrays, pad_token)
+    return _autoregressive(model, processor, request.capacity, params, request.arrays, pad_token)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -143,18 +149,18 @@ def _generate(roles, capacity, params, drafter_params, request, controller_state
     return finish(state, capacity, pad_token)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _autoregressive(model: Model, capacity, params, request: Request, pad_token) -> Generation:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _autoregressive(model: Model, processor, capacity, params, request: Request, pad_token) -> Generation:
     batch, width = request.prompts.shape
     rows = open_request(model, request, capacity + 1)
     cache = model.init_cache(params, batch, capacity + 1)
     prompt = prefill(model, params, rows.tokens[:, :width], rows.lengths, cache)
-    rows = first_token(model, rows, prompt.logits, capacity)
+    rows = first_token(model, processor, rows, prompt.logits, capacity)
 
     def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
         rows, cache = carry
         out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, batch, 1))
-        moved = emit_one(model, rows, out.logits[:, 0], capacity)
+        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
         return moved.rows, model.commit(cache, out.block, moved.num_emitted, None)
 
     rows, _ = lax.while_loop(lambda carry: jnp.any(is_active(carry[0])), step, (rows, prompt.cache))
@@ -174,4 +180,6 @@ def _result(rows: Rows, capacity: int, pad_token, stats: Stats, controller_state
     prompt_lengths = jnp.where(is_bad, rows.lengths, rows.prompt_lengths)
     is_text = jnp.arange(capacity)[None] < rows.lengths[:, None]
     tokens = jnp.where(is_text, rows.tokens[:, :capacity], pad_token)
-    return Generation(tokens, rows.lengths, prompt_lengths, rows.status, stats, controller_state)
+    is_new = is_text & (jnp.arange(capacity)[None] >= prompt_lengths[:, None])
+    scored = LogProbs(*(jnp.where(is_new, x[:, :capacity], 0.0) for x in rows.log_probs))
+    return Generation(tokens, rows.lengths, prompt_lengths, rows.status, scored, stats, controller_state)

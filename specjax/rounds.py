@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax import noise, tree
+from specjax import log_probs, noise, tree
+from specjax.context import make_context
 from specjax.noise import Role
 from specjax.prefill import prefill
 from specjax.rows import Advance, advance, is_active, last_tokens, open_rows
-from specjax.sampling import process, sample
+from specjax.sampling import processing, sample
 from specjax.types import (
     Array,
     Context,
@@ -20,10 +21,12 @@ from specjax.types import (
     Drafter,
     DraftPlan,
     Model,
+    Processor,
     PyTree,
     Round,
     Rows,
     Stats,
+    Status,
     Target,
     Verifier,
 )
@@ -37,6 +40,7 @@ class Roles(NamedTuple):
     drafter: Drafter
     verifier: Verifier
     controller: Controller
+    processor: Processor | None = None
 
 
 class State(NamedTuple):
@@ -61,7 +65,7 @@ def start(
     controller_state: PyTree | None = None,
 ) -> State:
     """Reads the prompts with target and drafter, and emits each row's first token."""
-    model, drafter, _, controller = roles
+    model, drafter, _, controller, processor = roles
     batch, _ = request.prompts.shape
     longest = controller.longest
     slots = capacity + longest + 1  # a round writes K+1 slots past the live ones
@@ -69,12 +73,12 @@ def start(
     cache = model.init_cache(params, batch, slots)
     prompts = rows.tokens[:, : request.prompts.shape[1]]
     prompt = prefill(model, params, prompts, rows.lengths, cache, drafter.hidden_layers)
-    context = Context(rows, prompt.cache)
+    context = context_of(roles, rows, prompt.cache)
     drafter_state = drafter.init(drafter_params, context, prompts, prompt.hidden, slots=slots, longest=longest)
     counts = jnp.zeros((batch, longest), jnp.int32)
     none = jnp.zeros((batch,), jnp.int32)
     return State(
-        rows=first_token(model, rows, prompt.logits, capacity),
+        rows=first_token(model, processor, rows, prompt.logits, capacity),
         target_cache=prompt.cache,
         drafter_state=drafter_state,
         controller_state=controller.init(batch) if controller_state is None else controller_state,
@@ -84,46 +88,55 @@ def start(
 
 def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
     """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are."""
-    model, drafter, verifier, controller = roles
+    model, drafter, verifier, controller, _ = roles
     rows = state.rows
     was_active = is_active(rows)
-    context = Context(rows, state.target_cache)
+    context = context_of(roles, rows, state.target_cache)
 
-    plan = _plan(controller, state.controller_state, rows)
+    plan = plan_of(controller, state.controller_state, rows)
     draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
     longest = draft.tokens.shape[1]
 
     block_tokens = jnp.concatenate([last_tokens(rows, 1), draft.tokens], 1)
-    shape = None if draft.parents is None else tree.layout(draft.parents)
+    shape = tree.chain(longest) if draft.parents is None else tree.layout(draft.parents)
+    is_tree = draft.parents is not None
     out = model.apply(
         params,
         block_tokens,
         state.target_cache,
         model.init_block(params, rows.tokens.shape[0], longest + 1),
-        depths=shape and shape.depths,
-        visible=shape and shape.visible,
+        depths=shape.depths if is_tree else None,
+        visible=shape.visible if is_tree else None,
         hidden_layers=drafter.hidden_layers,
     )
-    processed = process(out.logits, rows.sampling, model.vocab_size)
+    processed = context.process(out.logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
     draft = _match_width(draft, processed.shape[-1])
     verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
 
-    path, drafted = verdict.path, draft.tokens
-    sound = _is_sound(out.logits, model.vocab_size)  # [B, K+1]
+    path, drafted, logits = verdict.path, draft.tokens, out.logits
     if path is not None:
         drafted = jnp.take_along_axis(drafted, path, 1)
-        sound = jnp.take_along_axis(sound, jnp.pad(path + 1, ((0, 0), (1, 0))), 1)
-    # Nothing after a law that is not finite can be trusted: tokens before it stay, the row ends there.
-    num_sound = jnp.sum(jnp.cumprod(sound.astype(jnp.int32), -1), -1)
+        places = jnp.pad(path + 1, ((0, 0), (1, 0)))[..., None]
+        logits, processed = (jnp.take_along_axis(x, places, 1) for x in (logits, processed))
+    # Nothing after a law that does not exist can be trusted: tokens before it stay, the row ends there.
+    fault = _fault(logits, processed, model.vocab_size)  # [B, W]
+    num_sound = jnp.sum(jnp.cumprod((fault == Status.ACTIVE).astype(jnp.int32), -1), -1)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
-    faulty = num_sound <= num_accepted
+    ends = num_sound <= num_accepted
     width = drafted.shape[1]
     candidates = jnp.where(
         jnp.arange(width + 1)[None] == num_accepted[:, None],
         verdict.next_token[:, None],
         jnp.pad(drafted, ((0, 0), (0, 1))),
     )
-    moved = advance(rows, candidates, num_accepted + jnp.where(faulty, 0, 1), faulty, capacity=capacity)
+    moved = advance(
+        rows,
+        candidates,
+        log_probs.of_tokens(logits, processed, candidates, model.vocab_size),
+        num_accepted + jnp.where(ends, 0, 1),
+        jnp.where(ends, jnp.take_along_axis(fault, num_accepted[:, None], 1)[:, 0], Status.ACTIVE),
+        capacity=capacity,
+    )
 
     block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
     target_cache = model.commit(state.target_cache, out.block, moved.num_emitted, block_path)
@@ -138,7 +151,7 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
         hidden=out.hidden,
         path=path,
     )
-    after = Context(moved.rows, target_cache)
+    after = context_of(roles, moved.rows, target_cache)
     next_state = State(
         rows=moved.rows,
         target_cache=target_cache,
@@ -158,21 +171,36 @@ def open_request(model: Model, request: Request, slots: int) -> Rows:
     )  # fmt: skip
 
 
-def first_token(model: Model, rows: Rows, logits: Array, capacity: int) -> Rows:
+def first_token(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Rows:
     """The token after the prompt; it is part of no round."""
-    moved = emit_one(model, rows, logits, capacity)
+    moved = emit_one(model, processor, rows, logits, capacity)
     return moved.rows._replace(rounds=rows.rounds)
 
 
-def emit_one(model: Model, rows: Rows, logits: Array, capacity: int) -> Advance:
+def emit_one(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Advance:
     """One token from the target's own law: noise is addressed by position, so any verifier can find it again."""
-    processed = process(logits[:, None], rows.sampling, model.vocab_size)[:, 0]
-    token = sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), processed, rows.sampling)
-    faulty = ~_is_sound(logits[:, None], model.vocab_size)[:, 0]
-    return advance(rows, token[:, None], jnp.where(faulty, 0, 1), faulty, capacity=capacity)
+    batch = rows.tokens.shape[0]
+    logits = logits[:, None]
+    nothing, unseen = jnp.zeros((batch, 0), jnp.int32), jnp.zeros((1, 1, 0), bool)
+    processed = processing(rows, processor, model.vocab_size)(logits, nothing, unseen)
+    token = sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), processed[:, 0], rows.sampling)[:, None]
+    fault = _fault(logits, processed, model.vocab_size)[:, 0]
+    scored = log_probs.of_tokens(logits, processed, token, model.vocab_size)
+    return advance(rows, token, scored, jnp.where(fault == Status.ACTIVE, 1, 0), fault, capacity=capacity)
 
 
-def _plan(controller: Controller, state: PyTree, rows: Rows) -> DraftPlan:
+def context_of(roles: Roles, rows: Rows, target_cache: PyTree) -> Context:
+    """What drafter and verifier see of these rows."""
+    return make_context(
+        rows,
+        target_cache,
+        vocab_size=roles.model.vocab_size,
+        processor=roles.processor,
+        coupled=roles.verifier.coupled,
+    )
+
+
+def plan_of(controller: Controller, state: PyTree, rows: Rows) -> DraftPlan:
     """Draft lengths for this round; a row never drafts past its limit, less the token that verification adds."""
     lengths = jnp.clip(controller.draft_len(state), 0, controller.longest)
     lengths = jnp.clip(rows.limits - rows.lengths - 1, 0, lengths)
@@ -190,11 +218,12 @@ def _match_width(draft: Draft, width: int) -> Draft:
     return draft._replace(probs=jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1]))))
 
 
-def _is_sound(logits: Array, vocab_size: int) -> Array:
-    """Whether the law after each token exists: no NaN, no +inf, something above -inf. [B, T, V] -> [B, T]."""
+def _fault(logits: Array, processed: Array, vocab_size: int) -> Array:
+    """Why there is no law at a place: [B, W] int32 `Status`, ACTIVE where there is one."""
     # NaN propagates through max; -inf alone is a mask, not a fault.
-    peak = jnp.max(logits[..., :vocab_size], -1)
-    return jnp.isfinite(peak)
+    is_finite = jnp.isfinite(jnp.max(logits[..., :vocab_size], -1))
+    has_choice = jnp.isfinite(jnp.max(processed, -1))
+    return jnp.where(is_finite, jnp.where(has_choice, Status.ACTIVE, Status.DEAD_END), Status.NON_FINITE)
 
 
 def _count(stats: Stats, info: Round, was_active: Array) -> Stats:

@@ -7,8 +7,9 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from specjax import cache, noise
+from specjax.processors import count, counts_are_needed, open_counts
 from specjax.sampling import per_row
-from specjax.types import Array, Rows, Sampling, Status
+from specjax.types import Array, LogProbs, Rows, Sampling, Status
 
 
 class Advance(NamedTuple):
@@ -35,10 +36,13 @@ def open_rows(
     batch, width = prompts.shape
     place = jnp.arange(width)[None]
     is_prompt = place < prompt_lengths[:, None]
+    settings = per_row(sampling, batch)
     is_known = (prompts >= 0) & (prompts < vocab_size)
     is_good = (prompt_lengths >= 1) & (prompt_lengths <= width) & jnp.all(is_known | ~is_prompt, -1)
     status = jnp.where(is_good, Status.ACTIVE, Status.BAD_PROMPT).astype(jnp.int32)
-    tokens = jnp.zeros((batch, slots), jnp.int32).at[:, :width].set(jnp.where(is_prompt & is_known, prompts, 0))
+    clean = jnp.where(is_prompt & is_known, prompts, 0)
+    tokens = jnp.zeros((batch, slots), jnp.int32).at[:, :width].set(clean)
+    nothing = jnp.zeros((batch, slots), jnp.float32)
     return Rows(
         tokens=tokens,
         lengths=jnp.clip(prompt_lengths, 1, width),
@@ -48,7 +52,9 @@ def open_rows(
         keys=noise.row_keys(key, seeds),
         rounds=jnp.zeros((batch,), jnp.int32),
         stop_tokens=stop_tokens,
-        sampling=per_row(sampling, batch),
+        sampling=settings,
+        log_probs=LogProbs(nothing, nothing),
+        counts=open_counts(clean, prompt_lengths, vocab_size) if counts_are_needed(settings) else None,
     )
 
 
@@ -63,14 +69,17 @@ def is_active(rows: Rows) -> Array:
     return rows.status == Status.ACTIVE
 
 
-def advance(rows: Rows, candidates: Array, num_candidates: Array, faulty: Array, *, capacity: int) -> Advance:
+def advance(
+    rows: Rows, candidates: Array, log_probs: LogProbs, num_candidates: Array, fault: Array, *, capacity: int
+) -> Advance:
     """Appends to each active row what it may emit of its candidates, and settles its status.
 
     Args:
       rows: the rows before.
       candidates: [B, W] int32, the tokens to emit in order; entries from num_candidates on are arbitrary.
+      log_probs: [B, W] each, of the candidates.
       num_candidates: [B] int32 in 0..W.
-      faulty: [B] bool, the law after the last candidate was not finite: the row ends there.
+      fault: [B] int32, the `Status` that ends the row after its last candidate; ACTIVE where nothing is wrong.
       capacity: the most tokens a row may hold, prompt included.
     """
     width = candidates.shape[1]
@@ -86,14 +95,21 @@ def advance(rows: Rows, candidates: Array, num_candidates: Array, faulty: Array,
 
     # Later lines override earlier ones: a row that ends for its own reason is not faulty or full.
     lengths = rows.lengths + num_emitted
-    status = jnp.full_like(rows.status, Status.ACTIVE)
-    status = jnp.where(faulty & (num_emitted == num_candidates), Status.NON_FINITE, status)
+    status = jnp.where(num_emitted == num_candidates, fault, Status.ACTIVE)
     status = jnp.where(lengths >= capacity, Status.CACHE_FULL, status)
     status = jnp.where(lengths >= rows.limits, Status.LENGTH, status)
     status = jnp.where(num_emitted == until_stop, Status.STOPPED, status)
     status = jnp.where(was_active, status, rows.status).astype(jnp.int32)
 
-    written = cache.write_rows((rows.tokens[..., None],), (candidates[..., None],), rows.lengths)[0][..., 0]
-    rounds = rows.rounds + was_active.astype(jnp.int32)
-    moved = rows._replace(tokens=written, lengths=lengths, status=status, rounds=rounds)
+    old = tuple(x[..., None] for x in (rows.tokens, *rows.log_probs))
+    new = tuple(x[..., None] for x in (candidates, *log_probs))
+    tokens, *written = cache.write_rows(old, new, rows.lengths)
+    moved = rows._replace(
+        tokens=tokens[..., 0],
+        lengths=lengths,
+        status=status,
+        rounds=rows.rounds + was_active.astype(jnp.int32),
+        log_probs=LogProbs(*(x[..., 0] for x in written)),
+        counts=None if rows.counts is None else count(rows.counts, candidates, num_emitted),
+    )
     return Advance(moved, jnp.where(place < num_emitted[:, None], candidates, -1), num_emitted)

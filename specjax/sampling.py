@@ -1,7 +1,8 @@
 """From logits to a law: temperature, top-k, top-p and min-p, per row, traced, without sorting the vocabulary.
 
 One path for draft and target: a token is verified against the very law that it was drawn from. Order as in Hugging
-Face: temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort would keep an arbitrary one).
+Face: what processors.py does, then temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort would
+keep an arbitrary one).
 """
 
 from __future__ import annotations
@@ -11,26 +12,51 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import noise
-from specjax.types import Array, Sampling
+from specjax.processors import Before, adjust
+from specjax.types import Array, Process, Processor, Rows, RowSampling, Sampling
 
 _NOTHING = -jnp.inf
 
 
-def per_row(sampling: Sampling, batch: int) -> Sampling:
-    """Every field as a [batch] array: float32, and int32 for top_k."""
+def per_row(sampling: Sampling, batch: int) -> RowSampling:
+    """Every field for each row."""
 
-    def spread(value, dtype):
+    def spread(value, dtype) -> Array:
         return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
 
-    return Sampling(
+    def maybe(value, dtype) -> Array | None:
+        return None if value is None else spread(value, dtype)
+
+    bias, words = sampling.logit_bias, sampling.bad_words
+    if words is not None:
+        words = jnp.asarray(words, jnp.int32)
+        words = jnp.broadcast_to(words, (batch, words.shape[-1]))
+    return RowSampling(
         temperature=spread(sampling.temperature, jnp.float32),
         top_k=spread(sampling.top_k, jnp.int32),
         top_p=spread(sampling.top_p, jnp.float32),
         min_p=spread(sampling.min_p, jnp.float32),
+        repetition_penalty=maybe(sampling.repetition_penalty, jnp.float32),
+        presence_penalty=maybe(sampling.presence_penalty, jnp.float32),
+        frequency_penalty=maybe(sampling.frequency_penalty, jnp.float32),
+        logit_bias=None if bias is None else jnp.atleast_2d(jnp.asarray(bias, jnp.float32)),
+        bad_words=words,
+        min_new_tokens=maybe(sampling.min_new_tokens, jnp.int32),
     )
 
 
-def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
+def processing(rows: Rows, processor: Processor | None, vocab_size: int) -> Process:
+    """The one path from logits to a law for these rows, for draft and target alike; see `types.Process`."""
+
+    def run(logits: Array, drafted: Array, visible: Array, depths: Array | None = None) -> Array:
+        depths = jnp.arange(drafted.shape[1])[None] if depths is None else depths
+        adjusted = adjust(logits, Before(rows, drafted, visible, depths), processor, vocab_size)
+        return process(adjusted, rows.sampling, vocab_size)
+
+    return run
+
+
+def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     """Log-weights of the law to sample from; `jax.nn.softmax` of the result is that law.
 
     Args:
@@ -53,7 +79,8 @@ def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = jnp.argmax(logits, -1, keepdims=True)
-    greedy = jnp.where(_columns(width) == best, 0.0, _NOTHING)
+    # Where nothing is left to choose, nothing is chosen: the row ends there.
+    greedy = jnp.where((_columns(width) == best) & (logits > _NOTHING), 0.0, _NOTHING)
 
     def sampled() -> Array:
         scaled = logits / jnp.where(is_sampled, temperature, 1.0)
@@ -64,7 +91,7 @@ def process(logits: Array, sampling: Sampling, vocab_size: int) -> Array:
     return lax.cond(jnp.any(is_sampled), sampled, lambda: greedy)
 
 
-def sample(keys: Array, logits: Array, sampling: Sampling) -> Array:
+def sample(keys: Array, logits: Array, sampling: RowSampling) -> Array:
     """One token per row from processed logits [B, V], by the Gumbel-max rule; [B] int32. Greedy rows draw no noise."""
 
     def drawn() -> Array:
@@ -80,7 +107,7 @@ def _columns(width: int) -> Array:
     return jnp.arange(width)[None, None]
 
 
-def _filter(logits: Array, sampling: Sampling) -> Array:
+def _filter(logits: Array, sampling: RowSampling) -> Array:
     top_k, top_p, min_p = (
         jnp.asarray(value)[:, None, None] for value in (sampling.top_k, sampling.top_p, sampling.min_p)
     )

@@ -16,7 +16,19 @@ from jax.typing import ArrayLike
 from specjax import controllers, validate, verify
 from specjax.rounds import Roles, State, speculate, start
 from specjax.rows import is_active
-from specjax.types import Array, Controller, Drafter, Model, PyTree, Round, Sampling, Stats, Status, Verifier
+from specjax.types import (
+    Array,
+    Controller,
+    Drafter,
+    Model,
+    Processor,
+    PyTree,
+    Round,
+    Sampling,
+    Stats,
+    Status,
+    Verifier,
+)
 
 
 class Origin(enum.IntEnum):
@@ -57,6 +69,7 @@ def stream(
     key: Array | None = None,
     max_new_tokens: ArrayLike = 128,
     sampling: Sampling = Sampling(),
+    processor: Processor | None = None,
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
@@ -83,7 +96,7 @@ def stream(
     if rounds_per_dispatch < 1:
         raise ValueError(f"rounds_per_dispatch must be 1 or more, got {rounds_per_dispatch}.")
     validate.kinds(model, drafter, verifier, controller)
-    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5))
+    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,

@@ -19,6 +19,12 @@ class Layout(NamedTuple):
     visible: Array  # [B or 1, N+1, N+1] bool: a token sees its ancestors and itself
 
 
+def chain(nodes: int) -> Layout:
+    """The layout of `nodes` draft tokens in a row."""
+    place = jnp.arange(nodes + 1)
+    return Layout(place[None], (place[None, :] <= place[:, None])[None])
+
+
 def layout(parents: Array) -> Layout:
     """Depths and ancestor mask from `parents` [N] or [B, N] int32 (-1 is the root).
 

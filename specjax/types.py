@@ -12,7 +12,7 @@ family is one new file that returns one of these tuples; the loop in `decode.py`
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
@@ -31,6 +31,7 @@ class Status(enum.IntEnum):
     CACHE_FULL = 3
     NON_FINITE = 4
     BAD_PROMPT = 5
+    DEAD_END = 6
 
     def describe(self) -> str:
         """One sentence: what happened and, where something went wrong, what to do."""
@@ -49,19 +50,75 @@ _STATUS_TEXT = {
     Status.BAD_PROMPT: (
         "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was done"
     ),
+    Status.DEAD_END: (
+        "the bad words, the minimum length or the custom processor left no token to choose: the tokens before that "
+        "point are valid; let the processor allow a stop token where its grammar ends"
+    ),
 }
 
 
 class Sampling(NamedTuple):
-    """How logits become a law, per row. Every field is a scalar or a [B] array and may be traced.
+    """How logits become a law, per row: every field is a scalar or [B] unless it says otherwise, and may be traced.
 
-    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact.
+    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. It is
+    made in the order of the fields below the line, then of those above it. A field that is None costs nothing.
     """
 
     temperature: Array | float = 0.0  # 0 is greedy: a one-hot law
     top_k: Array | int = 0  # 0 keeps all
     top_p: Array | float = 1.0  # in (0, 1]; 1 keeps all
     min_p: Array | float = 0.0  # in [0, 1); 0 keeps all
+    # -- on the logits, so at temperature 0 too; see processors.py
+    repetition_penalty: Array | float | None = None  # > 0; 1 is none; for tokens in the prompt or generated
+    presence_penalty: Array | float | None = None  # subtracted once from every token generated before
+    frequency_penalty: Array | float | None = None  # subtracted once for each time a token was generated
+    logit_bias: Array | None = None  # [V] or [B, V] float32, added
+    bad_words: Array | Sequence[int] | None = None  # [n] or [B, n] ids that are never emitted, pad -1
+    min_new_tokens: Array | int | None = None  # no stop token among this many first tokens
+
+
+class RowSampling(NamedTuple):
+    """`Sampling` spread over the rows of a batch."""
+
+    temperature: Array  # [B] float32
+    top_k: Array  # [B] int32
+    top_p: Array  # [B] float32
+    min_p: Array  # [B] float32
+    repetition_penalty: Array | None  # [B] float32
+    presence_penalty: Array | None  # [B] float32
+    frequency_penalty: Array | None  # [B] float32
+    logit_bias: Array | None  # [B or 1, V] float32
+    bad_words: Array | None  # [B, n] int32, pad -1
+    min_new_tokens: Array | None  # [B] int32
+
+
+class Processor(Protocol):
+    """A caller's own rule, a grammar or a mask: a pure function of one place in one row, mapped over all of them.
+
+    Hashed by identity: define it once, not in every call, or each call compiles anew.
+    """
+
+    def __call__(
+        self,
+        logits: Array,  # [V] float32, V = vocab_size
+        tokens: Array,  # [C] int32: the prompt and all before this place, drafted tokens included; then -1
+        length: Array,  # [] int32: how many of them
+        /,
+    ) -> Array: ...  # [V] float32; -inf forbids a token
+
+
+class Counts(NamedTuple):
+    """What penalties need to know of a row's text; kept only where a penalty is asked for."""
+
+    in_prompt: Array  # [B, V] bool
+    generated: Array  # [B, V] int32, how often each token was generated
+
+
+class LogProbs(NamedTuple):
+    """The target's log-probability of each token, [B, C] float32; 0 outside the generated part."""
+
+    raw: Array  # under the model's own law: temperature 1, nothing processed, padding columns left out
+    processed: Array  # under the law that `Sampling` and the processor make of it
 
 
 class Rows(NamedTuple):
@@ -75,7 +132,21 @@ class Rows(NamedTuple):
     keys: Array  # [B] PRNG keys, one a row; see noise.py
     rounds: Array  # [B] int32, rounds this row took part in
     stop_tokens: Array  # [B, n] int32, pad -1
-    sampling: Sampling  # every field [B]
+    sampling: RowSampling
+    log_probs: LogProbs  # [B, C + slack], as `tokens`
+    counts: Counts | None
+
+
+class Process(Protocol):
+    """Logits of T places to processed logits, whose softmax is the law; the one path for draft and target."""
+
+    def __call__(
+        self,
+        logits: Array,  # [B, T, V] float32
+        drafted: Array,  # [B, N] int32: this round's draft tokens
+        visible: Array,  # [B or 1, T, N] bool: which of them stand before each place
+        depths: Array | None = None,  # [B or 1, N] int32: how many draft tokens stand before each; None is a chain
+    ) -> Array: ...  # [B, T, V] float32, -inf where the law is zero
 
 
 class Context(NamedTuple):
@@ -83,6 +154,8 @@ class Context(NamedTuple):
 
     rows: Rows
     target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)
+    process: Process
+    draft_keys: Callable[[Array | int], Array]  # (step) -> keys [B]: the noise to draw the draft token at this step
 
 
 class Output(NamedTuple):
@@ -198,6 +271,9 @@ class Verifier(NamedTuple):
 
     verify: Callable[[Context, Draft, Target], Verdict]
     greedy_only: bool = False  # refuses temperatures above 0
+    # Drafters draw with the noise that the target will use at the same position. Only for verifiers that compare
+    # tokens with the target's own draw: in any other the noise would be used twice.
+    coupled: bool = False
 
 
 class Controller(NamedTuple):
@@ -230,6 +306,7 @@ class Generation(NamedTuple):
     lengths: Array  # [B] int32, prompt included
     prompt_lengths: Array  # [B] int32
     status: Array  # [B] int32, a `Status`
+    log_probs: LogProbs  # of the generated tokens, at their places in `tokens`
     stats: Stats
     controller_state: PyTree = ()  # to start the next call from what was learnt
 

@@ -72,7 +72,7 @@ def request(
     lengths = _per_row(prompt_lengths, "prompt_lengths", batch)
     seeds = _per_row(np.arange(batch, dtype=np.int32) if seeds is None else seeds, "seeds", batch)
     limits = _per_row(max_new_tokens, "max_new_tokens", batch, scalar=True)
-    stops = _stop_tokens(stop_tokens, batch, model.vocab_size)
+    stops = _ids(stop_tokens, "stop_tokens", batch, model.vocab_size)
     _check_prompt_values(prompts, lengths, model.vocab_size)
     _check_at_least(limits, "max_new_tokens", 1)
     capacity = _capacity(model, width, limits, lengths, capacity)
@@ -81,7 +81,7 @@ def request(
         prompt_lengths=jnp.asarray(lengths, jnp.int32),
         key=jax.random.key(0) if key is None else _key(key),
         limits=jnp.broadcast_to(jnp.asarray(limits, jnp.int32), (batch,)),
-        sampling=_sampling(sampling, batch),
+        sampling=_sampling(sampling, batch, model.vocab_size),
         stop_tokens=stops,
         seeds=jnp.asarray(seeds, jnp.int32),
     )
@@ -205,19 +205,20 @@ def _key(key: Any) -> Array:
     )
 
 
-def _stop_tokens(stop_tokens: Any, batch: int, vocab_size: int) -> Array:
-    if not isinstance(stop_tokens, jax.Array):
-        stop_tokens = np.asarray(stop_tokens, np.int32 if np.size(stop_tokens) == 0 else None)
-    stops = _integers(stop_tokens, "stop_tokens", "[n] or [B, n]")
-    if stops.ndim not in (1, 2) or (stops.ndim == 2 and stops.shape[0] != batch):
-        raise ValueError(f"stop_tokens must have shape [n] or [B, n] with B = {batch}, got {stops.shape}.")
-    host = known(stops)
+def _ids(ids: Any, name: str, batch: int, vocab_size: int) -> Array:
+    """Token ids [n] or [B, n], pad -1, as [B, n] int32."""
+    if not isinstance(ids, jax.Array):
+        ids = np.asarray(ids, np.int32 if np.size(ids) == 0 else None)
+    ids = _integers(ids, name, "[n] or [B, n]")
+    if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
+        raise ValueError(f"{name} must have shape [n] or [B, n] with B = {batch}, got {ids.shape}.")
+    host = known(ids)
     if host is not None and (host >= vocab_size).any():
-        raise ValueError(f"stop token {host.max()} is outside the vocabulary 0..{vocab_size - 1}; pad with -1.")
-    return jnp.broadcast_to(jnp.asarray(stops, jnp.int32), (batch, stops.shape[-1]))
+        raise ValueError(f"{name} holds {host.max()}, outside the vocabulary 0..{vocab_size - 1}; pad with -1.")
+    return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (batch, ids.shape[-1]))
 
 
-def _sampling(sampling: Sampling, batch: int) -> Sampling:
+def _sampling(sampling: Sampling, batch: int, vocab_size: int) -> Sampling:
     if not isinstance(sampling, Sampling):
         raise ValueError(f"sampling must be a specjax.Sampling, got {type(sampling).__name__}.")
     rules = {
@@ -225,9 +226,15 @@ def _sampling(sampling: Sampling, batch: int) -> Sampling:
         "top_k": (lambda x: x >= 0, "0 or more (0 keeps all)"),
         "top_p": (lambda x: (x > 0) & (x <= 1), "in (0, 1] (1 keeps all)"),
         "min_p": (lambda x: (x >= 0) & (x < 1), "in [0, 1) (0 keeps all)"),
+        "repetition_penalty": (lambda x: np.isfinite(x) & (x > 0), "finite and above 0 (1 is none)"),
+        "presence_penalty": (np.isfinite, "finite (0 is none)"),
+        "frequency_penalty": (np.isfinite, "finite (0 is none)"),
+        "min_new_tokens": (lambda x: x >= 0, "0 or more"),
     }
     for name, (is_valid, wanted) in rules.items():
         value = getattr(sampling, name)
+        if value is None:
+            continue
         shape = np.shape(value)
         if shape not in ((), (batch,)):
             raise ValueError(f"sampling.{name} must be a scalar or have shape [B] = [{batch}], got {shape}.")
@@ -235,4 +242,20 @@ def _sampling(sampling: Sampling, batch: int) -> Sampling:
         if host is not None and not is_valid(host).all():
             bad = host if host.ndim == 0 else host[~is_valid(host)][0]
             raise ValueError(f"sampling.{name} must be {wanted}, got {bad}.")
-    return Sampling(*(jnp.asarray(value) for value in sampling))
+    _logit_bias(sampling.logit_bias, batch, vocab_size)
+    words = None if sampling.bad_words is None else _ids(sampling.bad_words, "sampling.bad_words", batch, vocab_size)
+    arrays = {name: jnp.asarray(value) for name, value in sampling._asdict().items() if value is not None}
+    return sampling._replace(**{**arrays, "bad_words": words})
+
+
+def _logit_bias(bias: Any, batch: int, vocab_size: int) -> None:
+    if bias is None:
+        return
+    if np.shape(bias) not in ((vocab_size,), (1, vocab_size), (batch, vocab_size)):
+        raise ValueError(
+            f"sampling.logit_bias must have shape [V] = [{vocab_size}] or [B, V] = [{batch}, {vocab_size}], "
+            f"got {np.shape(bias)}."
+        )
+    host = known(bias)
+    if host is not None and (np.isnan(host) | (host == np.inf)).any():
+        raise ValueError("sampling.logit_bias holds NaN or +inf: use finite numbers, or -inf to forbid a token.")

@@ -41,7 +41,7 @@ CASES = {
     "not a Sampling": ({"sampling": {"temperature": 1}}, "specjax.Sampling, got dict"),
     "many keys": ({"key": jax.random.split(jax.random.key(0), 2)}, "one PRNG key"),
     "an int for a key": ({"key": 3}, r"jax\.random\.key\(seed\)"),
-    "stop token too large": ({"stop_tokens": [8]}, r"stop token 8.*0\.\.7"),
+    "stop token too large": ({"stop_tokens": [8]}, r"stop_tokens holds 8.*0\.\.7"),
     "stop tokens for other rows": ({"stop_tokens": np.zeros((3, 1), np.int32)}, r"\[n\] or \[B, n\]"),
     "seeds for other rows": ({"seeds": jnp.arange(3)}, "seeds"),
 }

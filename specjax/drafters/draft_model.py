@@ -5,15 +5,12 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax import noise
-from specjax.noise import Role
+from specjax.drafters.draw import draw
 from specjax.prefill import prefill
 from specjax.rows import last_tokens
-from specjax.sampling import process, sample
 from specjax.types import Array, Context, Draft, Drafter, DraftPlan, Model, PyTree, Round
 
 
@@ -47,26 +44,20 @@ def draft_model(model: Model) -> Drafter:
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:
         rows = context.rows
         batch = rows.tokens.shape[0]
-        keys = noise.derive(rows.keys, Role.DRAFT, rows.rounds)
         block = model.init_block(params, batch, plan.longest + 1)
-
-        def draw(logits: Array, step: Array | int) -> tuple[Array, Array]:
-            is_finite = jnp.all(jnp.isfinite(logits[..., : model.vocab_size]), -1, keepdims=True)
-            processed = process(jnp.where(is_finite, logits, 0.0), rows.sampling, model.vocab_size)[:, 0]
-            step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-            return sample(step_keys, processed, rows.sampling), jax.nn.softmax(processed, -1)
 
         second = jnp.ones((batch, 1), jnp.int32)
         out = model.apply(params, last_tokens(rows, 2), state.cache, block, logits_at=second)
-        token, law = draw(out.logits, 0)
-        tokens = jnp.zeros((batch, plan.longest), jnp.int32).at[:, 0].set(token)
+        tokens = jnp.zeros((batch, plan.longest), jnp.int32)
+        token, law = draw(context, out.logits[:, 0], tokens, 0)
+        tokens = tokens.at[:, 0].set(token)
         laws = jnp.zeros((plan.longest, *law.shape), jnp.float32).at[0].set(law)
 
         def step(index: Array, carry):
             tokens, laws, block = carry
             previous = lax.dynamic_slice_in_dim(tokens, index - 1, 1, 1)
             out = model.apply(params, previous, state.cache, block)
-            token, law = draw(out.logits, index)
+            token, law = draw(context, out.logits[:, 0], tokens, index)
             tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, 1)
             return tokens, lax.dynamic_update_index_in_dim(laws, law, index, 0), out.block
 

@@ -7,6 +7,7 @@ import functools
 import jax.numpy as jnp
 
 from specjax.types import Context, Draft, Target, Verdict, Verifier
+from specjax.verify.prefix import matching
 
 
 @functools.cache
@@ -24,9 +25,4 @@ def greedy() -> Verifier:
 
 def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     del context
-    best = jnp.argmax(target.logits, -1).astype(jnp.int32)  # [B, K+1]
-    longest = draft.tokens.shape[1]
-    agrees = (draft.tokens == best[:, :longest]) & (jnp.arange(longest)[None] < draft.lengths[:, None])
-    num_accepted = jnp.sum(jnp.cumprod(agrees.astype(jnp.int32), -1), -1)
-    next_token = jnp.take_along_axis(best, num_accepted[:, None], 1)[:, 0]
-    return Verdict(num_accepted, next_token)
+    return matching(draft, jnp.argmax(target.logits, -1).astype(jnp.int32))

@@ -1,0 +1,29 @@
+"""What a drafter or a verifier sees in a round, put together."""
+
+from __future__ import annotations
+
+import jax
+
+from specjax import noise
+from specjax.noise import Role
+from specjax.sampling import processing
+from specjax.types import Array, Context, Processor, PyTree, Rows
+
+
+def make_context(
+    rows: Rows,
+    target_cache: PyTree,
+    *,
+    vocab_size: int,
+    processor: Processor | None = None,
+    coupled: bool = False,
+) -> Context:
+    """The context of these rows; `coupled` as the verifier asks for (see `types.Verifier`)."""
+
+    def draft_keys(step: Array | int) -> Array:
+        if coupled:
+            return noise.derive(rows.keys, Role.TARGET, rows.lengths + step)
+        keys = noise.derive(rows.keys, Role.DRAFT, rows.rounds)
+        return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+    return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys)

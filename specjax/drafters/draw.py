@@ -1,0 +1,32 @@
+"""One draft token, drawn as the target would draw it: what every drafter that has logits needs."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from specjax.sampling import sample
+from specjax.types import Array, Context
+
+
+def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> tuple[Array, Array]:
+    """The draft token at `step` of a chain, and the law that it was drawn from.
+
+    The drafter's logits go the target's way: the same processors with the draft tokens before this one in view, the
+    same temperature, top-k, top-p and min-p. Logits that are not finite, or of which nothing is left, become the
+    uniform law: a bad drafter costs speed, never correctness.
+
+    Args:
+      context: of this round.
+      logits: [B, V] float32.
+      drafted: [B, K] int32; the first `step` are this round's draft tokens, the others are ignored.
+      step: 0..K-1, may be traced.
+
+    Returns:
+      token [B] int32 and law [B, V] float32, for `Draft.tokens` and `Draft.probs`.
+    """
+    visible = (jnp.arange(drafted.shape[1]) < step)[None, None]
+    processed = context.process(logits[:, None], drafted, visible)[:, 0]
+    peak = jnp.max(processed, -1, keepdims=True)
+    processed = jnp.where(jnp.isfinite(peak), processed, 0.0)
+    return sample(context.draft_keys(step), processed, context.rows.sampling), jax.nn.softmax(processed, -1)

@@ -1,0 +1,124 @@
+"""What happens to logits before temperature: penalties, bias, bad words, minimum length, the caller's own rule.
+
+Every place of a forward pass is processed with the tokens before *it*: a place behind three draft tokens counts those
+three. So each place's law is the one that plain decoding would have there, and verification stays exact.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax.types import Array, Counts, Processor, Rows, RowSampling
+
+
+class Before(NamedTuple):
+    """The text before each of T places: the row's own, then this round's draft tokens that the place sees."""
+
+    rows: Rows
+    drafted: Array  # [B, N] int32
+    visible: Array  # [B or 1, T, N] bool
+    depths: Array  # [B or 1, N] int32
+
+
+def adjust(logits: Array, before: Before, processor: Processor | None, vocab_size: int) -> Array:
+    """The logits [B, T, V] with everything done to them that precedes temperature; same shape, float32.
+
+    Order: repetition, frequency and presence penalties, bias, bad words, minimum length, the caller's processor.
+    Repetition counts the prompt as Hugging Face does (arXiv:1909.05858); presence and frequency count generated tokens
+    only, as the OpenAI API does.
+
+    Returns columns from vocab_size on as they came; `sampling.process` removes them.
+    """
+    sampling = before.rows.sampling
+    padding = logits[..., vocab_size:]
+    logits = logits[..., :vocab_size]
+    if before.rows.counts is not None:
+        logits = _penalise(logits, sampling, before.rows.counts, before)
+    if sampling.logit_bias is not None:
+        logits = logits + sampling.logit_bias[:, None]
+    if sampling.bad_words is not None:
+        logits = jnp.where(_is_among(sampling.bad_words, vocab_size)[:, None], -jnp.inf, logits)
+    if sampling.min_new_tokens is not None:
+        num_before = before.rows.lengths[:, None] - before.rows.prompt_lengths[:, None] + jnp.sum(before.visible, -1)
+        is_early = num_before < sampling.min_new_tokens[:, None]  # [B, T]
+        is_stop = _is_among(before.rows.stop_tokens, vocab_size)
+        logits = jnp.where(is_early[..., None] & is_stop[:, None], -jnp.inf, logits)
+    if processor is not None:
+        logits = _custom(logits, before, processor)
+    return jnp.concatenate([logits, padding], -1) if padding.shape[-1] else logits
+
+
+def counts_are_needed(sampling: RowSampling) -> bool:
+    """Whether any penalty is asked for."""
+    penalties = (sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
+    return any(penalty is not None for penalty in penalties)
+
+
+def open_counts(prompts: Array, prompt_lengths: Array, vocab_size: int) -> Counts:
+    """Of rows that hold their prompts and nothing else. prompts [B, P], ids valid below the lengths."""
+    batch, width = prompts.shape
+    is_prompt = jnp.arange(width)[None] < prompt_lengths[:, None]
+    seen = jnp.zeros((batch, vocab_size), bool)
+    seen = seen.at[jnp.arange(batch)[:, None], prompts].max(is_prompt, mode="drop")
+    return Counts(seen, jnp.zeros((batch, vocab_size), jnp.int32))
+
+
+def count(counts: Counts, tokens: Array, num_tokens: Array) -> Counts:
+    """With the first num_tokens [B] of `tokens` [B, W] generated."""
+    batch, width = tokens.shape
+    is_new = (jnp.arange(width)[None] < num_tokens[:, None]).astype(jnp.int32)
+    generated = counts.generated.at[jnp.arange(batch)[:, None], tokens].add(is_new, mode="drop")
+    return counts._replace(generated=generated)
+
+
+def _penalise(logits: Array, sampling: RowSampling, counts: Counts, before: Before) -> Array:
+    batch, places, _ = logits.shape
+    generated = jnp.broadcast_to(counts.generated[:, None], logits.shape)
+    if before.drafted.shape[1]:
+        visible = jnp.broadcast_to(before.visible, (batch, places, before.drafted.shape[1]))
+        row, place = jnp.arange(batch)[:, None, None], jnp.arange(places)[None, :, None]
+        generated = generated.at[row, place, before.drafted[:, None]].add(visible.astype(jnp.int32), mode="drop")
+    if sampling.repetition_penalty is not None:
+        penalty = sampling.repetition_penalty[:, None, None]
+        penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
+        logits = jnp.where(counts.in_prompt[:, None] | (generated > 0), penalised, logits)
+    if sampling.frequency_penalty is not None:
+        logits = logits - sampling.frequency_penalty[:, None, None] * generated
+    if sampling.presence_penalty is not None:
+        logits = logits - jnp.where(generated > 0, sampling.presence_penalty[:, None, None], 0.0)
+    return logits
+
+
+def _custom(logits: Array, before: Before, processor: Processor) -> Array:
+    rows = before.rows
+    capacity = rows.tokens.shape[1]
+    places = logits.shape[1]
+    batch = rows.tokens.shape[0]
+    shape = (batch, places, before.drafted.shape[1])
+    visible = jnp.broadcast_to(before.visible, shape)
+    depths = jnp.broadcast_to(before.depths[:, None], shape)
+
+    def one_place(logits, tokens, length, drafted, visible, depths):
+        total = length + jnp.sum(visible, dtype=jnp.int32)
+        at = jnp.where(visible, length + depths, capacity)  # what is not seen falls off the end
+        text = tokens.at[at].set(drafted, mode="drop")
+        return processor(logits, jnp.where(jnp.arange(capacity) < total, text, -1), total)
+
+    over_places = jax.vmap(one_place, (0, None, None, None, 0, 0))
+    out = jax.vmap(over_places)(logits, rows.tokens, rows.lengths, before.drafted, visible, depths)
+    if out.shape != logits.shape:
+        raise ValueError(
+            f"the processor must return logits of the shape it was given, [V] = ({logits.shape[-1]},), "
+            f"got {out.shape[2:]}."
+        )
+    return out.astype(jnp.float32)
+
+
+def _is_among(ids: Array, vocab_size: int) -> Array:
+    """[B, n] ids, pad -1 -> [B, V] bool."""
+    batch = ids.shape[0]
+    at = jnp.where(ids < 0, vocab_size, ids)
+    return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], at].set(True, mode="drop")

@@ -1,0 +1,36 @@
+"""The exactness kit: models whose law is a small table, drafters that try to break a verifier, exact laws to compare
+with, and the contract of each role as one call. For specjax's own tests, and for anyone who writes a part:
+
+    from specjax import testing
+    testing.check_drafter(my_drafter, my_params)
+"""
+
+from specjax.testing.adversaries import (
+    Adversary,
+    adversarial_tables,
+    adversaries,
+    constant_drafter,
+    time_varying_drafter,
+)
+from specjax.testing.check_drafter import check_drafter
+from specjax.testing.check_model import check_model
+from specjax.testing.check_verifier import check_verifier
+from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law, numpy_law
+from specjax.testing.tables import random_table, table_model
+
+__all__ = [
+    "Adversary",
+    "adversarial_tables",
+    "adversaries",
+    "assert_same_law",
+    "check_drafter",
+    "check_model",
+    "check_verifier",
+    "constant_drafter",
+    "count_sequences",
+    "exact_sequence_law",
+    "numpy_law",
+    "random_table",
+    "table_model",
+    "time_varying_drafter",
+]

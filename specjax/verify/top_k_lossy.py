@@ -1,0 +1,36 @@
+"""Relaxed acceptance (lossy): a draft token stays where it is among the target's k most likely ones."""
+
+from __future__ import annotations
+
+import functools
+
+import jax.numpy as jnp
+
+from specjax.types import Context, Draft, Target, Verdict, Verifier
+from specjax.verify.lossy import keep_judged
+from specjax.verify.prefix import at_tokens
+
+
+@functools.cache
+def top_k_lossy(k: int = 3) -> Verifier:
+    """LOSSY: the output does not follow the target's law. A draft token stays if it is one of the k most likely under
+    the target's processed law.
+
+    At temperature 0 that law is one-hot, and the rule is greedy verification, which loses nothing.
+
+    Args:
+      k: 1 or more.
+
+    >>> top_k_lossy(2) is top_k_lossy(2)
+    True
+    """
+    if k < 1:
+        raise ValueError(f"top_k_lossy needs k of 1 or more, got {k}.")
+
+    def verify(context: Context, draft: Draft, target: Target) -> Verdict:
+        probs = target.probs[:, : draft.tokens.shape[1]]
+        own = at_tokens(probs, draft.tokens)
+        rank = jnp.sum(probs > own[..., None], -1)
+        return keep_judged(context, draft, target, (rank < k) & (own > 0))
+
+    return Verifier(verify=verify)
