@@ -102,6 +102,7 @@ def generate(
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
     validate.kinds(model, drafter, verifier, controller)
+    validate.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -131,6 +132,7 @@ def autoregressive(
     Arguments, result and errors as for `generate`, less what concerns the drafter.
     """
     validate.kinds(model)
+    validate.processor(processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,

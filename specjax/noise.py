@@ -26,18 +26,17 @@ class Role(enum.IntEnum):
 
 
 def row_keys(key: Array, seeds: Array) -> Array:
-    """One key per row. `key`: a typed key or a legacy uint32 one; `seeds`: [B] int32."""
+    """The keys of each row, [B, roles]. `key`: a typed key or a legacy uint32 one; `seeds`: [B] int32."""
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)
-    return jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+    own = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+    roles = jnp.arange(len(Role), dtype=jnp.uint32)
+    return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, roles))(own)
 
 
 def derive(keys: Array, role: Role, index: Array) -> Array:
-    """The keys of one role at one round or position. `keys`: [B]; `index`: [B] or [] int32; returns [B]."""
-    fold = jax.vmap(jax.random.fold_in)
-    batch = keys.shape[0]
-    keys = fold(keys, jnp.full((batch,), role, jnp.uint32))
-    return fold(keys, jnp.broadcast_to(index, (batch,)))
+    """The keys of one role at one round or position. `keys`: [B, roles]; `index`: [B] or [] int32; returns [B]."""
+    return jax.vmap(jax.random.fold_in)(keys[:, role], jnp.broadcast_to(index, keys.shape[:1]))
 
 
 def uniforms(keys: Array, count: int) -> Array:

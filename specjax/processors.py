@@ -86,7 +86,7 @@ def _penalise(logits: Array, sampling: RowSampling, counts: Counts, before: Befo
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
         logits = jnp.where(counts.in_prompt[:, None] | (generated > 0), penalised, logits)
     if sampling.frequency_penalty is not None:
-        logits = logits - sampling.frequency_penalty[:, None, None] * generated
+        logits = logits - sampling.frequency_penalty[:, None, None] * generated.astype(logits.dtype)
     if sampling.presence_penalty is not None:
         logits = logits - jnp.where(generated > 0, sampling.presence_penalty[:, None, None], 0.0)
     return logits

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 
-from specjax import cache, noise
+from specjax import noise
 from specjax.processors import count, counts_are_needed, open_counts
 from specjax.sampling import per_row
 from specjax.types import Array, LogProbs, Rows, Sampling, Status
@@ -101,15 +101,17 @@ def advance(
     status = jnp.where(num_emitted == until_stop, Status.STOPPED, status)
     status = jnp.where(was_active, status, rows.status).astype(jnp.int32)
 
-    old = tuple(x[..., None] for x in (rows.tokens, *rows.log_probs))
-    new = tuple(x[..., None] for x in (candidates, *log_probs))
-    tokens, *written = cache.write_rows(old, new, rows.lengths)
+    row, at = jnp.arange(len(candidates))[:, None], rows.lengths[:, None] + place
+
+    def append(text: Array, new: Array) -> Array:
+        return text.at[row, at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
+
     moved = rows._replace(
-        tokens=tokens[..., 0],
+        tokens=append(rows.tokens, candidates),
         lengths=lengths,
         status=status,
         rounds=rows.rounds + was_active.astype(jnp.int32),
-        log_probs=LogProbs(*(x[..., 0] for x in written)),
+        log_probs=LogProbs(*map(append, rows.log_probs, log_probs)),
         counts=None if rows.counts is None else count(rows.counts, candidates, num_emitted),
     )
     return Advance(moved, jnp.where(place < num_emitted[:, None], candidates, -1), num_emitted)

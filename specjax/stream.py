@@ -96,6 +96,7 @@ def stream(
     if rounds_per_dispatch < 1:
         raise ValueError(f"rounds_per_dispatch must be 1 or more, got {rounds_per_dispatch}.")
     validate.kinds(model, drafter, verifier, controller)
+    validate.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,

@@ -129,7 +129,7 @@ class Rows(NamedTuple):
     prompt_lengths: Array  # [B] int32
     limits: Array  # [B] int32, the length at which the row ends for max_new_tokens
     status: Array  # [B] int32, a `Status`
-    keys: Array  # [B] PRNG keys, one a row; see noise.py
+    keys: Array  # [B, roles] PRNG keys; see noise.py
     rounds: Array  # [B] int32, rounds this row took part in
     stop_tokens: Array  # [B, n] int32, pad -1
     sampling: RowSampling

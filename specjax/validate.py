@@ -105,6 +105,20 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
             raise ValueError(f"{wanted}; got {type(part).__name__}.")
 
 
+def processor(rule: Any) -> None:
+    """Checks that the caller's own rule can be one: jit knows it by its hash."""
+    if rule is None:
+        return
+    if not callable(rule):
+        raise ValueError(f"processor must be a function of (logits, tokens, length), got {type(rule).__name__}.")
+    try:
+        hash(rule)
+    except TypeError:
+        raise ValueError(
+            f"processor must be hashable, and {type(rule).__name__} is not: pass a plain function, defined once."
+        ) from None
+
+
 def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
     """Checks that the parts of a generation fit each other."""
     if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:

@@ -7,27 +7,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, models, prefill, rounds, testing, validate
+from specjax import decode, prefill, rounds, testing, validate
 from specjax.types import Controller, Status
 
 VOCAB = 13
 TABLE_MODEL = testing.table_model(2, VOCAB)
 TABLE = testing.random_table(jax.random.key(0), order=2, vocab_size=VOCAB, sharpness=2.0)
 BAD_TABLE = testing.random_table(jax.random.key(1), order=2, vocab_size=VOCAB)
-TINY = {
-    "model_type": "llama", "vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False,
-}  # fmt: skip
 PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
 LENGTHS = jnp.array([4, 1, 2])
 
 
 def _llama(seed, **changes):
-    loaded = models.random({**TINY, **changes}, jax.random.key(seed))
-    return loaded.model, jax.tree.map(lambda leaf: leaf * 12 if leaf.ndim > 1 else leaf, loaded.params)
+    return tiny.model("llama", seed, **changes)
 
 
 def _pairs():
@@ -40,9 +36,7 @@ def _pairs():
     )
     yield "llama", *_llama(0), *_llama(1, num_hidden_layers=1)
     yield "llama drafting for itself", *_llama(0), *_llama(0)
-    gpt2 = {"model_type": "gpt2", "vocab_size": VOCAB, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 64}
-    small = models.random(gpt2, jax.random.key(3))
-    yield "gpt2", small.model, jax.tree.map(lambda leaf: leaf * 9 if leaf.ndim > 1 else leaf, small.params), *_llama(1)
+    yield "gpt2", *tiny.model("gpt2", 3), *_llama(1)
 
 
 PAIRS = {name: parts for name, *parts in _pairs()}
@@ -106,12 +100,20 @@ def test_caches_hold_verified_tokens_only():
         assert (state.drafter_state.cache.lengths == state.rows.lengths - 2).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.9])
-def test_a_row_is_the_same_alone_and_in_company(temperature):
+@pytest.mark.parametrize(
+    ("sampling", "verifier"),
+    [
+        (specjax.Sampling(), specjax.verify.greedy()),
+        (specjax.Sampling(0.9), specjax.verify.rejection()),
+        (specjax.Sampling(0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.2), specjax.verify.block()),
+    ],
+    ids=["greedy", "sampled", "penalties"],
+)
+def test_a_row_is_the_same_alone_and_in_company(sampling, verifier):
     """Known bug 3 and shared noise: a row's output must not depend on its batch, its place, the padding or the
     capacity. The rows of the batch end at different times."""
     model, params, draft, draft_params = PAIRS["llama"]
-    options = {"sampling": specjax.Sampling(temperature), "controller": specjax.controllers.fixed(3)}
+    options = {"sampling": sampling, "verifier": verifier, "controller": specjax.controllers.fixed(3)}
     drafter = specjax.drafters.draft_model(draft)
     seeds = jnp.array([70, 71, 72])
     limits = jnp.array([25, 9, 17])
@@ -285,7 +287,7 @@ def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     arrays = request.arrays
     for lowered in (
         decode._generate.lower(roles, request.capacity, params, draft_params, arrays, None, 0),
-        decode._autoregressive.lower(model, request.capacity, params, arrays, 0),
+        decode._autoregressive.lower(model, None, request.capacity, params, arrays, 0),
     ):
         assert not hlo.host_calls(lowered.as_text())
         program = hlo.parse(lowered.compile().as_text())

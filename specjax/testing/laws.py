@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.types import Array, Processor, Sampling
+from specjax.types import Array, Model, Processor, PyTree, Sampling
 
 
 def numpy_law(
@@ -72,33 +74,50 @@ def _adjusted(logits, sampling: Sampling, text: list[int], prompt_length: int, s
 
 
 def exact_sequence_law(
-    table: Array,
-    prompt: Iterable[int],
+    model: Model,
+    params: PyTree,
+    prompt: Sequence[int],
     length: int,
-    vocab_size: int,
     *,
     sampling: Sampling,
     stop_tokens: Sequence[int] = (),
     processor: Processor | None = None,
 ) -> np.ndarray:
-    """The probability of every continuation of up to `length` tokens under a table model, by enumeration in float64.
+    """The probability of every continuation of up to `length` tokens, by enumeration in float64.
+
+    The model scores all vocab_size ** (length - 1) texts in one plain forward pass, no cache behind it; what its logits
+    become is `numpy_law`. So keep the vocabulary to a few ids.
+
+    Args:
+      model, params: of the target.
+      prompt: ids, at least one.
+      length: tokens to enumerate.
+      sampling: scalar fields, or None; `logit_bias` [V].
+      stop_tokens: ids that end a text.
+      processor: as in `generate`.
 
     Returns:
       [vocab_size] * length float64; entry [a, b, c] is the probability of emitting a, then b, then c. After a stop
-      token the other indices are 0, as `Generation.tokens` is padded.
+      token the other indices are 0, as `Generation.tokens` is padded. What is missing from 1 is texts that reach a
+      place where nothing is allowed.
     """
-    host, prompt = np.asarray(table, np.float64), list(prompt)
-    order = host.ndim - 1
+    vocab_size, prompt = model.vocab_size, list(prompt)
+    paths = np.array(list(itertools.product(range(vocab_size), repeat=length - 1)), np.int32).reshape(-1, length - 1)
+    texts = np.concatenate([np.tile(np.array([prompt], np.int32), (len(paths), 1)), paths], 1)
+    count, width = texts.shape
+    cache, block = model.init_cache(params, count, width + 1), model.init_block(params, count, width)
+    logits = np.asarray(jax.jit(model.apply)(params, texts, cache, block).logits[..., :vocab_size], np.float64)
     law = np.zeros((vocab_size,) * length)
 
     def extend(new: tuple[int, ...], prob: float) -> None:
-        if len(new) == length or (new and new[-1] in stop_tokens):
-            law[new + (0,) * (length - len(new))] += prob
+        rest = length - len(new)
+        if rest == 0 or (new and new[-1] in stop_tokens):
+            law[new + (0,) * rest] += prob
             return
-        text = [*prompt, *new]
-        context = tuple(([vocab_size] * order + text)[-order:])
+        row = np.ravel_multi_index(new + (0,) * (rest - 1), (vocab_size,) * (length - 1)) if length > 1 else 0
         options: dict[str, Any] = {"stop_tokens": list(stop_tokens), "processor": processor}
-        after = numpy_law(host[context][:vocab_size], sampling, text=text, prompt_length=len(prompt), **options)
+        place = logits[row, len(prompt) - 1 + len(new)]
+        after = numpy_law(place, sampling, text=[*prompt, *new], prompt_length=len(prompt), **options)
         for token in np.flatnonzero(after):
             extend((*new, int(token)), prob * after[token])
 
