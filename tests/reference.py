@@ -15,6 +15,25 @@ def attention(query, keys, values, seen, scale):
     return weights / weights.sum(-1, keepdims=True) @ values
 
 
+def greedy_rounds(target, draft, prompt, count, draft_len):
+    """Rounds that greedy speculation takes to write `count` tokens after `prompt`, from two tables of one order."""
+
+    def best(table, text):
+        return int(np.argmax(table[tuple(text[-(table.ndim - 1) :])]))
+
+    text, end, rounds = [*prompt, best(target, prompt)], len(prompt) + count, 0
+    while len(text) < end:
+        ahead = list(text)
+        for _ in range(min(draft_len, end - len(text) - 1)):
+            ahead.append(best(draft, ahead))
+        for place in range(len(text), len(ahead) + 1):
+            text.append(best(target, text))
+            if place == len(ahead) or ahead[place] != text[-1]:
+                break
+        rounds += 1
+    return rounds
+
+
 class Case(NamedTuple):
     """One row for a verifier: what it sees, and its noise."""
 

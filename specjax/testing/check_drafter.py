@@ -72,7 +72,15 @@ def check_drafter(
 class _Bench:
     def __init__(self, drafter: Drafter, params: PyTree, target: Model, target_params: PyTree):
         self.drafter, self.params, self.target, self.target_params = drafter, params, target, target_params
-        self.roles = Roles(target, drafter, rejection(), controllers.fixed(_LONGEST))
+        self.roles = roles = Roles(target, drafter, rejection(), controllers.fixed(_LONGEST))
+
+        def first_draft(capacity: int, target_params: PyTree, params: PyTree, arrays: validate.Request) -> Draft:
+            state = start(roles, capacity, target_params, params, arrays)
+            context = context_of(roles, state.rows, state.target_cache)
+            plan = plan_of(roles.controller, state.controller_state, state.rows)
+            return drafter.propose(params, state.drafter_state, context, plan)[0]
+
+        self.first_draft = jax.jit(first_draft, static_argnums=0)
 
     def prompts(self, rows: int) -> Array:
         return jax.random.randint(jax.random.key(1), (rows, 6), 0, self.target.vocab_size)
@@ -83,15 +91,7 @@ class _Bench:
             self.target, prompts, lengths, key=jax.random.key(5), max_new_tokens=8, sampling=sampling, stop_tokens=(),
             seeds=seeds, capacity=None,
         )  # fmt: skip
-
-        @jax.jit
-        def run(target_params, params, arrays):
-            state = start(self.roles, request.capacity, target_params, params, arrays)
-            context = context_of(self.roles, state.rows, state.target_cache)
-            plan = plan_of(self.roles.controller, state.controller_state, state.rows)
-            return self.drafter.propose(params, state.drafter_state, context, plan)[0]
-
-        return run(self.target_params, self.params, request.arrays)
+        return self.first_draft(request.capacity, self.target_params, self.params, request.arrays)
 
 
 def _check_shapes(bench: _Bench) -> None:

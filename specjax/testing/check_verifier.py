@@ -78,8 +78,7 @@ def _draw(
     verifier: Verifier, model: Model, table: Array, adversary: Adversary, draft_len: int, samples: int
 ) -> list[np.ndarray]:
     """Texts [samples, C] for each setting, all from one batch."""
-    fields = zip(*_SETTINGS.values(), strict=True)
-    sampling = Sampling(*(None if field[0] is None else jnp.repeat(jnp.array(field), samples) for field in fields))
+    sampling = jax.tree.map(lambda *values: jnp.repeat(jnp.array(values), samples), *_SETTINGS.values())
     prompts = jnp.tile(jnp.array([_PROMPT]), (samples * len(_SETTINGS), 1))
     out = generate(
         model, table, adversary.drafter, adversary.params, prompts, key=jax.random.key(2024),

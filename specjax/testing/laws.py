@@ -10,8 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
-from specjax.types import Array, Model, Processor, PyTree, Sampling
+from specjax.types import Model, Processor, PyTree, Sampling
 
 
 def numpy_law(
@@ -125,7 +126,7 @@ def exact_sequence_law(
     return law
 
 
-def count_sequences(tokens: Array, prompt_length: int, length: int, vocab_size: int) -> np.ndarray:
+def count_sequences(tokens: ArrayLike, prompt_length: int, length: int, vocab_size: int) -> np.ndarray:
     """How often each continuation of `length` tokens came: [vocab_size] * length, from Generation.tokens [B, C]."""
     counts = np.zeros((vocab_size,) * length)
     np.add.at(counts, tuple(np.asarray(tokens)[:, prompt_length : prompt_length + length].T), 1)
