@@ -1,7 +1,8 @@
-"""The command line: `specjax generate`."""
+"""The command line: `specjax generate` and `specjax bench`."""
 
 from __future__ import annotations
 
+import enum
 import glob
 import importlib.util
 import json
@@ -13,11 +14,37 @@ from typing import Annotated
 import jax
 import typer
 
-from specjax import Sampling, __version__, interrupts, report, runner
+from specjax import Sampling, __version__, exactness, interrupts, report, runner, verify
+from specjax.pair import load_pair
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
 
 _ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+
+
+class Rule(enum.StrEnum):
+    """The verifiers, by the names of their makers; the lossy ones do not follow the target's law."""
+
+    rejection = "rejection"
+    block = "block"
+    coupled = "coupled"
+    greedy = "greedy"
+    typical_lossy = "typical-lossy"
+    top_k_lossy = "top-k-lossy"
+
+
+class Check(enum.StrEnum):
+    """What `bench --verify` can verify."""
+
+    exactness = "exactness"
+
+
+Model = Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")]
+Draft = Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
 
 
 def main() -> None:
@@ -42,30 +69,33 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @app.command()
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="The text to continue; - reads standard input.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")
-    ] = None,
-    draft: Annotated[
-        str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")
-    ] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")] = None,
+    model: Model = None,
+    draft: Draft = None,
+    tokenizer: Tokenizer = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
     draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 5,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="In (0, 1]; 1 keeps all.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
     min_p: Annotated[float, typer.Option(help="In [0, 1); 0 keeps all.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
-    dtype: Annotated[
-        str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 0; 1 is none. For tokens of the prompt and the text.")
     ] = None,
+    presence_penalty: Annotated[float | None, typer.Option(help="Taken off every token generated before.")] = None,
+    frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time it was generated.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(help="No end of text before as many.")] = None,
+    verifier: Annotated[Rule, typer.Option(help="How draft tokens are judged; lossy ones change the law.")] = (
+        Rule.rejection
+    ),
+    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    dtype: Dtype = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="One prompt a line, instead of PROMPT; blank lines are skipped.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
-    json_output: Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")] = False,
+    json_output: Json = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
-    cache: Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")] = True,
+    cache: Cache = True,
 ) -> None:
     """Continue a text, and say what speculation brought.
 
@@ -77,7 +107,11 @@ def generate(
         _keep_programs()
     task = runner.Task(
         model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, max_new_tokens=max_new_tokens,
-        sampling=Sampling(temperature, top_k, top_p, min_p), seed=seed, batch=batch, baseline=baseline,
+        sampling=Sampling(
+            temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty,
+            presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, min_new_tokens=min_new_tokens,
+        ),
+        verifier=getattr(verify, verifier.name)(), seed=seed, batch=batch, baseline=baseline,
     )  # fmt: skip
     display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output)
     interrupts.watch(lambda: display.is_busy)
@@ -88,6 +122,45 @@ def generate(
         display.summary(summary)
     if summary.interrupted:
         interrupts.leave("")
+
+
+@app.command()
+def bench(
+    verify: Annotated[Check, typer.Option(help="What to verify on this machine.")],
+    model: Model = None,
+    draft: Draft = None,
+    tokenizer: Tokenizer = None,
+    dtype: Dtype = None,
+    samples: Annotated[int, typer.Option(min=1000, help="Sequences of each chi-square test.")] = 20_000,
+    json_output: Json = False,
+    cache: Cache = True,
+) -> None:
+    """Check on this machine, with its own backend and dtype, that speculation changes nothing; status 1 if it does.
+
+    Verifiers against laws that can be enumerated, the contracts of both models and of the drafter, then speculation
+    against plain decoding, token for token: where bfloat16 turns a near-tie the other way, it is counted.
+    """
+    del verify  # there is one kind so far
+    _quiet_platform()
+    if cache:
+        _keep_programs()
+    display = report.Display(plain=False, silent=json_output)
+    interrupts.watch(lambda: display.is_busy)
+    with display.busy("loading the models"):
+        pair = load_pair(model, draft, tokenizer, dtype)
+    findings = []
+    for name, run in exactness.suite(pair, samples):
+        with display.busy(name):
+            findings.append(run())
+        if not json_output:
+            display.finding(findings[-1])
+    passed = all(finding.passed for finding in findings)
+    if json_output:
+        typer.echo(json.dumps(report.findings_as_json(findings, pair)))
+    else:
+        display.verdict(findings, pair)
+    if not passed:
+        raise typer.Exit(1)
 
 
 def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:

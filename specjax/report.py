@@ -1,4 +1,4 @@
-"""How `specjax generate` looks: text coloured by origin, a spinner while compiling, and a summary."""
+"""How the command line looks: text coloured by origin, a spinner while compiling, a summary; findings of checks."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import jax
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from specjax import stats
+from specjax.exactness import Finding
+from specjax.pair import Pair
 from specjax.runner import Summary, predicted_speedup
 from specjax.stream import Origin
 from specjax.text import Piece
@@ -80,12 +83,43 @@ class Display:
             if row.status in (Status.CACHE_FULL, Status.NON_FINITE, Status.BAD_PROMPT):
                 self._err.print(f"prompt {index}: {row.status.describe()}", style="yellow")
 
+    def finding(self, finding: Finding) -> None:
+        """One check of the exactness suite, to standard output."""
+        mark, style = ("passed", "green") if finding.passed else ("FAILED", "bold red")
+        self._out.print(Text(mark, style) + Text(f"  {finding.check} ({finding.seconds:.0f} s)", ""))
+        for line in finding.detail.splitlines():
+            self._out.print(Text(f"        {line}", "dim"))
+
+    def verdict(self, findings: list[Finding], pair: Pair) -> None:
+        """All checks together."""
+        failed = sum(not finding.passed for finding in findings)
+        where = f"on {jax.devices()[0].device_kind}, parameters in {_dtype(pair)}, jax {jax.__version__}"
+        if failed:
+            self._out.print(Text(f"{failed} of {len(findings)} checks failed {where}", "bold red"))
+        else:
+            self._out.print(Text(f"all {len(findings)} checks passed {where}", "bold green"))
+
     def _write(self, text: str, style: str) -> None:
         if self._plain:
             self._out.file.write(text)
             self._out.file.flush()
         else:
             self._out.print(Text(text, style=style), end="")
+
+
+def findings_as_json(findings: list[Finding], pair: Pair) -> dict[str, Any]:
+    """The exactness suite as plain data."""
+    return {
+        "passed": all(finding.passed for finding in findings),
+        "checks": [finding._asdict() for finding in findings],
+        "device": jax.devices()[0].device_kind,
+        "dtype": _dtype(pair),
+        "jax": jax.__version__,
+    }
+
+
+def _dtype(pair: Pair) -> str:
+    return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(pair.target.params)}))
 
 
 def as_json(summary: Summary) -> dict[str, Any]:

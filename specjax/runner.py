@@ -5,17 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from specjax import controllers, drafters, stats, text
 from specjax.decode import autoregressive
+from specjax.pair import Pair, load_pair
 from specjax.stream import Chunk, stream
-from specjax.types import Generation, Sampling, Stats, Status
+from specjax.types import Generation, Sampling, Stats, Status, Verifier
 
 CAPACITY_STEP = 128
 
@@ -30,6 +29,7 @@ class Task(NamedTuple):
     draft_len: int
     max_new_tokens: int
     sampling: Sampling
+    verifier: Verifier
     seed: int
     batch: int
     baseline: bool
@@ -74,16 +74,10 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
-class _Pair(NamedTuple):
-    target: Any
-    draft: Any
-    tokenizer: Any
-
-
 def run(task: Task, texts: list[str], display: Display) -> Summary:
     """Runs the task; Ctrl-C while tokens stream ends it early with what there is."""
     with display.busy("loading the models"):
-        pair = _load(task)
+        pair = load_pair(task.model, task.draft, task.tokenizer, task.dtype)
     rows: list[Row] = []
     parts: list[Stats] = []
     seconds = baseline_seconds = 0.0
@@ -134,7 +128,7 @@ def run(task: Task, texts: list[str], display: Display) -> Summary:
 class _Batch:
     """One batch of prompts, ready to be generated in several ways."""
 
-    def __init__(self, task: Task, pair: _Pair, prompts: text.Prompts, start: int, size: int):
+    def __init__(self, task: Task, pair: Pair, prompts: text.Prompts, start: int, size: int):
         self.task, self.pair = task, pair
         chosen = np.arange(start, start + size) % len(prompts.lengths)
         self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
@@ -143,7 +137,7 @@ class _Batch:
             "sampling": task.sampling,
             "key": jax.random.key(task.seed),
             "seeds": np.arange(start, start + size, dtype=np.int32),
-            "stop_tokens": _stop_tokens(pair.target.config),
+            "stop_tokens": pair.stop_tokens(),
             # In steps, so that runs of similar length find each other's compiled programs.
             "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP,
         }
@@ -152,7 +146,8 @@ class _Batch:
         pair = self.pair
         return stream(
             pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-            *self.prompts, controller=controllers.fixed(self.task.draft_len), max_new_tokens=self._limits(limit),
+            *self.prompts, verifier=self.task.verifier, controller=controllers.fixed(self.task.draft_len),
+            max_new_tokens=self._limits(limit),
             **self.options,
         )  # fmt: skip
 
@@ -210,44 +205,6 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
             origins = [int(piece.origin) for piece in pieces[row]]
             rows.append(Row(prompt, whole, tokens[row], origins, status[row]))
     return Stats(*(np.asarray(counts)[: len(texts)] for counts in latest)), interrupted  # type: ignore[arg-type]
-
-
-def _load(task: Task) -> _Pair:
-    from specjax import models
-
-    if (task.model is None) != (task.draft is None):
-        given, lacking = ("--model", "--draft") if task.draft is None else ("--draft", "--model")
-        raise ValueError(
-            f"{given} needs {lacking} beside it: a pair with one tokenizer (or neither, for the shipped one)."
-        )
-    default = "float32" if jax.default_backend() == "cpu" else None
-    name = task.dtype or default
-    try:
-        dtype = None if name is None else jnp.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"parameters cannot be {name}: try float32, bfloat16 or float16.")
-    target = models.load(task.model or models.PRETRAINED / "target", dtype=dtype)
-    draft = models.load(task.draft or models.PRETRAINED / "draft", dtype=dtype)
-    return _Pair(target, draft, _tokenizer(task, target))
-
-
-def _tokenizer(task: Task, target: Any) -> Any:
-    from specjax.models import llama2c
-
-    path = Path(task.tokenizer) if task.tokenizer else target.path
-    if path.suffix == ".bin":
-        if not task.tokenizer:
-            raise ValueError(f"{path} has no tokenizer in it: pass --tokenizer with its tokenizer .bin file.")
-        return llama2c.load_tokenizer(path, target.config["vocab_size"])
-    return text.load_tokenizer(path)
-
-
-def _stop_tokens(config: dict[str, Any]) -> np.ndarray:
-    end = config.get("eos_token_id")
-    ids = end if isinstance(end, list) else [] if end is None else [end]
-    return np.array(ids, np.int32)
 
 
 def _join(parts: list[Stats], draft_len: int) -> Stats:

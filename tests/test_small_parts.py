@@ -19,15 +19,17 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
     {"types", "noise"},
-    {"sampling", "cache", "tree"},
-    {"rows", "prefill"},
+    {"cache", "tree", "processors", "log_probs"},
+    {"sampling"},
+    {"rows", "prefill", "context"},
     {"verify", "controllers", "drafters"},
     {"validate"},
     {"rounds"},
     {"decode"},
     {"stream", "stats", "testing"},
     {"text"},
-    {"runner", "interrupts"},
+    {"pair"},
+    {"runner", "exactness", "interrupts"},
     {"report"},
     {"cli"},
 ]

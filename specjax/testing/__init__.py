@@ -14,17 +14,20 @@ from specjax.testing.adversaries import (
 )
 from specjax.testing.check_drafter import check_drafter
 from specjax.testing.check_model import check_model
+from specjax.testing.check_pair import Agreement, check_pair
 from specjax.testing.check_verifier import check_verifier
 from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law, numpy_law
 from specjax.testing.tables import random_table, table_model
 
 __all__ = [
     "Adversary",
+    "Agreement",
     "adversarial_tables",
     "adversaries",
     "assert_same_law",
     "check_drafter",
     "check_model",
+    "check_pair",
     "check_verifier",
     "constant_drafter",
     "count_sequences",

@@ -1,0 +1,67 @@
+"""A target, its draft and their tokenizer, as the command line asks for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax import text
+
+
+class Pair(NamedTuple):
+    """What `load_pair` found."""
+
+    target: Any  # models.Loaded
+    draft: Any
+    tokenizer: Any
+
+    def stop_tokens(self) -> np.ndarray:
+        """The target's end-of-text ids."""
+        end = self.target.config.get("eos_token_id")
+        ids = end if isinstance(end, list) else [] if end is None else [end]
+        return np.array(ids, np.int32)
+
+
+def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype: str | None) -> Pair:
+    """Loads the pair, by default the shipped one; float32 on CPU unless told otherwise.
+
+    Raises:
+      ValueError: one half of a pair, an unknown dtype, no tokenizer.
+    """
+    from specjax import models
+
+    if (model is None) != (draft is None):
+        given, lacking = ("--model", "--draft") if draft is None else ("--draft", "--model")
+        raise ValueError(
+            f"{given} needs {lacking} beside it: a pair with one tokenizer (or neither, for the shipped one)."
+        )
+    chosen = _dtype(dtype)
+    target = models.load(model or models.PRETRAINED / "target", dtype=chosen)
+    drafting = models.load(draft or models.PRETRAINED / "draft", dtype=chosen)
+    return Pair(target, drafting, _tokenizer(tokenizer, target))
+
+
+def _dtype(name: str | None) -> Any:
+    name = name or ("float32" if jax.default_backend() == "cpu" else None)
+    try:
+        dtype = None if name is None else jnp.dtype(name)
+    except TypeError as error:
+        raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"parameters cannot be {name}: try float32, bfloat16 or float16.")
+    return dtype
+
+
+def _tokenizer(given: str | None, target: Any) -> Any:
+    from specjax.models import llama2c
+
+    path = Path(given) if given else target.path
+    if path.suffix == ".bin":
+        if not given:
+            raise ValueError(f"{path} has no tokenizer in it: pass --tokenizer with its tokenizer .bin file.")
+        return llama2c.load_tokenizer(path, target.config["vocab_size"])
+    return text.load_tokenizer(path)
