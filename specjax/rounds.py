@@ -129,10 +129,11 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
         verdict.next_token[:, None],
         jnp.pad(drafted, ((0, 0), (0, 1))),
     )
+    scored = log_probs.of_tokens(logits, processed, candidates, model.vocab_size)
     moved = advance(
         rows,
         candidates,
-        log_probs.of_tokens(logits, processed, candidates, model.vocab_size),
+        scored,
         num_accepted + jnp.where(ends, 0, 1),
         jnp.where(ends, jnp.take_along_axis(fault, num_accepted[:, None], 1)[:, 0], Status.ACTIVE),
         capacity=capacity,
@@ -148,6 +149,7 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
         num_accepted=jnp.minimum(num_accepted, moved.num_emitted),
         draft_tokens=jnp.where(place < draft_lengths[:, None], draft.tokens, -1),
         draft_lengths=draft_lengths,
+        log_probs=scored,
         hidden=out.hidden,
         path=path,
     )

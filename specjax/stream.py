@@ -40,11 +40,19 @@ class Origin(enum.IntEnum):
     BONUS = 3  # from the target, after a full acceptance
 
 
+class LogProb(NamedTuple):
+    """The target's log-probability of one token; see `types.LogProbs`."""
+
+    raw: float
+    processed: float
+
+
 class Chunk(NamedTuple):
     """What one dispatch brought."""
 
     tokens: list[list[int]]  # new tokens of each row
     origins: list[list[Origin]]  # where each of them came from
+    log_probs: list[list[LogProb]]  # how likely the target found each of them
     status: np.ndarray  # [B] int32, a `Status`
     stats: Stats  # since the start, NumPy arrays
 
@@ -56,6 +64,8 @@ class _Log(NamedTuple):
     num_emitted: Array
     num_accepted: Array
     draft_lengths: Array
+    raw: Array
+    processed: Array
 
 
 def stream(
@@ -111,10 +121,12 @@ def stream(
 def _chunks(roles, request, params, drafter_params, controller_state, num_rounds) -> Iterator[Chunk]:
     capacity = request.capacity
     state = _start(roles, capacity, params, drafter_params, request.arrays, controller_state)
-    first, starts, lengths = jax.device_get((state.rows.tokens, request.arrays.prompt_lengths, state.rows.lengths))
-    head = [row[start:end].tolist() for row, start, end in zip(first, starts, lengths, strict=True)]
-    status, stats = jax.device_get((state.rows.status, state.stats))
-    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], status, stats)
+    rows = jax.device_get(state.rows._replace(keys=None))
+    spans = [slice(start, end) for start, end in zip(rows.prompt_lengths, rows.lengths, strict=True)]
+    head = [row[span].tolist() for row, span in zip(rows.tokens, spans, strict=True)]
+    scores = [_pairs(raw[span], own[span]) for raw, own, span in zip(*rows.log_probs, spans, strict=True)]
+    status, stats = rows.status, jax.device_get(state.stats)
+    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], scores, status, stats)
 
     pending = None
     while (status == Status.ACTIVE).any():
@@ -135,14 +147,20 @@ def _read(sent) -> tuple[np.ndarray, Chunk]:
     log, status, stats = jax.device_get(sent)
     tokens: list[list[int]] = [[] for _ in status]
     origins: list[list[Origin]] = [[] for _ in status]
-    for emitted, num_emitted, num_accepted, draft_lengths in zip(*log, strict=True):
+    scores: list[list[LogProb]] = [[] for _ in status]
+    for emitted, num_emitted, num_accepted, draft_lengths, raw, processed in zip(*log, strict=True):
         for row, count in enumerate(num_emitted):
             accepted = num_accepted[row]
             tokens[row] += emitted[row, :count].tolist()
+            scores[row] += _pairs(raw[row, :count], processed[row, :count])
             origins[row] += [Origin.ACCEPTED] * accepted
             if count > accepted:
                 origins[row].append(Origin.CORRECTED if accepted < draft_lengths[row] else Origin.BONUS)
-    return status, Chunk(tokens, origins, status, stats)
+    return status, Chunk(tokens, origins, scores, status, stats)
+
+
+def _pairs(raw: np.ndarray, processed: np.ndarray) -> list[LogProb]:
+    return [LogProb(*both) for both in zip(raw.tolist(), processed.tolist(), strict=True)]
 
 
 _start = jax.jit(start, static_argnums=(0, 1))
@@ -153,7 +171,9 @@ def _dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tup
     batch = state.rows.status.shape[0]
     shape = jax.eval_shape(lambda state: speculate(roles, capacity, params, drafter_params, state)[1], state)
     none = jnp.zeros((num_rounds, batch), jnp.int32)
-    log = _Log(jnp.zeros((num_rounds, *shape.tokens.shape), jnp.int32), none, none, none)
+    tokens = jnp.zeros((num_rounds, *shape.tokens.shape), jnp.int32)
+    scores = jnp.zeros(tokens.shape, jnp.float32)
+    log = _Log(tokens, none, none, none, scores, scores)
 
     def body(carry):
         index, state, log = carry
@@ -171,4 +191,4 @@ def _dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tup
 
 
 def _entry(info: Round) -> _Log:
-    return _Log(info.tokens, info.num_emitted, info.num_accepted, info.draft_lengths)
+    return _Log(info.tokens, info.num_emitted, info.num_accepted, info.draft_lengths, *info.log_probs)

@@ -34,11 +34,18 @@ def _prompts() -> text.Prompts:
 
 @functools.cache
 def _plain() -> list[list[int]]:
+    return _plain_with()
+
+
+def _plain_with(**options) -> list[list[int]]:
     target, _ = _pair()
     out = []
     for start in range(0, NUM_PROMPTS, 8):
         batch = [part[start : start + 8] for part in _prompts()]
-        out += specjax.autoregressive(target.model, target.params, *batch, max_new_tokens=NEW_TOKENS).new_tokens()
+        generation = specjax.autoregressive(
+            target.model, target.params, *batch, max_new_tokens=NEW_TOKENS, seeds=np.arange(start, start + 8), **options
+        )
+        out += generation.new_tokens()
     return out
 
 
@@ -52,6 +59,25 @@ def test_ragged_batches_equal_plain_decoding(draft_len):
 def test_single_rows_equal_plain_decoding(draft_len):
     """The same prompts one at a time: identical as well, so batching changes nothing either."""
     assert _speculate(draft_len, 1) == _plain()
+
+
+def test_coupled_sampling_equals_plain_sampling():
+    """40 prompts at temperature 0.8, in ragged batches of 8: the same tokens as plain decoding with the same seeds."""
+    options = {"sampling": specjax.Sampling(0.8)}
+    sampled = _plain_with(**options)
+    assert sampled != _plain()
+    assert _speculate(5, 8, verifier=specjax.verify.coupled(), **options) == sampled
+
+
+def test_block_verification_keeps_at_least_as_many_tokens():
+    """40 prompts at temperature 1, K = 8: tokens a round by block verification against token-level rejection."""
+    per_round = {}
+    for rule in (specjax.verify.rejection(), specjax.verify.block()):
+        kept: list = []
+        _speculate(8, 8, verifier=rule, sampling=specjax.Sampling(1.0), stats=kept)
+        per_round[rule] = sum(int(x.emitted.sum()) for x in kept) / sum(int(x.rounds.sum()) for x in kept)
+    token_level, block = per_round.values()
+    assert block >= token_level
 
 
 def test_plain_decoding_equals_transformers():
@@ -71,7 +97,7 @@ def test_plain_decoding_equals_transformers():
         assert out[0, length:].tolist() == wanted
 
 
-def _speculate(draft_len: int, size: int) -> list[list[int]]:
+def _speculate(draft_len: int, size: int, stats: list | None = None, **options) -> list[list[int]]:
     target, draft = _pair()
     out = []
     for start in range(0, NUM_PROMPTS, size):
@@ -79,6 +105,9 @@ def _speculate(draft_len: int, size: int) -> list[list[int]]:
         generation = specjax.generate(
             target.model, target.params, specjax.drafters.draft_model(draft.model), draft.params, *batch,
             max_new_tokens=NEW_TOKENS, controller=specjax.controllers.fixed(draft_len),
+            seeds=np.arange(start, start + size), **options,
         )  # fmt: skip
         out += generation.new_tokens()
+        if stats is not None:
+            stats.append(generation.stats)
     return out

@@ -1,14 +1,39 @@
-"""The README's Python example runs as it stands."""
+"""The Python of README and CONTRIBUTING runs as it stands."""
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
+from specjax import testing
 
-def test_the_example_runs(capsys):
-    """Catches a README that has fallen behind; the example asserts what it claims."""
-    text = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    exec(compile(code, "README.md", "exec"), {})
+ROOT = Path(__file__).parent.parent
+
+
+def _blocks(name: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / name).read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_the_example_runs(capsys, monkeypatch):
+    """Catches a README that has fallen behind; the example asserts what it claims. The kit's calls, minutes on the
+    shipped pair, are only bound to their signatures."""
+    example, kit = _blocks("README.md")
+    names: dict = {}
+    exec(compile(example, "README.md", "exec"), names)
     assert "tokens per target pass" in capsys.readouterr().out
+    called = []
+    for name in ("check_drafter", "check_model", "check_verifier"):
+        signature = inspect.signature(getattr(testing, name))
+        monkeypatch.setattr(
+            testing, name, lambda *args, _of=signature, **options: called.append(_of.bind(*args, **options))
+        )
+    exec(compile(kit, "README.md", "exec"), names)
+    assert len(called) == 3
+
+
+def test_a_drafter_in_one_file():
+    """Catches a CONTRIBUTING whose drafter no longer works, or breaks the contract that it goes on to check."""
+    names: dict = {}
+    for block in _blocks("CONTRIBUTING.md"):
+        exec(compile(block, "CONTRIBUTING.md", "exec"), names)

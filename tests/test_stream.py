@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import specjax
@@ -36,6 +37,10 @@ def test_chunks_add_up_to_generate(rounds_per_dispatch, temperature):
     for row in range(2):
         assert [token for chunk in chunks for token in chunk.tokens[row]] == whole.new_tokens()[row]
         origins = [origin for chunk in chunks for origin in chunk.origins[row]]
+        scores = [score for chunk in chunks for score in chunk.log_probs[row]]
+        new = slice(int(LENGTHS[row]), int(whole.lengths[row]))
+        for streamed, wanted in zip(zip(*scores, strict=True), whole.log_probs, strict=True):
+            np.testing.assert_allclose(streamed, wanted[row, new], atol=1e-5)
         assert origins[0] == Origin.PROMPT_END
         assert origins.count(Origin.PROMPT_END) == 1
         assert origins.count(Origin.ACCEPTED) == int(whole.stats.accepted[row].sum())
