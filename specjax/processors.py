@@ -105,15 +105,18 @@ def _custom(logits: Array, before: Before, processor: Processor) -> Array:
         total = length + jnp.sum(visible, dtype=jnp.int32)
         at = jnp.where(visible, length + depths, capacity)  # what is not seen falls off the end
         text = tokens.at[at].set(drafted, mode="drop")
-        return processor(logits, jnp.where(jnp.arange(capacity) < total, text, -1), total)
+        changed = processor(logits, jnp.where(jnp.arange(capacity) < total, text, -1), total)
+        kind = getattr(changed, "dtype", None)
+        if kind is None or not jnp.issubdtype(kind, jnp.floating) or changed.shape != logits.shape:
+            got = type(changed).__name__ if kind is None else f"{kind}{list(changed.shape)}"
+            raise ValueError(
+                f"the processor must return logits of the shape it was given, float32 [V] = [{logits.shape[0]}], got "
+                f"{got}. For a mask return jnp.where(mask, logits, -jnp.inf)."
+            )
+        return changed
 
     over_places = jax.vmap(one_place, (0, None, None, None, 0, 0))
     out = jax.vmap(over_places)(logits, rows.tokens, rows.lengths, before.drafted, visible, depths)
-    if out.shape != logits.shape:
-        raise ValueError(
-            f"the processor must return logits of the shape it was given, [V] = ({logits.shape[-1]},), "
-            f"got {out.shape[2:]}."
-        )
     return out.astype(jnp.float32)
 
 

@@ -79,8 +79,9 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = jnp.argmax(logits, -1, keepdims=True)
-    # Where nothing is left to choose, nothing is chosen: the row ends there.
-    greedy = jnp.where((_columns(width) == best) & (logits > _NOTHING), 0.0, _NOTHING)
+    # Where nothing is left to choose, or NaN or +inf to choose from, nothing is chosen: the row ends there.
+    has_choice = jnp.isfinite(jnp.max(logits, -1, keepdims=True))
+    greedy = jnp.where((_columns(width) == best) & has_choice, 0.0, _NOTHING)
 
     def sampled() -> Array:
         scaled = logits / jnp.where(is_sampled, temperature, 1.0)

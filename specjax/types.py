@@ -51,8 +51,8 @@ _STATUS_TEXT = {
         "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was done"
     ),
     Status.DEAD_END: (
-        "the bad words, the minimum length or the custom processor left no token to choose: the tokens before that "
-        "point are valid; let the processor allow a stop token where its grammar ends"
+        "penalties, bias, bad words, minimum length or the custom processor left no token to choose, or made NaN or "
+        "+inf: the tokens before that point are valid; let a grammar allow a stop token where it ends"
     ),
 }
 
@@ -60,21 +60,31 @@ _STATUS_TEXT = {
 class Sampling(NamedTuple):
     """How logits become a law, per row: every field is a scalar or [B] unless it says otherwise, and may be traced.
 
-    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. It is
-    made in the order of the fields below the line, then of those above it. A field that is None costs nothing.
+    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. Logits
+    are changed in this order; a field that is None costs nothing.
+
+      repetition_penalty: above 0, 1 is none; divides (or multiplies) the logits of tokens in the prompt or generated.
+      frequency_penalty: subtracted once for each time that a token was generated.
+      presence_penalty: subtracted once from every token generated before.
+      logit_bias: [V] or [B, V] float32, added; -inf forbids.
+      bad_words: [n] or [B, n] ids that are never emitted, pad -1.
+      min_new_tokens: no stop token among this many first tokens.
+      temperature: 0 is greedy, a one-hot law; what comes before it counts at 0 too, what comes after does not.
+      top_k: 0 keeps all.
+      top_p: in (0, 1]; 1 keeps all.
+      min_p: in [0, 1), of the most likely token's probability; 0 keeps all.
     """
 
-    temperature: Array | float = 0.0  # 0 is greedy: a one-hot law
-    top_k: Array | int = 0  # 0 keeps all
-    top_p: Array | float = 1.0  # in (0, 1]; 1 keeps all
-    min_p: Array | float = 0.0  # in [0, 1); 0 keeps all
-    # -- on the logits, so at temperature 0 too; see processors.py
-    repetition_penalty: Array | float | None = None  # > 0; 1 is none; for tokens in the prompt or generated
-    presence_penalty: Array | float | None = None  # subtracted once from every token generated before
-    frequency_penalty: Array | float | None = None  # subtracted once for each time a token was generated
-    logit_bias: Array | None = None  # [V] or [B, V] float32, added
-    bad_words: Array | Sequence[int] | None = None  # [n] or [B, n] ids that are never emitted, pad -1
-    min_new_tokens: Array | int | None = None  # no stop token among this many first tokens
+    temperature: Array | float = 0.0
+    top_k: Array | int = 0
+    top_p: Array | float = 1.0
+    min_p: Array | float = 0.0
+    repetition_penalty: Array | float | None = None
+    presence_penalty: Array | float | None = None
+    frequency_penalty: Array | float | None = None
+    logit_bias: Array | None = None
+    bad_words: Array | Sequence[int] | None = None
+    min_new_tokens: Array | int | None = None
 
 
 class RowSampling(NamedTuple):
@@ -104,7 +114,7 @@ class Processor(Protocol):
         tokens: Array,  # [C] int32: the prompt and all before this place, drafted tokens included; then -1
         length: Array,  # [] int32: how many of them
         /,
-    ) -> Array: ...  # [V] float32; -inf forbids a token
+    ) -> Array: ...  # [V] float32; -inf forbids a token, NaN and +inf end the row
 
 
 class Counts(NamedTuple):
@@ -115,7 +125,11 @@ class Counts(NamedTuple):
 
 
 class LogProbs(NamedTuple):
-    """The target's log-probability of each token, [B, C] float32; 0 outside the generated part."""
+    """The target's log-probability of each token, [B, C] float32; 0 outside the generated part.
+
+    At temperature 0 the processed law is one-hot, so `processed` is 0. No gradient flows through a generation: for a
+    policy gradient re-score `tokens` by one `model.apply` over them, which gives `raw` again, with a gradient.
+    """
 
     raw: Array  # under the model's own law: temperature 1, nothing processed, padding columns left out
     processed: Array  # under the law that `Sampling` and the processor make of it

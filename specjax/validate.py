@@ -130,15 +130,25 @@ def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling
     if verifier.greedy_only and temperature is not None and (temperature > 0).any():
         raise ValueError(
             f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
-            "Use specjax.verify.rejection(), which is exact at every temperature."
+            "Use specjax.verify.rejection() (--verifier rejection), which is exact at every temperature."
         )
 
 
 def _integers(value: Any, name: str, shape: str) -> Any:
-    value = value if isinstance(value, jax.Array) else np.asarray(value)
+    value = value if isinstance(value, jax.Array) else _array(value, name, shape)
     if not jnp.issubdtype(value.dtype, jnp.integer):
-        raise ValueError(f"{name} must hold integers {shape}, got dtype {value.dtype}: pass token ids as int32.")
+        raise ValueError(f"{name} must hold integers {shape}, got dtype {value.dtype}: pass whole numbers, int32.")
     return value
+
+
+def _array(value: Any, name: str, shape: str) -> np.ndarray:
+    try:
+        return np.asarray(value)
+    except ValueError:
+        raise ValueError(
+            f"{name} must be one array {shape}, got rows of different lengths: pad them (specjax.text.pad_prompts for "
+            "prompts, -1 for ids)."
+        ) from None
 
 
 def _per_row(value: Any, name: str, batch: int, *, scalar: bool = False) -> Any:
@@ -222,13 +232,15 @@ def _key(key: Any) -> Array:
 def _ids(ids: Any, name: str, batch: int, vocab_size: int) -> Array:
     """Token ids [n] or [B, n], pad -1, as [B, n] int32."""
     if not isinstance(ids, jax.Array):
-        ids = np.asarray(ids, np.int32 if np.size(ids) == 0 else None)
+        ids = _array(ids, name, "[n] or [B, n]")
+        ids = ids.astype(np.int32) if ids.size == 0 else ids
     ids = _integers(ids, name, "[n] or [B, n]")
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
         raise ValueError(f"{name} must have shape [n] or [B, n] with B = {batch}, got {ids.shape}.")
     host = known(ids)
-    if host is not None and (host >= vocab_size).any():
-        raise ValueError(f"{name} holds {host.max()}, outside the vocabulary 0..{vocab_size - 1}; pad with -1.")
+    if host is not None and ((host >= vocab_size) | (host < -1)).any():
+        bad = host[(host >= vocab_size) | (host < -1)][0]
+        raise ValueError(f"{name} holds {bad}, outside the vocabulary 0..{vocab_size - 1}; pad with -1.")
     return jnp.broadcast_to(jnp.asarray(ids, jnp.int32), (batch, ids.shape[-1]))
 
 
@@ -249,6 +261,10 @@ def _sampling(sampling: Sampling, batch: int, vocab_size: int) -> Sampling:
         value = getattr(sampling, name)
         if value is None:
             continue
+        kind = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
+        is_whole = name in ("top_k", "min_new_tokens")
+        if not jnp.issubdtype(kind, jnp.integer if is_whole else jnp.number):
+            raise ValueError(f"sampling.{name} must hold {'whole ' * is_whole}numbers, got {kind}: {value!r}.")
         shape = np.shape(value)
         if shape not in ((), (batch,)):
             raise ValueError(f"sampling.{name} must be a scalar or have shape [B] = [{batch}], got {shape}.")
@@ -268,7 +284,7 @@ def _logit_bias(bias: Any, batch: int, vocab_size: int) -> None:
     if np.shape(bias) not in ((vocab_size,), (1, vocab_size), (batch, vocab_size)):
         raise ValueError(
             f"sampling.logit_bias must have shape [V] = [{vocab_size}] or [B, V] = [{batch}, {vocab_size}], "
-            f"got {np.shape(bias)}."
+            f"got {type(bias).__name__} {np.shape(bias)}. From ids to numbers: jnp.zeros(V).at[ids].set(numbers)."
         )
     host = known(bias)
     if host is not None and (np.isnan(host) | (host == np.inf)).any():

@@ -74,8 +74,9 @@ def test_bug_2_argmax_drafts_with_softmax_probabilities():
         return Draft(jnp.argmax(draft.probs, -1).astype(jnp.int32), draft.lengths, draft.probs), state
 
     wrong = DRAFTER._replace(propose=propose)
-    with pytest.raises(AssertionError, match="do not follow the law that the drafter states"):
-        testing.check_drafter(wrong, -TABLE, target=MODEL, target_params=TABLE)
+    for samples in (256, 2000):
+        with pytest.raises(AssertionError, match="do not follow the law that the drafter states"):
+            testing.check_drafter(wrong, -TABLE, target=MODEL, target_params=TABLE, samples=samples)
     with pytest.raises(AssertionError, match="chi-square"):
         _follows_the_law(verify.rejection(), wrong, draft_len=1)
 

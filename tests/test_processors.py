@@ -115,6 +115,18 @@ def test_a_dead_end_ends_its_row_alone():
         assert stopped.new_tokens()[0] == free.new_tokens()[0][:2]
 
 
+def test_infinite_or_missing_logits_end_the_row_at_any_temperature():
+    """Catches +inf or NaN from a processor that is a choice at temperature 0 and none above it."""
+    for bad in (jnp.inf, jnp.nan):
+        for temperature in (0.0, 1.0):
+            out = specjax.generate(
+                MODEL, TABLE, DRAFT, TABLE, jnp.array([[1, 2]]), max_new_tokens=6, sampling=Sampling(temperature),
+                processor=lambda logits, tokens, length, bad=bad: jnp.where(length >= 4, logits.at[0].set(bad), logits),
+            )  # fmt: skip
+            assert specjax.Status(int(out.status[0])) == specjax.Status.DEAD_END
+            assert len(out.new_tokens()[0]) == 2
+
+
 def test_a_minimum_length_holds_for_stop_tokens_only():
     """Catches an end that comes early, or a minimum that never lifts."""
     sampling = Sampling(1.0, min_new_tokens=jnp.array([0, 5] * 100), logit_bias=jnp.array([0.0, 0, 0, 3.0]))
@@ -164,13 +176,19 @@ def test_bad_settings_are_refused():
         ({"logit_bias": jnp.zeros(3)}, r"logit_bias must have shape \[V\] = \[4\]"),
         ({"logit_bias": jnp.array([0, 0, 0, jnp.inf])}, "NaN or \\+inf"),
         ({"bad_words": [7]}, "bad_words holds 7"),
+        ({"bad_words": [-2]}, "bad_words holds -2"),
+        ({"bad_words": [[1], [2, 3]]}, "rows of different lengths"),
+        ({"logit_bias": {1: 2.0}}, "From ids to numbers"),
+        ({"top_k": 2.5}, "must hold whole numbers"),
+        ({"temperature": "hot"}, "must hold numbers"),
         ({"bad_words": [0.5]}, "bad_words must hold integers"),
         ({"min_new_tokens": -1}, "min_new_tokens must be 0 or more"),
         ({"frequency_penalty": jnp.zeros(3)}, r"must be a scalar or have shape \[B\] = \[1\]"),
     ):
         with pytest.raises(ValueError, match=message):
             run(**fields)
-    with pytest.raises(ValueError, match="must return logits of the shape"):
-        run(processor=lambda logits, tokens, length: logits[:2])
+    for wrong in (lambda x, *_: x[:2], lambda x, *_: x > 0, lambda x, *_: None, lambda x, *_: x.astype(jnp.int32)):
+        with pytest.raises(ValueError, match="must return logits of the shape"):
+            run(processor=wrong)
     with pytest.raises(ValueError, match="processor must be a function"):
         run(processor="grammar")

@@ -166,5 +166,5 @@ def test_parameters_out_of_range():
     """Catches a lossy rule that accepts nonsense."""
     with pytest.raises(ValueError, match="epsilon in"):
         verify.typical_lossy(epsilon=0.0)
-    with pytest.raises(ValueError, match="k of 1 or more"):
+    with pytest.raises(ValueError, match="k of 1 or more, got 0"):
         verify.top_k_lossy(0)

@@ -33,6 +33,8 @@ def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: A
     >>> len(testing.check_model(testing.table_model(2, 5), params))
     7
     """
+    if not isinstance(model, Model):
+        raise ValueError(f"model must be a specjax.Model, got {type(model).__name__}.")
     key = jax.random.key(0) if key is None else key
     tokens = jax.random.randint(key, (_ROWS, _WIDTH), 0, model.vocab_size)
     other = jax.random.randint(jax.random.fold_in(key, 1), (_ROWS, _WIDTH), 0, model.vocab_size)

@@ -47,6 +47,8 @@ def check_verifier(
     >>> len(testing.check_verifier(verify.greedy()))
     14
     """
+    if not isinstance(verifier, Verifier):
+        raise ValueError(f"verifier must be a specjax.Verifier, got {type(verifier).__name__}: call its maker.")
     model = table_model(_ORDER, _VOCAB)
     table = random_table(jax.random.key(11), order=_ORDER, vocab_size=_VOCAB, sharpness=1.5)
     against = adversaries(table, _VOCAB)

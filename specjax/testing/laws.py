@@ -14,6 +14,8 @@ from jax.typing import ArrayLike
 
 from specjax.types import Model, Processor, PyTree, Sampling
 
+_MOST_TEXTS = 100_000
+
 
 def numpy_law(
     logits: np.ndarray,
@@ -103,6 +105,11 @@ def exact_sequence_law(
       place where nothing is allowed.
     """
     vocab_size, prompt = model.vocab_size, list(prompt)
+    if not prompt or length < 1 or vocab_size ** (length - 1) > _MOST_TEXTS:
+        raise ValueError(
+            f"needs a prompt, length 1 or more and at most {_MOST_TEXTS} texts to score: got {len(prompt)} ids, length "
+            f"{length} and {vocab_size} ids to choose from. Take a smaller vocabulary or length."
+        )
     paths = np.array(list(itertools.product(range(vocab_size), repeat=length - 1)), np.int32).reshape(-1, length - 1)
     texts = np.concatenate([np.tile(np.array([prompt], np.int32), (len(paths), 1)), paths], 1)
     count, width = texts.shape
@@ -128,6 +135,8 @@ def exact_sequence_law(
 
 def count_sequences(tokens: ArrayLike, prompt_length: int, length: int, vocab_size: int) -> np.ndarray:
     """How often each continuation of `length` tokens came: [vocab_size] * length, from Generation.tokens [B, C]."""
+    if (np.asarray(tokens) >= vocab_size).any():
+        raise ValueError(f"tokens holds {np.max(tokens)}, outside the vocabulary 0..{vocab_size - 1}.")
     counts = np.zeros((vocab_size,) * length)
     np.add.at(counts, tuple(np.asarray(tokens)[:, prompt_length : prompt_length + length].T), 1)
     return counts
@@ -145,6 +154,8 @@ def assert_same_law(counts: np.ndarray, law: np.ndarray, *, false_alarm: float =
     counts, law = np.asarray(counts, np.float64).ravel(), np.asarray(law, np.float64).ravel()
     if counts.shape != law.shape:
         raise AssertionError(f"counts has {counts.size} cells, the law {law.size}")
+    if counts.sum() == 0 or not 0 < law.sum() < 1 + 1e-6:
+        raise AssertionError(f"{int(counts.sum())} samples and a law that sums to {law.sum():.3f}: nothing to compare")
     impossible = counts[law == 0]
     if impossible.any():
         raise AssertionError(f"{int(impossible.sum())} samples have probability 0 under the law")

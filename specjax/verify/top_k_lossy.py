@@ -24,8 +24,8 @@ def top_k_lossy(k: int = 3) -> Verifier:
     >>> top_k_lossy(2) is top_k_lossy(2)
     True
     """
-    if k < 1:
-        raise ValueError(f"top_k_lossy needs k of 1 or more, got {k}.")
+    if not isinstance(k, int) or k < 1:
+        raise ValueError(f"top_k_lossy needs a whole k of 1 or more, got {k}.")
 
     def verify(context: Context, draft: Draft, target: Target) -> Verdict:
         probs = target.probs[:, : draft.tokens.shape[1]]
