@@ -118,13 +118,18 @@ def typical_lossy(case: Case, epsilon: float = 0.3, delta: float = 0.09) -> Deci
 
 
 def top_k_lossy(case: Case, k: int = 3) -> Decision:
-    """A draft token stays among the k most likely."""
-
-    def judge(place: int) -> bool:
-        own = case.target[place, case.tokens[place]]
-        return own > 0 and int((case.target[place] > own).sum()) < k
-
-    return _while(case, judge, lambda place: _draw(case, case.target[place]), 1.0)
+    """Rejection sampling in which a draft token among the k most likely always stays."""
+    margin = 1.0
+    for place in range(case.length):
+        token = case.tokens[place]
+        draft, target = case.draft[place, token], case.target[place, token]
+        if target > 0 and int((case.target[place] > target).sum()) < k:
+            continue
+        if target > 0:
+            margin = min(margin, abs(case.uniforms[place] * draft - target))
+        if not case.uniforms[place] * draft < target:
+            return _next(case, place, np.maximum(case.target[place] - case.draft[place], 0), margin)
+    return _next(case, case.length, case.target[case.length], margin)
 
 
 def _while(case, judge, following, margin) -> Decision:

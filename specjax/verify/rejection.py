@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import functools
+from typing import Literal
 
 import jax.numpy as jnp
 
 from specjax import noise
 from specjax.noise import Role
 from specjax.sampling import sample
-from specjax.types import Context, Draft, Target, Verdict, Verifier
+from specjax.types import Array, Context, Draft, Target, Verdict, Verifier
 from specjax.verify.prefix import at_place, at_tokens, drafted, laws, num_leading
 
 
@@ -28,10 +29,13 @@ def rejection() -> Verifier:
     >>> rejection() is rejection()
     True
     """
-    return Verifier(verify=_verify)
+    return Verifier(verify=keep_or_resample)
 
 
-def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
+def keep_or_resample(
+    context: Context, draft: Draft, target: Target, also_kept: Array | Literal[False] = False
+) -> Verdict:
+    """The rule; `also_kept` [B, K] bool are draft tokens that stay whatever it says, which makes it lossy."""
     rows = context.rows
     longest, width = draft.tokens.shape[1], target.probs.shape[-1]
     draft_laws = laws(draft, width)
@@ -39,8 +43,8 @@ def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
 
     accept_keys = noise.derive(rows.keys, Role.ACCEPT, rows.rounds)
     # Strictly less: a token of target probability 0 never stays, as u may be 0.
-    accepted = (noise.uniforms(accept_keys, longest) * draft_prob < target_prob) & drafted(draft)
-    num_accepted = num_leading(accepted)
+    accepted = (noise.uniforms(accept_keys, longest) * draft_prob < target_prob) | also_kept
+    num_accepted = num_leading(accepted & drafted(draft))
 
     target_law = at_place(target.probs, num_accepted)  # [B, V]
     # Past the draft's end its law is zero, and the residual is the target's own law: the bonus token's.

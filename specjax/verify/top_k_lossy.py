@@ -7,16 +7,17 @@ import functools
 import jax.numpy as jnp
 
 from specjax.types import Context, Draft, Target, Verdict, Verifier
-from specjax.verify.lossy import keep_judged
 from specjax.verify.prefix import at_tokens
+from specjax.verify.rejection import keep_or_resample
 
 
 @functools.cache
 def top_k_lossy(k: int = 3) -> Verifier:
-    """LOSSY: the output does not follow the target's law. A draft token stays if it is one of the k most likely under
-    the target's processed law.
+    """LOSSY: the output does not follow the target's law. Token-level rejection sampling, except that a draft token
+    stays in any case if it is one of the k most likely under the target's processed law.
 
-    At temperature 0 that law is one-hot, and the rule is greedy verification, which loses nothing.
+    So it keeps at least what `rejection()` keeps. At temperature 0 the law is one-hot, and the rule is greedy
+    verification, which loses nothing.
 
     Args:
       k: 1 or more.
@@ -31,6 +32,6 @@ def top_k_lossy(k: int = 3) -> Verifier:
         probs = target.probs[:, : draft.tokens.shape[1]]
         own = at_tokens(probs, draft.tokens)
         rank = jnp.sum(probs > own[..., None], -1)
-        return keep_judged(context, draft, target, (rank < k) & (own > 0))
+        return keep_or_resample(context, draft, target, (rank < k) & (own > 0))
 
     return Verifier(verify=verify)

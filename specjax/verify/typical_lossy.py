@@ -6,9 +6,11 @@ import functools
 
 import jax.numpy as jnp
 
+from specjax import noise
+from specjax.noise import Role
+from specjax.sampling import sample
 from specjax.types import Context, Draft, Target, Verdict, Verifier
-from specjax.verify.lossy import keep_judged
-from specjax.verify.prefix import at_tokens
+from specjax.verify.prefix import at_place, at_tokens, drafted, num_leading
 
 
 @functools.cache
@@ -37,6 +39,9 @@ def typical_lossy(epsilon: float = 0.3, delta: float = 0.09) -> Verifier:
         probs = target.probs[:, :longest]
         entropy = -jnp.sum(jnp.where(probs > 0, probs * jnp.log(jnp.where(probs > 0, probs, 1.0)), 0.0), -1)
         threshold = jnp.minimum(epsilon, delta * jnp.exp(-entropy))
-        return keep_judged(context, draft, target, at_tokens(probs, draft.tokens) > threshold)
+        num_accepted = num_leading((at_tokens(probs, draft.tokens) > threshold) & drafted(draft))
+        keys = noise.derive(context.rows.keys, Role.RESIDUAL, context.rows.rounds)
+        logits = at_place(target.logits, num_accepted)
+        return Verdict(num_accepted, sample(keys, logits, context.rows.sampling))
 
     return Verifier(verify=verify)
