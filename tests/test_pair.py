@@ -17,7 +17,7 @@ pytestmark = [
     pytest.mark.skipif(not real_prompts.CORPUS.is_file(), reason="needs ../shared/data/corpora/code"),
 ]
 
-NUM_PROMPTS, NEW_TOKENS = 40, 128
+NUM_PROMPTS, NEW_TOKENS = 40, 64
 CAPACITY = 64 + NEW_TOKENS
 
 
