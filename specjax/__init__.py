@@ -2,7 +2,7 @@
 
 from specjax import controllers, drafters, stats, verify
 from specjax.decode import autoregressive, generate
-from specjax.stream import stream
+from specjax.stream import Chunk, LogProb, Origin, stream
 from specjax.types import (
     Context,
     Controller,
@@ -26,14 +26,17 @@ from specjax.types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "Chunk",
     "Context",
     "Controller",
     "Draft",
     "DraftPlan",
     "Drafter",
     "Generation",
+    "LogProb",
     "LogProbs",
     "Model",
+    "Origin",
     "Output",
     "Processor",
     "Round",

@@ -103,6 +103,7 @@ def generate(
     """
     validate.kinds(model, drafter, verifier, controller)
     validate.processor(processor)
+    validate.pad_token(pad_token)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -133,6 +134,7 @@ def autoregressive(
     """
     validate.kinds(model)
     validate.processor(processor)
+    validate.pad_token(pad_token)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,

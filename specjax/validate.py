@@ -119,6 +119,12 @@ def processor(rule: Any) -> None:
         ) from None
 
 
+def pad_token(token: Any) -> None:
+    """Checks the filler of `Generation.tokens`: any integer, in the vocabulary or not."""
+    if np.shape(token) != () or not jnp.issubdtype(jnp.result_type(token), jnp.integer):
+        raise ValueError(f"pad_token must be one integer, got {token!r}. Use 0, or -1 for an id that no text holds.")
+
+
 def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
     """Checks that the parts of a generation fit each other."""
     if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:

@@ -44,6 +44,9 @@ CASES = {
     "stop token too large": ({"stop_tokens": [8]}, r"stop_tokens holds 8.*0\.\.7"),
     "stop tokens for other rows": ({"stop_tokens": np.zeros((3, 1), np.int32)}, r"\[n\] or \[B, n\]"),
     "seeds for other rows": ({"seeds": jnp.arange(3)}, "seeds"),
+    "a boolean temperature": ({"sampling": specjax.Sampling(True)}, "temperature must hold numbers, got bool"),
+    "a fractional filler": ({"pad_token": 0.5}, r"pad_token must be one integer, got 0\.5"),
+    "a filler for each row": ({"pad_token": jnp.zeros(2, jnp.int32)}, "pad_token must be one integer"),
 }
 
 
