@@ -15,19 +15,24 @@ if __name__ != "specjax.models":
 
 from specjax.models import checkpoint, gpt2, llama, llama2c
 from specjax.models.checkpoint import Loaded, save
-from specjax.models.family import Architecture, init
+from specjax.models.family import Architecture, init, shardings
+from specjax.sharding import Layout, Rules
 from specjax.types import PyTree
 
 FAMILIES = {kind: family for family in (llama, gpt2) for kind in family.MODEL_TYPES}
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # the shipped pair: target and draft
 
 
-def build(config: dict[str, Any], *, vocab_size: int | None = None) -> Architecture:
+def build(
+    config: dict[str, Any], *, vocab_size: int | None = None, layout: Layout | None = None, rules: Rules | None = None
+) -> Architecture:
     """The architecture that a config.json describes.
 
     Args:
       config: contents of a Hugging Face config.json.
       vocab_size: ids that may be emitted, where the vocabulary is padded; default all.
+      layout: where the model lies on a mesh, from `specjax.sharding.layout(mesh)`.
+      rules: how parameters are cut over it, by path; default the family's own.
 
     Raises:
       ValueError: an architecture or an option that is not supported, by name.
@@ -44,26 +49,40 @@ def build(config: dict[str, Any], *, vocab_size: int | None = None) -> Architect
             f"known: {', '.join(FAMILIES)}. Any other Flax model can be wrapped as a specjax.Model."
         )
     read = FAMILIES[kind].read_config(config)
-    return FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size))
+    built = FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size), layout)
+    return built if rules is None else built._replace(rules=rules)
 
 
-def random(config: dict[str, Any], key: jax.Array, dtype: Any = jnp.float32) -> Loaded:
-    """A model of this config with random parameters."""
-    built = build(config)
+def random(
+    config: dict[str, Any],
+    key: jax.Array,
+    dtype: Any = jnp.float32,
+    *,
+    layout: Layout | None = None,
+    rules: Rules | None = None,
+) -> Loaded:
+    """A model of this config with random parameters; `layout` and `rules` as for `build`."""
+    built = build(config, layout=layout, rules=rules)
     return Loaded(built.model, init(built, key, dtype), config, None)
 
 
 def load(
-    path_or_hub_id: str | os.PathLike[str], *, dtype: Any = None, sharding: checkpoint.ShardingRule = None
+    path_or_hub_id: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    layout: Layout | None = None,
+    rules: Rules | None = None,
 ) -> Loaded:
     """Reads a model: a Hugging Face folder, a llama2.c `.bin` file, or a hub id (fetched where there is a network).
 
-    Tensors go one at a time straight to the device(s): the memory peak is the parameters plus one tensor.
+    Tensors go one at a time straight to the device(s): the memory peak is the parameters plus one tensor. On a mesh of
+    several processes each reads its own devices' parts of the files, and nothing else.
 
     Args:
       path_or_hub_id: a folder with config.json and safetensors (single or sharded), a file, or "owner/name".
       dtype: of the parameters, for example jnp.bfloat16; None keeps what is stored.
-      sharding: one sharding for all tensors, or a function of (tensor name, shape).
+      layout: where the model lies on a mesh, from `specjax.sharding.layout(mesh)`; None is the default device.
+      rules: how parameters are cut over it, by path; default the family's own (`specjax.models.llama.RULES`, say).
 
     Raises:
       ValueError: an unknown architecture, a missing, extra or misshapen tensor, a damaged file; named.
@@ -75,11 +94,11 @@ def load(
     """
     path = Path(path_or_hub_id)
     if path.is_file() and path.suffix == ".bin":
-        return llama2c.load(path, dtype, sharding)
+        return llama2c.load(path, dtype, layout, rules)
     folder = path if path.is_dir() else _fetch(path_or_hub_id)
     config = checkpoint.read_config(folder)
-    built = build(config, vocab_size=_tokenizer_size(folder))
-    params = checkpoint.read_params(folder, built, dtype, sharding)
+    built = build(config, vocab_size=_tokenizer_size(folder), layout=layout, rules=rules)
+    params = checkpoint.read_params(folder, built, dtype)
     return Loaded(built.model, params, config, folder)
 
 
@@ -113,4 +132,16 @@ def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
         ) from error
 
 
-__all__ = ["FAMILIES", "PRETRAINED", "Architecture", "Loaded", "PyTree", "build", "init", "load", "random", "save"]
+__all__ = [
+    "FAMILIES",
+    "PRETRAINED",
+    "Architecture",
+    "Loaded",
+    "PyTree",
+    "build",
+    "init",
+    "load",
+    "random",
+    "save",
+    "shardings",
+]

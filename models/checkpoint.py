@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.models.family import Architecture
+from specjax.models.family import Architecture, assemble, tensor_name
 from specjax.types import Model, PyTree
 
 SINGLE = "model.safetensors"
@@ -22,9 +22,6 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
-
-# Where a tensor goes: one sharding for all, or a function of (tensor name, shape); None is the default device.
-ShardingRule = jax.sharding.Sharding | Callable[[str, tuple[int, ...]], jax.sharding.Sharding] | None
 
 
 class Loaded(NamedTuple):
@@ -62,7 +59,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def read_params(folder: Path, built: Architecture, dtype: Any, sharding: ShardingRule) -> PyTree:
+def read_params(folder: Path, built: Architecture, dtype: Any) -> PyTree:
     """Every tensor of the folder, one at a time, straight into (sharded) device arrays of `dtype` (None: as stored)."""
     tensors = _open_tensors(folder)
     source = match_names(set(tensors), built, folder)
@@ -77,11 +74,7 @@ def read_params(folder: Path, built: Architecture, dtype: Any, sharding: Shardin
         raise ValueError(f"{folder}: tensors do not have the shapes that config.json asks for: {_some(wrong)}.")
     _check_tied(folder, tensors, built, source)
 
-    def read(path, leaf) -> jax.Array:
-        name = tensor_name(path)
-        return _to_device(tensors[source[name]], dtype, sharding(name, leaf.shape) if callable(sharding) else sharding)
-
-    return jax.tree_util.tree_map_with_path(read, built.abstract)
+    return assemble(built, lambda name, place: _to_device(tensors[source[name]], dtype, place))
 
 
 def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str, str]:
@@ -104,11 +97,6 @@ def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str
             f"{folder}: the tensors do not fit config.json. {'; '.join(said)}. Is it the config of these weights?"
         )
     return source
-
-
-def tensor_name(path: tuple[Any, ...]) -> str:
-    """The checkpoint's name of a parameter, from its path in the tree."""
-    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def save(loaded: Loaded, folder: str | os.PathLike[str], *, max_shard_bytes: int = 5 * 10**9) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax import cache
-from specjax.types import Model
+from specjax.sharding import Layout, Rules, param_sharding
+from specjax.types import Model, PyTree
 
 
 class Architecture(NamedTuple):
@@ -22,6 +24,7 @@ class Architecture(NamedTuple):
     prefix: str = ""  # what checkpoints saved from the bare base model leave out ("transformer.", say)
     ignored: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and nobody needs
     tied: tuple[str, str] | None = None  # (left out, instead): an output layer that is the embedding
+    rules: Rules = ()  # how parameters are cut over a mesh, by path
 
 
 class Shape(NamedTuple):
@@ -38,6 +41,7 @@ def architecture(
     *,
     vocab_size: int,
     max_positions: int | None = None,
+    layout: Layout | None = None,
     **extra: Any,
 ) -> Architecture:
     """Wraps a Flax NNX module as pure functions.
@@ -57,19 +61,47 @@ def architecture(
         return nnx.merge(graph, params)(tokens, cache, block, **options)
 
     def init_cache(params, batch: int, slots: int) -> cache.KVCache:
-        return cache.init_cache(shape.layers, batch, shape.heads, slots, shape.head_dim, _dtype(params))
+        return cache.init_cache(shape.layers, batch, shape.heads, slots, shape.head_dim, _dtype(params), layout)
 
     def init_block(params, batch: int, size: int) -> cache.KVBlock:
-        return cache.init_block(shape.layers, batch, shape.heads, size, shape.head_dim, _dtype(params))
+        return cache.init_block(shape.layers, batch, shape.heads, size, shape.head_dim, _dtype(params), layout)
 
-    model = Model(apply, init_cache, init_block, cache.commit, vocab_size, max_positions)
+    commit = functools.partial(cache.commit, layout=layout)
+    model = Model(apply, init_cache, init_block, commit, vocab_size, max_positions, layout=layout)
     return Architecture(model, abstract, make, **extra)
 
 
 def init(built: Architecture, key: jax.Array, dtype: Any = jnp.float32) -> nnx.State:
-    """Random parameters, for tests and for training from scratch."""
-    state = nnx.state(built.make(nnx.Rngs(key)))
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), state)
+    """Random parameters, for tests and for training from scratch; on a mesh, each device makes its own part."""
+
+    def make(key: jax.Array) -> nnx.State:
+        return jax.tree.map(lambda leaf: leaf.astype(dtype), nnx.state(built.make(nnx.Rngs(key))))
+
+    places = shardings(built)
+    return make(key) if places is None else jax.jit(make, out_shardings=places)(key)
+
+
+def shardings(built: Architecture) -> Any:
+    """Where each parameter lies on the model's mesh, a tree like `abstract`; None without a layout."""
+    if built.model.layout is None:
+        return None
+    return assemble(built, lambda name, place: place)
+
+
+def assemble(built: Architecture, make: Callable[[str, jax.sharding.Sharding | None], Any]) -> PyTree:
+    """A tree like `abstract` of what `make` gives for each parameter's name and its place on the mesh, if any."""
+    layout = built.model.layout
+
+    def one(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> Any:
+        name = tensor_name(path)
+        return make(name, None if layout is None else param_sharding(layout, built.rules, name, leaf.shape))
+
+    return jax.tree_util.tree_map_with_path(one, built.abstract)
+
+
+def tensor_name(path: tuple[Any, ...]) -> str:
+    """The checkpoint's name of a parameter, from its path in the tree."""
+    return ".".join(str(key.key) for key in path if isinstance(key, jax.tree_util.DictKey))
 
 
 def _dtype(params: nnx.State):

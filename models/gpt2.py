@@ -23,9 +23,16 @@ from specjax.models.layers import (
     project,
     split_heads,
 )
+from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
 
 MODEL_TYPES = ("gpt2",)
+# The joint qkv projection stays whole: cut by output, a device would get queries without their keys.
+RULES: Rules = (
+    (r"\.attn\.c_proj\.weight", ("query",)),
+    (r"\.mlp\.c_fc\.weight", (None, "width")),
+    (r"\.mlp\.c_fc\.bias|\.mlp\.c_proj\.weight|\.wte\.|lm_head\.", ("width",)),
+)
 
 
 class GPT2Config(NamedTuple):
@@ -83,19 +90,22 @@ class Conv1D(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head attention over the cache and the open block."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
         self.c_attn = Conv1D(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
         self.c_proj = Conv1D(config.hidden_size, config.hidden_size, rngs=rngs)
         self.head_dim = config.hidden_size // config.num_heads
         self.scale = self.head_dim**-0.5 / (layer + 1 if config.scale_by_layer else 1)
         self.layer = layer
+        self.layout = nnx.static(layout)
 
     def __call__(self, x: Array, cache: kv.KVCache, block: kv.KVBlock, place: kv.Placement):
         query, key, value = (split_heads(part, self.head_dim) for part in jnp.split(self.c_attn(x), 3, -1))
         layer = self.layer
         keys = kv.append(block.keys[layer], key, block.filled)
         values = kv.append(block.values[layer], value, block.filled)
-        mixed = kv.attend(query, cache.keys[layer], cache.values[layer], keys, values, place, scale=self.scale)
+        mixed = kv.attend(
+            query, cache.keys[layer], cache.values[layer], keys, values, place, scale=self.scale, layout=self.layout
+        )
         return self.c_proj(merge_heads(mixed)), keys, values
 
 
@@ -114,9 +124,9 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: GPT2Config, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
         self.ln_1 = LayerNorm(config.hidden_size, config.epsilon)
-        self.attn = Attention(config, layer, rngs=rngs)
+        self.attn = Attention(config, layer, layout, rngs=rngs)
         self.ln_2 = LayerNorm(config.hidden_size, config.epsilon)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -129,22 +139,23 @@ class Layer(nnx.Module):
 class Trunk(nnx.Module):
     """Token and position embeddings, layers, final norm."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layout: Layout | None, *, rngs: nnx.Rngs):
         self.wte = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.wpe = Embedding(config.max_positions, config.hidden_size, rngs=rngs)
-        self.h = nnx.List([Layer(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.h = nnx.List([Layer(config, layer, layout, rngs=rngs) for layer in range(config.num_layers)])
         self.ln_f = LayerNorm(config.hidden_size, config.epsilon)
 
 
 class GPT2(nnx.Module):
     """A whole model; attribute paths are the checkpoint's tensor names."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        self.transformer = Trunk(config, rngs=rngs)
+    def __init__(self, config: GPT2Config, layout: Layout | None = None, *, rngs: nnx.Rngs):
+        self.transformer = Trunk(config, layout, rngs=rngs)
         self.lm_head = (
             None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         )
         self.max_positions = config.max_positions
+        self.layout = nnx.static(layout)
 
     def __call__(
         self,
@@ -162,10 +173,11 @@ class GPT2(nnx.Module):
         place = kv.place(cache, block, width, depths, visible)
         # Draft tokens may stand past the last position; they can never be kept, and must not read out of range.
         positions = jnp.minimum(place.positions, self.max_positions - 1)
-        x = trunk.wte(tokens) + trunk.wpe(positions)
+        x = constrain(self.layout, trunk.wte(tokens) + trunk.wpe(positions), "rows")
         outputs, keys, values = [x], [], []
         for layer in trunk.h:
             x, layer_keys, layer_values = layer(x, cache, block, place)
+            x = constrain(self.layout, x, "rows")
             outputs.append(x)
             keys.append(layer_keys)
             values.append(layer_values)
@@ -173,18 +185,22 @@ class GPT2(nnx.Module):
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = trunk.wte if self.lm_head is None else self.lm_head
         logits = project(trunk.ln_f(x), head.weight[...], out_dtype=jnp.float32)
+        logits = constrain(self.layout, logits, "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
         return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache
-def build(config: GPT2Config, vocab_size: int) -> Architecture:
+def build(config: GPT2Config, vocab_size: int, layout: Layout | None = None) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
+    layout = fit(layout, heads=config.num_heads, query_heads=config.num_heads)
     return architecture(
-        lambda rngs: GPT2(config, rngs=rngs),
+        lambda rngs: GPT2(config, layout, rngs=rngs),
         Shape(config.num_layers, config.num_heads, config.hidden_size // config.num_heads),
         vocab_size=vocab_size,
         max_positions=config.max_positions,
+        layout=layout,
+        rules=RULES,
         prefix="transformer.",
         ignored=(".attn.bias", ".attn.masked_bias"),
         tied=("lm_head.weight", "transformer.wte.weight") if config.tie_embeddings else None,

@@ -12,7 +12,17 @@ from specjax import cache as kv
 from specjax.models import rope
 from specjax.models.family import Architecture, Shape, architecture
 from specjax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, merge_heads, project, split_heads
+from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
+
+# Megatron's cut (arXiv:1909.08053): into the layer by output, out of it by input, so two all-reduces a layer.
+RULES: Rules = (
+    (r"\.(k|v)_proj\.", ("heads",)),
+    (r"\.q_proj\.", ("query",)),
+    (r"\.o_proj\.weight", (None, "query")),
+    (r"\.down_proj\.weight", (None, "width")),
+    (r"\.(gate|up)_proj\.|embed_tokens\.|lm_head\.", ("width",)),
+)
 
 
 class LlamaConfig(NamedTuple):
@@ -96,7 +106,7 @@ def _windows(kind: str, config: dict[str, Any]) -> tuple[int | None, ...]:
 class Attention(nnx.Module):
     """Grouped-query attention over the cache and the open block."""
 
-    def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
         width, head_dim = config.hidden_size, config.head_dim
         kv_width = config.num_kv_heads * head_dim
         self.q_proj = Linear(width, config.num_heads * head_dim, bias=config.qkv_bias, rngs=rngs)
@@ -108,6 +118,7 @@ class Attention(nnx.Module):
         self.head_dim = head_dim
         self.layer = layer
         self.window = config.windows[layer]
+        self.layout = nnx.static(layout)
 
     def __call__(self, x: Array, cos: Array, sin: Array, cache: kv.KVCache, block: kv.KVBlock, place: kv.Placement):
         query = split_heads(self.q_proj(x), self.head_dim)
@@ -120,7 +131,7 @@ class Attention(nnx.Module):
         values = kv.append(block.values[layer], value, block.filled)
         mixed = kv.attend(
             rope.rotate(query, cos, sin), cache.keys[layer], cache.values[layer], keys, values, place,
-            scale=self.head_dim**-0.5, window=self.window,
+            scale=self.head_dim**-0.5, window=self.window, layout=self.layout,
         )  # fmt: skip
         return self.o_proj(merge_heads(mixed)), keys, values
 
@@ -142,9 +153,9 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, layer: int, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, rngs=rngs)
+        self.self_attn = Attention(config, layer, layout, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, rngs=rngs)
 
@@ -157,21 +168,22 @@ class Layer(nnx.Module):
 class Trunk(nnx.Module):
     """Embedding, layers, final norm."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layout: Layout | None, *, rngs: nnx.Rngs):
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List([Layer(config, layer, rngs=rngs) for layer in range(config.num_layers)])
+        self.layers = nnx.List([Layer(config, layer, layout, rngs=rngs) for layer in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nnx.Module):
     """A whole model; attribute paths are the checkpoint's tensor names."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
-        self.model = Trunk(config, rngs=rngs)
+    def __init__(self, config: LlamaConfig, layout: Layout | None = None, *, rngs: nnx.Rngs):
+        self.model = Trunk(config, layout, rngs=rngs)
         self.lm_head = (
             None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         )
         self.rope = config.rope
+        self.layout = nnx.static(layout)
 
     def __call__(
         self,
@@ -187,10 +199,11 @@ class Llama(nnx.Module):
         width = tokens.shape[1]
         place = kv.place(cache, block, width, depths, visible)
         cos, sin = rope.angles(self.rope, place.positions)
-        x = self.model.embed_tokens(tokens)
+        x = constrain(self.layout, self.model.embed_tokens(tokens), "rows")
         outputs, keys, values = [x], [], []
         for layer in self.model.layers:
             x, layer_keys, layer_values = layer(x, cos, sin, cache, block, place)
+            x = constrain(self.layout, x, "rows")
             outputs.append(x)
             keys.append(layer_keys)
             values.append(layer_values)
@@ -198,18 +211,22 @@ class Llama(nnx.Module):
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         logits = project(self.model.norm(x), head.weight[...], out_dtype=jnp.float32)
+        logits = constrain(self.layout, logits, "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
         return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache
-def build(config: LlamaConfig, vocab_size: int) -> Architecture:
+def build(config: LlamaConfig, vocab_size: int, layout: Layout | None = None) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
+    layout = fit(layout, heads=config.num_kv_heads, query_heads=config.num_heads)
     return architecture(
-        lambda rngs: Llama(config, rngs=rngs),
+        lambda rngs: Llama(config, layout, rngs=rngs),
         Shape(config.num_layers, config.num_kv_heads, config.head_dim),
         vocab_size=vocab_size,
         max_positions=config.rope.max_positions,
+        layout=layout,
+        rules=RULES,
         prefix="model.",
         ignored=("rotary_emb.inv_freq",),
         tied=("lm_head.weight", "model.embed_tokens.weight") if config.tie_embeddings else None,

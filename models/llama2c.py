@@ -16,13 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax.models import llama
-from specjax.models.checkpoint import Loaded, ShardingRule, tensor_name
+from specjax.models.checkpoint import Loaded
+from specjax.models.family import assemble
+from specjax.sharding import Layout, Rules
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
-def load(path: Path, dtype: Any = None, sharding: ShardingRule = None) -> Loaded:
+def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rules | None = None) -> Loaded:
     """A Llama model from a version 0 file.
 
     Raises:
@@ -78,18 +80,17 @@ def load(path: Path, dtype: Any = None, sharding: ShardingRule = None) -> Loaded
     for name, count in (("self_attn.q_proj.weight", heads), ("self_attn.k_proj.weight", kv_heads)):
         tensors[name] = _to_halves(tensors[name], count)
 
-    def pick(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        name = tensor_name(path)
+    def pick(name: str, place: jax.sharding.Sharding | None) -> jax.Array:
         if name.startswith("model.layers."):
             _, _, layer, rest = name.split(".", 3)
             value = tensors[rest][int(layer)]
         else:
             value = tensors[name]
-        place = sharding(name, value.shape) if callable(sharding) else sharding
         return jax.device_put(value.astype(jnp.dtype(dtype or jnp.float32)), place)
 
-    built = llama.build(llama.read_config(config), vocab)
-    return Loaded(built.model, jax.tree_util.tree_map_with_path(pick, built.abstract), config, path)
+    built = llama.build(llama.read_config(config), vocab, layout)
+    built = built if rules is None else built._replace(rules=rules)
+    return Loaded(built.model, assemble(built, pick), config, path)
 
 
 def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:

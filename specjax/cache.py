@@ -9,11 +9,13 @@ place for all rows, and a tree needs no more than a mask.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
+from specjax.sharding import Layout, constrain, on_each
 from specjax.types import Array
 
 _MASKED = -1e30  # finite, so that a row with nothing live in one part stays free of NaN
@@ -47,19 +49,24 @@ class Placement(NamedTuple):
     cache_lengths: Array  # [B] int32
 
 
-def init_cache(layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype) -> KVCache:
+def init_cache(
+    layers: int, batch: int, heads: int, slots: int, head_dim: int, dtype, layout: Layout | None = None
+) -> KVCache:
     """An empty cache. Slots are rounded up to a multiple of 128, which every backend tiles well."""
     shape = (batch, heads, -(-slots // 128) * 128, head_dim)
     # Were the lengths known to be 0, XLA would fold the masks of every prefix element by element, for minutes.
     lengths = lax.optimization_barrier(jnp.zeros((batch,), jnp.int32))
-    return KVCache(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), lengths)
+    keys, values = (_zeros(layers, shape, dtype, layout) for _ in range(2))
+    return KVCache(keys, values, constrain(layout, lengths, "rows"))
 
 
-def init_block(layers: int, batch: int, heads: int, size: int, head_dim: int, dtype) -> KVBlock:
+def init_block(
+    layers: int, batch: int, heads: int, size: int, head_dim: int, dtype, layout: Layout | None = None
+) -> KVBlock:
     """An empty block with room for `size` tokens."""
     shape = (batch, heads, size, head_dim)
-    positions = jnp.zeros((batch, size), jnp.int32)
-    return KVBlock(_zeros(layers, shape, dtype), _zeros(layers, shape, dtype), positions, jnp.int32(0))
+    keys, values = (_zeros(layers, shape, dtype, layout) for _ in range(2))
+    return KVBlock(keys, values, constrain(layout, jnp.zeros((batch, size), jnp.int32), "rows"), jnp.int32(0))
 
 
 def place(cache: KVCache, block: KVBlock, width: int, depths: Array | None, visible: Array | None) -> Placement:
@@ -93,6 +100,7 @@ def attend(
     *,
     scale: float,
     window: int | None = None,
+    layout: Layout | None = None,
 ) -> Array:
     """Attention over the live cache and the block, with one softmax over both.
 
@@ -102,11 +110,29 @@ def attend(
       block_keys, block_values: [B, Hkv, N, D].
       scale: factor on the scores, usually D ** -0.5.
       window: sliding window: a token sees itself and the window - 1 positions before it.
+      layout: of rows and heads on a mesh: every device attends for its own.
 
     Returns:
       [B, Hq, T, D], the query's dtype. The cost follows the longest live row, not S: the work is done at the
       smallest of a few cache prefixes that holds every live slot.
     """
+    run = functools.partial(_attend, scale=scale, window=window)
+    kept = ("rows", "heads")
+    on_mesh = on_each(layout, run, (("rows", "query"), kept, kept, kept, kept, ("rows",)), ("rows", "query"))
+    return on_mesh(query, cache_keys, cache_values, block_keys, block_values, placement)
+
+
+def _attend(
+    query: Array,
+    cache_keys: Array,
+    cache_values: Array,
+    block_keys: Array,
+    block_values: Array,
+    placement: Placement,
+    *,
+    scale: float,
+    window: int | None,
+) -> Array:
     batch, query_heads, width, head_dim = query.shape
     heads, slots = cache_keys.shape[1:3]
     groups = query_heads // heads
@@ -147,7 +173,9 @@ def attend(
     return out.astype(query.dtype).reshape(batch, query_heads, width, head_dim)
 
 
-def commit(cache: KVCache, block: KVBlock, keep: Array, path: Array | None = None) -> KVCache:
+def commit(
+    cache: KVCache, block: KVBlock, keep: Array, path: Array | None = None, *, layout: Layout | None = None
+) -> KVCache:
     """The cache with the first `keep` [B] tokens of the block added; along `path` [B, n] (block slots), for a tree.
 
     The whole block is written after the live part and only `keep` of it counted: the slots past the new length are
@@ -156,7 +184,9 @@ def commit(cache: KVCache, block: KVBlock, keep: Array, path: Array | None = Non
     new = (*block.keys, *block.values)
     if path is not None:
         new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
-    written = write_rows((*cache.keys, *cache.values), new, after(cache.lengths, keep))
+    kept = ("rows", "heads")
+    write = on_each(layout, write_rows, (kept, kept, ("rows",)), kept)
+    written = write((*cache.keys, *cache.values), new, after(cache.lengths, keep))
     layers = len(cache.keys)
     return KVCache(written[:layers], written[layers:], cache.lengths + keep)
 
@@ -196,8 +226,8 @@ def _prefix_sizes(slots: int) -> list[int]:
     return [0, *sizes]
 
 
-def _zeros(layers: int, shape: tuple[int, ...], dtype) -> tuple[Array, ...]:
-    return tuple(jnp.zeros(shape, dtype) for _ in range(layers))
+def _zeros(layers: int, shape: tuple[int, ...], dtype, layout: Layout | None) -> tuple[Array, ...]:
+    return tuple(constrain(layout, jnp.zeros(shape, dtype), "rows", "heads") for _ in range(layers))
 
 
 def _mix(weights: Array, values: Array) -> Array:

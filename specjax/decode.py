@@ -7,7 +7,7 @@ caller's own jit they become part of the caller's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from specjax import controllers, validate, verify
 from specjax.prefill import prefill
 from specjax.rounds import Roles, State, emit_one, first_token, open_request, speculate, start
 from specjax.rows import is_active, last_tokens
+from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
     Array,
     Controller,
@@ -55,6 +56,7 @@ def generate(
     seeds: ArrayLike | None = None,
     capacity: int | None = None,
     pad_token: int = 0,
+    rounds_per_test: int = 1,
 ) -> Generation:
     """Generates with speculation: the output follows the target's own law, in fewer target passes.
 
@@ -81,6 +83,8 @@ def generate(
       capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens). Keep it the same
         from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
+      rounds_per_test: rounds between two tests whether all rows have ended. On a mesh each test is an all-reduce; at
+        the end up to as many rounds, less one, do nothing.
 
     Returns:
       A Generation. Rows with bad data end with a `Status` of their own; the others go on untouched.
@@ -110,7 +114,11 @@ def generate(
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
     validate.roles(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
-    return _generate(roles, request.capacity, params, drafter_params, request.arrays, controller_state, pad_token)
+    validate.at_least_one(rounds_per_test, "rounds_per_test")
+    arrays = globally(model.layout, request.arrays)
+    return _generate(
+        roles, request.capacity, rounds_per_test, params, drafter_params, arrays, controller_state, pad_token
+    )
 
 
 def autoregressive(
@@ -127,6 +135,7 @@ def autoregressive(
     seeds: ArrayLike | None = None,
     capacity: int | None = None,
     pad_token: int = 0,
+    rounds_per_test: int = 1,
 ) -> Generation:
     """Generates one token per target pass: the baseline that speed-ups are quoted against.
 
@@ -139,22 +148,28 @@ def autoregressive(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    return _autoregressive(model, processor, request.capacity, params, request.arrays, pad_token)
+    validate.at_least_one(rounds_per_test, "rounds_per_test")
+    arrays = globally(model.layout, request.arrays)
+    return _autoregressive(model, processor, request.capacity, rounds_per_test, params, arrays, pad_token)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _generate(roles, capacity, params, drafter_params, request, controller_state, pad_token) -> Generation:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _generate(
+    roles: Roles, capacity, rounds_per_test, params, drafter_params, request, controller_state, pad_token
+) -> Generation:
     state = start(roles, capacity, params, drafter_params, request, controller_state)
 
     def body(state: State) -> State:
         return speculate(roles, capacity, params, drafter_params, state)[0]
 
-    state = lax.while_loop(lambda state: jnp.any(is_active(state.rows)), body, state)
-    return finish(state, capacity, pad_token)
+    state = _until_done(body, lambda state: state.rows, state, rounds_per_test)
+    return _result(state.rows, capacity, pad_token, state.stats, state.controller_state, roles.model.layout)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _autoregressive(model: Model, processor, capacity, params, request: Request, pad_token) -> Generation:
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _autoregressive(
+    model: Model, processor, capacity, rounds_per_test, params, request: Request, pad_token
+) -> Generation:
     batch, width = request.prompts.shape
     rows = open_request(model, request, capacity + 1)
     cache = model.init_cache(params, batch, capacity + 1)
@@ -165,20 +180,32 @@ def _autoregressive(model: Model, processor, capacity, params, request: Request,
         rows, cache = carry
         out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, batch, 1))
         moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
-        return moved.rows, model.commit(cache, out.block, moved.num_emitted, None)
+        rows = constrain(model.layout, moved.rows, "rows")
+        return rows, model.commit(cache, out.block, moved.num_emitted, None)
 
-    rows, _ = lax.while_loop(lambda carry: jnp.any(is_active(carry[0])), step, (rows, prompt.cache))
+    rows, _ = _until_done(step, lambda carry: carry[0], (rows, prompt.cache), rounds_per_test)
     nothing = jnp.zeros((batch, 0), jnp.int32)
     emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
-    return _result(rows, capacity, pad_token, Stats(rows.rounds, emitted, nothing, nothing, nothing), ())
+    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing)
+    return _result(rows, capacity, pad_token, stats, (), model.layout)
 
 
-def finish(state: State, capacity: int, pad_token: int | Array) -> Generation:
-    """The result, from the state of a loop that has ended (or was interrupted)."""
-    return _result(state.rows, capacity, pad_token, state.stats, state.controller_state)
+def _until_done(
+    body: Callable[[PyTree], PyTree], rows_of: Callable[[PyTree], Rows], carry: PyTree, rounds_per_test: int
+) -> PyTree:
+    """Runs `body` until no row is active; rows that have ended stay as they are in the rounds until the next test."""
+    if rounds_per_test > 1:
+        return lax.while_loop(
+            lambda carry: jnp.any(is_active(rows_of(carry))),
+            lambda carry: lax.fori_loop(0, rounds_per_test, lambda _, carry: body(carry), carry),
+            carry,
+        )
+    return lax.while_loop(lambda carry: jnp.any(is_active(rows_of(carry))), body, carry)
 
 
-def _result(rows: Rows, capacity: int, pad_token, stats: Stats, controller_state: PyTree) -> Generation:
+def _result(
+    rows: Rows, capacity: int, pad_token, stats: Stats, controller_state: PyTree, layout: Layout | None
+) -> Generation:
     # A bad prompt has generated nothing; its length is kept inside the buffer, whatever the caller passed.
     is_bad = rows.status == Status.BAD_PROMPT
     prompt_lengths = jnp.where(is_bad, rows.lengths, rows.prompt_lengths)
@@ -186,4 +213,5 @@ def _result(rows: Rows, capacity: int, pad_token, stats: Stats, controller_state
     tokens = jnp.where(is_text, rows.tokens[:, :capacity], pad_token)
     is_new = is_text & (jnp.arange(capacity)[None] >= prompt_lengths[:, None])
     scored = LogProbs(*(jnp.where(is_new, x[:, :capacity], 0.0) for x in rows.log_probs))
-    return Generation(tokens, rows.lengths, prompt_lengths, rows.status, scored, stats, controller_state)
+    out = Generation(tokens, rows.lengths, prompt_lengths, rows.status, scored, stats, controller_state)
+    return constrain(layout, out)  # whole on every device, so that each process of a pod can read it

@@ -61,17 +61,24 @@ def open_counts(prompts: Array, prompt_lengths: Array, vocab_size: int) -> Count
     """Of rows that hold their prompts and nothing else. prompts [B, P], ids valid below the lengths."""
     batch, width = prompts.shape
     is_prompt = jnp.arange(width)[None] < prompt_lengths[:, None]
-    seen = jnp.zeros((batch, vocab_size), bool)
-    seen = seen.at[jnp.arange(batch)[:, None], prompts].max(is_prompt, mode="drop")
-    return Counts(seen, jnp.zeros((batch, vocab_size), jnp.int32))
+    seen = _by_row(lambda seen, ids, here: seen.at[ids].max(here, mode="drop"))
+    none = jnp.zeros((batch, vocab_size), jnp.int32)
+    return Counts(seen(none > 0, prompts, is_prompt), none)
 
 
 def count(counts: Counts, tokens: Array, num_tokens: Array) -> Counts:
     """With the first num_tokens [B] of `tokens` [B, W] generated."""
-    batch, width = tokens.shape
-    is_new = (jnp.arange(width)[None] < num_tokens[:, None]).astype(jnp.int32)
-    generated = counts.generated.at[jnp.arange(batch)[:, None], tokens].add(is_new, mode="drop")
-    return counts._replace(generated=generated)
+    is_new = (jnp.arange(tokens.shape[1])[None] < num_tokens[:, None]).astype(jnp.int32)
+    return counts._replace(generated=_add(counts.generated, tokens, is_new))
+
+
+# A mesh may cut the rows: mapped over, they stay apart; with row numbers as indices XLA would send them around.
+_by_row = jax.vmap
+
+
+@_by_row
+def _add(counts: Array, ids: Array, amounts: Array) -> Array:
+    return counts.at[ids].add(amounts, mode="drop")
 
 
 def _penalise(logits: Array, sampling: RowSampling, counts: Counts, before: Before) -> Array:
@@ -79,8 +86,8 @@ def _penalise(logits: Array, sampling: RowSampling, counts: Counts, before: Befo
     generated = jnp.broadcast_to(counts.generated[:, None], logits.shape)
     if before.drafted.shape[1]:
         visible = jnp.broadcast_to(before.visible, (batch, places, before.drafted.shape[1]))
-        row, place = jnp.arange(batch)[:, None, None], jnp.arange(places)[None, :, None]
-        generated = generated.at[row, place, before.drafted[:, None]].add(visible.astype(jnp.int32), mode="drop")
+        drafted = jnp.broadcast_to(before.drafted[:, None], visible.shape)
+        generated = _by_row(_add)(generated, drafted, visible.astype(jnp.int32))
     if sampling.repetition_penalty is not None:
         penalty = sampling.repetition_penalty[:, None, None]
         penalised = jnp.where(logits > 0, logits / penalty, logits * penalty)
@@ -122,6 +129,6 @@ def _custom(logits: Array, before: Before, processor: Processor) -> Array:
 
 def _is_among(ids: Array, vocab_size: int) -> Array:
     """[B, n] ids, pad -1 -> [B, V] bool."""
-    batch = ids.shape[0]
     at = jnp.where(ids < 0, vocab_size, ids)
-    return jnp.zeros((batch, vocab_size), bool).at[jnp.arange(batch)[:, None], at].set(True, mode="drop")
+    nowhere = jnp.zeros((len(ids), vocab_size), bool)
+    return _by_row(lambda found, at: found.at[at].set(True, mode="drop"))(nowhere, at)

@@ -13,6 +13,7 @@ from specjax.noise import Role
 from specjax.prefill import prefill
 from specjax.rows import Advance, advance, is_active, last_tokens, open_rows
 from specjax.sampling import processing, sample
+from specjax.sharding import constrain
 from specjax.types import (
     Array,
     Context,
@@ -111,6 +112,7 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     )
     processed = context.process(out.logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
     draft = _match_width(draft, processed.shape[-1])
+    draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
     verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
 
     path, drafted, logits = verdict.path, draft.tokens, out.logits
@@ -155,7 +157,7 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     )
     after = context_of(roles, moved.rows, target_cache)
     next_state = State(
-        rows=moved.rows,
+        rows=constrain(model.layout, moved.rows, "rows"),
         target_cache=target_cache,
         drafter_state=drafter.commit(drafter_params, drafter_state, after, info),
         controller_state=controller.update(state.controller_state, info),
@@ -167,10 +169,11 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
 def open_request(model: Model, request: Request, slots: int) -> Rows:
     """Fresh rows for a checked request, with room for `slots` tokens each."""
     prompts, lengths, key, limits, sampling, stop_tokens, seeds = request
-    return open_rows(
+    rows = open_rows(
         prompts, lengths, key=key, seeds=seeds, limits=lengths + limits, sampling=sampling,
         stop_tokens=stop_tokens, slots=slots, vocab_size=model.vocab_size,
     )  # fmt: skip
+    return constrain(model.layout, rows, "rows")
 
 
 def first_token(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Rows:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from specjax import noise
@@ -101,17 +102,17 @@ def advance(
     status = jnp.where(num_emitted == until_stop, Status.STOPPED, status)
     status = jnp.where(was_active, status, rows.status).astype(jnp.int32)
 
-    row, at = jnp.arange(len(candidates))[:, None], rows.lengths[:, None] + place
-
-    def append(text: Array, new: Array) -> Array:
-        return text.at[row, at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
+    @jax.vmap  # by rows, which a mesh may cut: with row numbers as indices XLA would send the rows around
+    def append(text: Array, new: Array, start: Array) -> Array:
+        at = start + jnp.arange(width)
+        return text.at[at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
 
     moved = rows._replace(
-        tokens=append(rows.tokens, candidates),
+        tokens=append(rows.tokens, candidates, rows.lengths),
         lengths=lengths,
         status=status,
         rounds=rows.rounds + was_active.astype(jnp.int32),
-        log_probs=LogProbs(*map(append, rows.log_probs, log_probs)),
+        log_probs=LogProbs(*(append(*both, rows.lengths) for both in zip(rows.log_probs, log_probs, strict=True))),
         counts=None if rows.counts is None else count(rows.counts, candidates, num_emitted),
     )
     return Advance(moved, jnp.where(place < num_emitted[:, None], candidates, -1), num_emitted)

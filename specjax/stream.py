@@ -16,6 +16,7 @@ from jax.typing import ArrayLike
 from specjax import controllers, validate, verify
 from specjax.rounds import Roles, State, speculate, start
 from specjax.rows import is_active
+from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
     Array,
     Controller,
@@ -103,8 +104,7 @@ def stream(
     >>> sum(len(chunk.tokens[0]) for chunk in chunks)
     5
     """
-    if rounds_per_dispatch < 1:
-        raise ValueError(f"rounds_per_dispatch must be 1 or more, got {rounds_per_dispatch}.")
+    validate.at_least_one(rounds_per_dispatch, "rounds_per_dispatch")
     validate.kinds(model, drafter, verifier, controller)
     validate.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
@@ -115,24 +115,25 @@ def stream(
     validate.roles(model, drafter, roles.verifier, request.arrays.sampling)
     if validate.is_traced((params, drafter_params, request.arrays)):
         raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
+    request = request._replace(arrays=globally(model.layout, request.arrays))
     return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)
 
 
 def _chunks(roles, request, params, drafter_params, controller_state, num_rounds) -> Iterator[Chunk]:
     capacity = request.capacity
     state = _start(roles, capacity, params, drafter_params, request.arrays, controller_state)
-    rows = jax.device_get(state.rows._replace(keys=None))
+    layout = roles.model.layout
+    rows, stats = jax.device_get(_copies(layout, (state.rows._replace(keys=None), state.stats)))
     spans = [slice(start, end) for start, end in zip(rows.prompt_lengths, rows.lengths, strict=True)]
     head = [row[span].tolist() for row, span in zip(rows.tokens, spans, strict=True)]
     scores = [_pairs(raw[span], own[span]) for raw, own, span in zip(*rows.log_probs, spans, strict=True)]
-    status, stats = rows.status, jax.device_get(state.stats)
+    status = rows.status
     yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], scores, status, stats)
 
     pending = None
     while (status == Status.ACTIVE).any():
         state, log = _dispatch(roles, capacity, num_rounds, params, drafter_params, state)
-        # Copies: the state's own buffers are donated to the next dispatch.
-        sent = (log, jnp.copy(state.rows.status), jax.tree.map(jnp.copy, state.stats))
+        sent = _copies(layout, (log, state.rows.status, state.stats))
         if pending is not None:
             status, chunk = _read(pending)
             yield chunk
@@ -164,6 +165,12 @@ def _pairs(raw: np.ndarray, processed: np.ndarray) -> list[LogProb]:
 
 
 _start = jax.jit(start, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
+    """What the host reads: the state's own buffers are donated to the next dispatch, and may lie on other hosts."""
+    return constrain(layout, jax.tree.map(jnp.copy, tree))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)

@@ -35,8 +35,7 @@ def layout(parents: Array) -> Layout:
         parents = parents[None]
     batch, nodes = parents.shape
     visible = jnp.broadcast_to(jnp.eye(nodes + 1, dtype=bool), (batch, nodes + 1, nodes + 1))
-    rows = jnp.arange(batch)
     for node in range(nodes):  # static and small; a parent's row is complete before its child's is made
-        inherited = visible[rows, parents[:, node] + 1]
+        inherited = jnp.take_along_axis(visible, parents[:, node, None, None] + 1, 1)[:, 0]
         visible = visible.at[:, node + 1].set(visible[:, node + 1] | inherited)
     return Layout(jnp.sum(visible, -1, dtype=jnp.int32) - 1, visible)

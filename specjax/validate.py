@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from specjax.sharding import check_batch
 from specjax.types import Array, Controller, Drafter, Model, Sampling, Verifier
 
 
@@ -41,8 +42,17 @@ def is_traced(tree: Any) -> bool:
 
 
 def known(value: Any) -> np.ndarray | None:
-    """The value on the host, or None while it is traced."""
-    return None if is_traced(value) else np.asarray(value)
+    """The value on the host, or None while it is traced or parts of it are other processes'."""
+    if is_traced(value):
+        return None
+    is_elsewhere = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(value))
+    return None if is_elsewhere else np.asarray(value)
+
+
+def at_least_one(value: int, name: str) -> None:
+    """Checks a static count."""
+    if value < 1:
+        raise ValueError(f"{name} must be 1 or more, got {value}.")
 
 
 def request(
@@ -69,6 +79,7 @@ def request(
         raise ValueError(f"prompts is empty: shape {prompts.shape}. Every row needs at least one token (a BOS, say).")
     if prompt_lengths is None:
         prompt_lengths = np.full((batch,), width, np.int32)
+    check_batch(model.layout, batch)
     lengths = _per_row(prompt_lengths, "prompt_lengths", batch)
     seeds = _per_row(np.arange(batch, dtype=np.int32) if seeds is None else seeds, "seeds", batch)
     limits = _per_row(max_new_tokens, "max_new_tokens", batch, scalar=True)

@@ -286,8 +286,8 @@ def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     request = _request(model, prompts, None, 400)
     arrays = request.arrays
     for lowered in (
-        decode._generate.lower(roles, request.capacity, params, draft_params, arrays, None, 0),
-        decode._autoregressive.lower(model, None, request.capacity, params, arrays, 0),
+        decode._generate.lower(roles, request.capacity, 1, params, draft_params, arrays, None, 0),
+        decode._autoregressive.lower(model, None, request.capacity, 1, params, arrays, 0),
     ):
         assert not hlo.host_calls(lowered.as_text())
         program = hlo.parse(lowered.compile().as_text())

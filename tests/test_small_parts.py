@@ -18,6 +18,7 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
+    {"sharding"},
     {"types", "noise"},
     {"cache", "tree", "processors", "log_probs"},
     {"sampling"},

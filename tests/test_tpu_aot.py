@@ -161,7 +161,7 @@ def test_no_host_transfer(compiled):
 def test_generate_calls_no_host():
     """Catches the same in what surrounds the loop in `generate`: opening the rows, prefill, the first token."""
     roles, pad_token = _roles(models.build(TARGET).model), jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = decode._generate.lower(roles, CAPACITY, _weights(TARGET), _weights(DRAFT), _request(), None, pad_token)
+    lowered = decode._generate.lower(roles, CAPACITY, 1, _weights(TARGET), _weights(DRAFT), _request(), None, pad_token)
     assert hlo.host_calls(lowered.as_text()) == []
 
 

@@ -16,11 +16,16 @@ _CONFIGS = {
 }  # fmt: skip
 
 
+def config(family, vocab_size=VOCAB, **changes):
+    """The contents of a config.json."""
+    return {**_CONFIGS[family], "vocab_size": vocab_size, **changes}
+
+
 def model(family, seed=0, vocab_size=VOCAB, **changes):
     """(Model, params) of a family, or of a table over two tokens."""
     key = jax.random.key(seed)
     if family == "table":
         return testing.table_model(2, vocab_size), testing.random_table(key, order=2, vocab_size=vocab_size)
-    loaded = models.random({**_CONFIGS[family], "vocab_size": vocab_size, **changes}, key)
+    loaded = models.random(config(family, vocab_size, **changes), key)
     scale = {"llama": 12, "gpt2": 9}[family]
     return loaded.model, jax.tree.map(lambda leaf: leaf * scale if leaf.ndim > 1 else leaf, loaded.params)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import models
+from specjax import models, sharding
 from specjax.models import llama2c
 
 TOLERANCE = 1e-4
@@ -104,21 +104,15 @@ def test_tokenizer_merges_by_score_and_not_by_id(tmp_path):
     assert made.decode(made.encode(text).ids) == text
 
 
-def test_dtype_and_sharding_reach_every_tensor(folder):
+def test_dtype_and_layout_reach_every_tensor(folder):
     """Catches options that this format passes over."""
-    place = jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=jax.devices()[0].default_memory().kind)
-    names = []
-
-    def rule(name, shape):
-        names.append((name, shape))
-        return place
-
-    loaded = models.load(folder / "stories260K.bin", dtype=jnp.bfloat16, sharding=rule)
+    layout = sharding.layout(sharding.make_mesh(model=2))
+    loaded = models.load(folder / "stories260K.bin", dtype=jnp.bfloat16, layout=layout)
     leaves = jax.tree.leaves(loaded.params)
     assert {leaf.dtype for leaf in leaves} == {jnp.dtype(jnp.bfloat16)}
-    assert all(leaf.sharding == place for leaf in leaves)
-    assert ("model.layers.4.mlp.down_proj.weight", (64, 172)) in names
-    assert len(names) == len(leaves)
+    assert all(len(leaf.sharding.device_set) == 2 for leaf in leaves)
+    down = loaded.params["model"]["layers"][4]["mlp"]["down_proj"]["weight"][...]
+    assert down.addressable_shards[0].data.shape == (64, 86)
 
 
 def test_an_output_layer_of_its_own(tmp_path):

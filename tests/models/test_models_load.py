@@ -16,8 +16,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE, Unigram, WordLevel
 
 import specjax
-from specjax import models
-from specjax.models import checkpoint
+from specjax import models, sharding
+from specjax.models import checkpoint, family
 
 WEIGHTS = checkpoint.SINGLE
 TOKENS = np.random.default_rng(0).integers(0, 61, (1, 12), np.int32)
@@ -36,32 +36,21 @@ def test_dtype_converts_every_tensor(tiny_folder):
     assert kept.model is narrow.model  # one architecture, whatever the dtype
 
 
-def test_sharding_is_that_of_every_tensor(tiny_folder):
-    """Catches tensors made on the default device first, or left there."""
-    device = jax.devices()[0]
-    sharding = jax.sharding.SingleDeviceSharding(device, memory_kind=device.default_memory().kind)
-    loaded = models.load(tiny_folder, sharding=sharding)
-    plain = models.load(tiny_folder)
-    for ours, theirs in zip(jax.tree.leaves(loaded.params), jax.tree.leaves(plain.params), strict=True):
-        assert ours.sharding == sharding
-        np.testing.assert_array_equal(ours, theirs)
-
-
-def test_sharding_rule_sees_every_name_and_shape(tiny_folder, raw_tensors):
+def test_rules_see_every_name_and_shape(tiny_folder, raw_tensors, monkeypatch):
     """Catches a rule asked about other names than the checkpoint's, and an answer that is not followed."""
-    mesh = jax.make_mesh((1,), ("model",), axis_types=(jax.sharding.AxisType.Auto,))
-    rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("model"))
-    whole = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
-    seen = {}
+    layout, seen = sharding.layout(sharding.make_mesh(model=2)), {}
+    place = sharding.param_sharding
 
-    def rule(name, shape):
+    def watched(given, rules, name, shape):
         seen[name] = shape
-        return rows if len(shape) == 2 else whole
+        return place(given, rules, name, shape)
 
-    loaded = models.load(tiny_folder, sharding=rule, dtype=jnp.bfloat16)
+    monkeypatch.setattr(family, "param_sharding", watched)
+    loaded = models.load(tiny_folder, layout=layout, rules=[(r"embed", ("width",))], dtype=jnp.bfloat16)
     assert seen == {name: tensor.shape for name, tensor in raw_tensors(tiny_folder).items()}
-    for leaf in jax.tree.leaves(loaded.params):
-        assert leaf.sharding == (rows if leaf.ndim == 2 else whole)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(loaded.params):
+        is_cut = "embed" in family.tensor_name(path)
+        assert leaf.sharding.is_fully_replicated != is_cut
         assert leaf.dtype == jnp.bfloat16
 
 
