@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from specjax.processors import without_padding
 from specjax.types import Array, LogProbs
 
 
@@ -13,7 +14,7 @@ def of_tokens(logits: Array, processed: Array, tokens: Array, vocab_size: int) -
 
     Equal to those of one forward pass over the finished text: a token is scored where it was verified.
     """
-    return LogProbs(_pick(logits[..., :vocab_size], tokens), _pick(processed, tokens))
+    return LogProbs(_pick(without_padding(logits, vocab_size), tokens), _pick(processed, tokens))
 
 
 def _pick(logits: Array, tokens: Array) -> Array:

@@ -33,6 +33,9 @@ def adjust(logits: Array, before: Before, processor: Processor | None, vocab_siz
     Returns columns from vocab_size on as they came; `sampling.process` removes them.
     """
     sampling = before.rows.sampling
+    asked = (before.rows.counts, sampling.logit_bias, sampling.bad_words, sampling.min_new_tokens, processor)
+    if all(each is None for each in asked):
+        return logits
     padding = logits[..., vocab_size:]
     logits = logits[..., :vocab_size]
     if before.rows.counts is not None:
@@ -49,6 +52,14 @@ def adjust(logits: Array, before: Before, processor: Processor | None, vocab_siz
     if processor is not None:
         logits = _custom(logits, before, processor)
     return jnp.concatenate([logits, padding], -1) if padding.shape[-1] else logits
+
+
+def without_padding(logits: Array, vocab_size: int) -> Array:
+    """The logits with -inf in the columns from vocab_size on; a slice would send them around where a mesh cuts them."""
+    if logits.shape[-1] == vocab_size:
+        return logits
+    columns = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
+    return jnp.where(columns < vocab_size, logits, -jnp.inf)
 
 
 def counts_are_needed(sampling: RowSampling) -> bool:

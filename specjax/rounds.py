@@ -11,6 +11,7 @@ from specjax import log_probs, noise, tree
 from specjax.context import make_context
 from specjax.noise import Role
 from specjax.prefill import prefill
+from specjax.processors import without_padding
 from specjax.rows import Advance, advance, is_active, last_tokens, open_rows
 from specjax.sampling import processing, sample
 from specjax.sharding import constrain
@@ -226,7 +227,7 @@ def _match_width(draft: Draft, width: int) -> Draft:
 def _fault(logits: Array, processed: Array, vocab_size: int) -> Array:
     """Why there is no law at a place: [B, W] int32 `Status`, ACTIVE where there is one."""
     # NaN propagates through max; -inf alone is a mask, not a fault.
-    is_finite = jnp.isfinite(jnp.max(logits[..., :vocab_size], -1))
+    is_finite = jnp.isfinite(jnp.max(without_padding(logits, vocab_size), -1))
     has_choice = jnp.isfinite(jnp.max(processed, -1))
     return jnp.where(is_finite, jnp.where(has_choice, Status.ACTIVE, Status.DEAD_END), Status.NON_FINITE)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import noise
-from specjax.processors import Before, adjust
+from specjax.processors import Before, adjust, without_padding
 from specjax.types import Array, Process, Processor, Rows, RowSampling, Sampling
 
 _NOTHING = -jnp.inf
@@ -74,8 +74,7 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     [[[0.5, 0.5, 0.0, 0.0]]]
     """
     width = logits.shape[-1]
-    if vocab_size < width:
-        logits = jnp.where(_columns(width) < vocab_size, logits, _NOTHING)
+    logits = without_padding(logits, vocab_size)
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = jnp.argmax(logits, -1, keepdims=True)

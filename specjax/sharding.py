@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # What a dimension may be cut over: a field of Layout by name, or None for not at all.
@@ -59,7 +61,7 @@ def layout(mesh: Mesh, *, rows: Sequence[str] = ("data",), width: Sequence[str] 
     return Layout(automatic, *present, heads=present[1], query=present[1])
 
 
-def make_mesh(*, data: int = 1, model: int = 1, sub: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(*, data: int = 1, model: int = 1, sub: int = 1, devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the first data * model * sub devices, neighbours along `sub`, then `model`.
 
     Raises:
@@ -171,9 +173,9 @@ def globally(given: Layout | None, tree: Any) -> Any:
     whole = NamedSharding(given.mesh, PartitionSpec())
 
     def place(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer) or len(leaf.sharding.device_set) > 1:
+        if isinstance(leaf, Tracer) or len(leaf.sharding.device_set) > 1:
             return leaf
-        if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(place(jax.random.key_data(leaf)), impl=jax.random.key_impl(leaf))
         host = np.asarray(leaf)
         return jax.make_array_from_callback(host.shape, whole, lambda index: host[index])
