@@ -13,9 +13,11 @@ if __name__ != "specjax.models":
     # A second copy under another name would define every pytree class twice, and nothing would fit together.
     raise ImportError(f"import this package as specjax.models, not as {__name__}.")
 
-from specjax.models import checkpoint, gpt2, llama, llama2c
+from specjax.models import checkpoint, gpt2, int8, llama, llama2c
 from specjax.models.checkpoint import Loaded, save
 from specjax.models.family import Architecture, init, shardings
+from specjax.models.int8 import INT8
+from specjax.models.layers import PLAIN, Kinds
 from specjax.sharding import Layout, Rules
 from specjax.types import PyTree
 
@@ -24,7 +26,12 @@ PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # the shipped pair:
 
 
 def build(
-    config: dict[str, Any], *, vocab_size: int | None = None, layout: Layout | None = None, rules: Rules | None = None
+    config: dict[str, Any],
+    *,
+    vocab_size: int | None = None,
+    layout: Layout | None = None,
+    rules: Rules | None = None,
+    kinds: Kinds = PLAIN,
 ) -> Architecture:
     """The architecture that a config.json describes.
 
@@ -33,6 +40,7 @@ def build(
       vocab_size: ids that may be emitted, where the vocabulary is padded; default all.
       layout: where the model lies on a mesh, from `specjax.sharding.layout(mesh)`.
       rules: how parameters are cut over it, by path; default the family's own.
+      kinds: the layers that hold matrices, `models.INT8` for example.
 
     Raises:
       ValueError: an architecture or an option that is not supported, by name.
@@ -49,7 +57,7 @@ def build(
             f"known: {', '.join(FAMILIES)}. Any other Flax model can be wrapped as a specjax.Model."
         )
     read = FAMILIES[kind].read_config(config)
-    built = FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size), layout)
+    built = FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size), layout, kinds)
     return built if rules is None else built._replace(rules=rules)
 
 
@@ -64,6 +72,27 @@ def random(
     """A model of this config with random parameters; `layout` and `rules` as for `build`."""
     built = build(config, layout=layout, rules=rules)
     return Loaded(built.model, init(built, key, dtype), config, None)
+
+
+def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
+    """The same model with its matrices in int8, one scale for each output: a target of its own, or a cheaper drafter.
+
+    Norms and biases keep their dtype; activations and caches are in it. The quantised model has another law than the
+    one it was made of, and speculation follows *its* law exactly. It cannot be saved: keep the checkpoint.
+
+    Args:
+      loaded: from `load` or `random`; with a layout, the result lies on the same mesh.
+      rules: how parameters are cut over the mesh; default the family's own.
+
+    >>> draft = load(PRETRAINED / "draft")
+    >>> small = quantize(draft)
+    >>> [sum(leaf.nbytes for leaf in jax.tree.leaves(each.params)) // 1000 for each in (draft, small)]
+    [3148, 1588]
+    """
+    model = loaded.model
+    built = build(loaded.config, vocab_size=model.vocab_size, layout=model.layout, rules=rules, kinds=INT8)
+    config = {**loaded.config, "quantization_config": {"quant_method": "specjax-int8"}}
+    return Loaded(built.model, int8.rounded_params(built, loaded.params), config, loaded.path)
 
 
 def load(
@@ -134,6 +163,7 @@ def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
 
 __all__ = [
     "FAMILIES",
+    "INT8",
     "PRETRAINED",
     "Architecture",
     "Loaded",
@@ -141,6 +171,7 @@ __all__ = [
     "build",
     "init",
     "load",
+    "quantize",
     "random",
     "save",
     "shardings",

@@ -107,7 +107,13 @@ def save(loaded: Loaded, folder: str | os.PathLike[str], *, max_shard_bytes: int
 
     Raises:
       FileExistsError: `folder` exists and is not empty.
+      ValueError: the model is quantised.
     """
+    if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(loaded.params)):
+        raise ValueError(
+            "a quantised model is no Hugging Face checkpoint and cannot be saved: save what it was made of, and call "
+            "models.quantize after loading."
+        )
     target = Path(folder)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{target} exists and is not an empty folder: choose another or remove it first.")

@@ -105,4 +105,5 @@ def tensor_name(path: tuple[Any, ...]) -> str:
 
 
 def _dtype(params: nnx.State):
-    return jax.tree.leaves(params)[0].dtype
+    """That of activations and caches: of all parameters, but for int8 matrices."""
+    return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -5,22 +5,18 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from specjax import cache as kv
 from specjax.models.family import Architecture, Shape, architecture
 from specjax.models.layers import (
     ACTIVATIONS,
+    PLAIN,
     Embedding,
+    Kinds,
     LayerNorm,
-    Linear,
-    along_last,
-    exact_precision,
     merge_heads,
-    project,
     split_heads,
 )
 from specjax.sharding import Layout, Rules, constrain, fit
@@ -74,25 +70,12 @@ def read_config(raw: dict[str, Any]) -> GPT2Config:
     )
 
 
-class Conv1D(nnx.Module):
-    """y = x W + b, with W stored [in, out] as these checkpoints do."""
-
-    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
-        self.weight = nnx.Param(0.02 * jax.random.normal(rngs.params(), (inputs, outputs)))
-        self.bias = nnx.Param(jnp.zeros((outputs,)))
-
-    def __call__(self, x: Array) -> Array:
-        weight = self.weight[...]
-        y = lax.dot_general(x, weight, (((x.ndim - 1,), (0,)), ((), ())), precision=exact_precision(x.dtype))
-        return y + along_last(self.bias[...], y)
-
-
 class Attention(nnx.Module):
     """Multi-head attention over the cache and the open block."""
 
-    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
-        self.c_attn = Conv1D(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
-        self.c_proj = Conv1D(config.hidden_size, config.hidden_size, rngs=rngs)
+    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
+        self.c_attn = kinds.conv(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
+        self.c_proj = kinds.conv(config.hidden_size, config.hidden_size, rngs=rngs)
         self.head_dim = config.hidden_size // config.num_heads
         self.scale = self.head_dim**-0.5 / (layer + 1 if config.scale_by_layer else 1)
         self.layer = layer
@@ -112,9 +95,9 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """project(act(expand(x)))."""
 
-    def __init__(self, config: GPT2Config, *, rngs: nnx.Rngs):
-        self.c_fc = Conv1D(config.hidden_size, config.inner_size, rngs=rngs)
-        self.c_proj = Conv1D(config.inner_size, config.hidden_size, rngs=rngs)
+    def __init__(self, config: GPT2Config, kinds: Kinds, *, rngs: nnx.Rngs):
+        self.c_fc = kinds.conv(config.hidden_size, config.inner_size, rngs=rngs)
+        self.c_proj = kinds.conv(config.inner_size, config.hidden_size, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Array) -> Array:
@@ -124,11 +107,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: GPT2Config, layer: int, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
         self.ln_1 = LayerNorm(config.hidden_size, config.epsilon)
-        self.attn = Attention(config, layer, layout, rngs=rngs)
+        self.attn = Attention(config, layer, layout, kinds, rngs=rngs)
         self.ln_2 = LayerNorm(config.hidden_size, config.epsilon)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, kinds, rngs=rngs)
 
     def __call__(self, x: Array, *attention_args):
         mixed, keys, values = self.attn(self.ln_1(x), *attention_args)
@@ -139,20 +122,22 @@ class Layer(nnx.Module):
 class Trunk(nnx.Module):
     """Token and position embeddings, layers, final norm."""
 
-    def __init__(self, config: GPT2Config, layout: Layout | None, *, rngs: nnx.Rngs):
-        self.wte = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+    def __init__(self, config: GPT2Config, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
+        self.wte = kinds.embedding(config.vocab_size, config.hidden_size, rngs=rngs)
         self.wpe = Embedding(config.max_positions, config.hidden_size, rngs=rngs)
-        self.h = nnx.List([Layer(config, layer, layout, rngs=rngs) for layer in range(config.num_layers)])
+        self.h = nnx.List([Layer(config, layer, layout, kinds, rngs=rngs) for layer in range(config.num_layers)])
         self.ln_f = LayerNorm(config.hidden_size, config.epsilon)
 
 
 class GPT2(nnx.Module):
     """A whole model; attribute paths are the checkpoint's tensor names."""
 
-    def __init__(self, config: GPT2Config, layout: Layout | None = None, *, rngs: nnx.Rngs):
-        self.transformer = Trunk(config, layout, rngs=rngs)
+    def __init__(self, config: GPT2Config, layout: Layout | None = None, kinds: Kinds = PLAIN, *, rngs: nnx.Rngs):
+        self.transformer = Trunk(config, layout, kinds, rngs=rngs)
         self.lm_head = (
-            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+            None
+            if config.tie_embeddings
+            else kinds.linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         )
         self.max_positions = config.max_positions
         self.layout = nnx.static(layout)
@@ -184,18 +169,17 @@ class GPT2(nnx.Module):
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = trunk.wte if self.lm_head is None else self.lm_head
-        logits = project(trunk.ln_f(x), head.weight[...], out_dtype=jnp.float32)
-        logits = constrain(self.layout, logits, "rows", None, "width")
+        logits = constrain(self.layout, head.logits(trunk.ln_f(x)), "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
         return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache
-def build(config: GPT2Config, vocab_size: int, layout: Layout | None = None) -> Architecture:
+def build(config: GPT2Config, vocab_size: int, layout: Layout | None = None, kinds: Kinds = PLAIN) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
     layout = fit(layout, heads=config.num_heads, query_heads=config.num_heads)
     return architecture(
-        lambda rngs: GPT2(config, layout, rngs=rngs),
+        lambda rngs: GPT2(config, layout, kinds, rngs=rngs),
         Shape(config.num_layers, config.num_heads, config.hidden_size // config.num_heads),
         vocab_size=vocab_size,
         max_positions=config.max_positions,

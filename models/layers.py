@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +36,22 @@ class Linear(nnx.Module):
         y = project(x, self.weight[...])
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
+    def logits(self, x: Array) -> Array:
+        """The same in float32, without bias: an output layer."""
+        return project(x, self.weight[...], out_dtype=jnp.float32)
+
+
+class Conv1D(nnx.Module):
+    """y = x W + b, with W stored [in, out]."""
+
+    def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
+        self.weight = nnx.Param(_normal(rngs, (inputs, outputs)))
+        self.bias = nnx.Param(jnp.zeros((outputs,)))
+
+    def __call__(self, x: Array) -> Array:
+        y = project_in_out(x, self.weight[...])
+        return y + along_last(self.bias[...], y)
+
 
 class Embedding(nnx.Module):
     """Rows by id; also the output layer of models that tie the two."""
@@ -43,6 +61,21 @@ class Embedding(nnx.Module):
 
     def __call__(self, ids: Array) -> Array:
         return jnp.take(self.weight[...], ids, axis=0)
+
+    def logits(self, x: Array) -> Array:
+        """x [..., width] times every row, float32."""
+        return project(x, self.weight[...], out_dtype=jnp.float32)
+
+
+class Kinds(NamedTuple):
+    """The layers that hold matrices: how those are kept is nobody else's business (see int8.py)."""
+
+    linear: Callable[..., Any]
+    embedding: Callable[..., Any]
+    conv: Callable[..., Any]
+
+
+PLAIN = Kinds(Linear, Embedding, Conv1D)
 
 
 class RMSNorm(nnx.Module):
@@ -92,6 +125,11 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     if 1 < math.prod(x.shape[:-1]) <= _CPU_FEW_ROWS:
         return lax.platform_dependent(x, weight, cpu=few_rows, default=plain)
     return plain(x, weight)
+
+
+def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
+    """x [..., in] times weight [in, out] -> [..., out]."""
+    return _contract(x, weight, (x.ndim - 1, 0), out_dtype or x.dtype)
 
 
 def _contract(left: Array, right: Array, axes: tuple[int, int], out_dtype) -> Array:

@@ -11,7 +11,7 @@ from flax import nnx
 from specjax import cache as kv
 from specjax.models import rope
 from specjax.models.family import Architecture, Shape, architecture
-from specjax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, merge_heads, project, split_heads
+from specjax.models.layers import ACTIVATIONS, PLAIN, Kinds, RMSNorm, merge_heads, split_heads
 from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
 
@@ -106,13 +106,13 @@ def _windows(kind: str, config: dict[str, Any]) -> tuple[int | None, ...]:
 class Attention(nnx.Module):
     """Grouped-query attention over the cache and the open block."""
 
-    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
         width, head_dim = config.hidden_size, config.head_dim
         kv_width = config.num_kv_heads * head_dim
-        self.q_proj = Linear(width, config.num_heads * head_dim, bias=config.qkv_bias, rngs=rngs)
-        self.k_proj = Linear(width, kv_width, bias=config.qkv_bias, rngs=rngs)
-        self.v_proj = Linear(width, kv_width, bias=config.qkv_bias, rngs=rngs)
-        self.o_proj = Linear(config.num_heads * head_dim, width, bias=config.out_bias, rngs=rngs)
+        self.q_proj = kinds.linear(width, config.num_heads * head_dim, bias=config.qkv_bias, rngs=rngs)
+        self.k_proj = kinds.linear(width, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.v_proj = kinds.linear(width, kv_width, bias=config.qkv_bias, rngs=rngs)
+        self.o_proj = kinds.linear(config.num_heads * head_dim, width, bias=config.out_bias, rngs=rngs)
         self.q_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(head_dim, config.rms_norm_eps) if config.qk_norm else None
         self.head_dim = head_dim
@@ -139,11 +139,11 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """down(act(gate(x)) * up(x))."""
 
-    def __init__(self, config: LlamaConfig, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, kinds: Kinds, *, rngs: nnx.Rngs):
         width, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = Linear(width, inner, bias=config.mlp_bias, rngs=rngs)
-        self.up_proj = Linear(width, inner, bias=config.mlp_bias, rngs=rngs)
-        self.down_proj = Linear(inner, width, bias=config.mlp_bias, rngs=rngs)
+        self.gate_proj = kinds.linear(width, inner, bias=config.mlp_bias, rngs=rngs)
+        self.up_proj = kinds.linear(width, inner, bias=config.mlp_bias, rngs=rngs)
+        self.down_proj = kinds.linear(inner, width, bias=config.mlp_bias, rngs=rngs)
         self.activation = config.activation
 
     def __call__(self, x: Array) -> Array:
@@ -153,11 +153,11 @@ class MLP(nnx.Module):
 class Layer(nnx.Module):
     """Attention and MLP, each behind a norm and beside a residual."""
 
-    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, *, rngs: nnx.Rngs):
+    def __init__(self, config: LlamaConfig, layer: int, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, layout, rngs=rngs)
+        self.self_attn = Attention(config, layer, layout, kinds, rngs=rngs)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, rngs=rngs)
+        self.mlp = MLP(config, kinds, rngs=rngs)
 
     def __call__(self, x: Array, *attention_args):
         mixed, keys, values = self.self_attn(self.input_layernorm(x), *attention_args)
@@ -168,19 +168,21 @@ class Layer(nnx.Module):
 class Trunk(nnx.Module):
     """Embedding, layers, final norm."""
 
-    def __init__(self, config: LlamaConfig, layout: Layout | None, *, rngs: nnx.Rngs):
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, rngs=rngs)
-        self.layers = nnx.List([Layer(config, layer, layout, rngs=rngs) for layer in range(config.num_layers)])
+    def __init__(self, config: LlamaConfig, layout: Layout | None, kinds: Kinds, *, rngs: nnx.Rngs):
+        self.embed_tokens = kinds.embedding(config.vocab_size, config.hidden_size, rngs=rngs)
+        self.layers = nnx.List([Layer(config, layer, layout, kinds, rngs=rngs) for layer in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
 
 class Llama(nnx.Module):
     """A whole model; attribute paths are the checkpoint's tensor names."""
 
-    def __init__(self, config: LlamaConfig, layout: Layout | None = None, *, rngs: nnx.Rngs):
-        self.model = Trunk(config, layout, rngs=rngs)
+    def __init__(self, config: LlamaConfig, layout: Layout | None = None, kinds: Kinds = PLAIN, *, rngs: nnx.Rngs):
+        self.model = Trunk(config, layout, kinds, rngs=rngs)
         self.lm_head = (
-            None if config.tie_embeddings else Linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
+            None
+            if config.tie_embeddings
+            else kinds.linear(config.hidden_size, config.vocab_size, bias=False, rngs=rngs)
         )
         self.rope = config.rope
         self.layout = nnx.static(layout)
@@ -210,18 +212,17 @@ class Llama(nnx.Module):
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
-        logits = project(self.model.norm(x), head.weight[...], out_dtype=jnp.float32)
-        logits = constrain(self.layout, logits, "rows", None, "width")
+        logits = constrain(self.layout, head.logits(self.model.norm(x)), "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
         return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache
-def build(config: LlamaConfig, vocab_size: int, layout: Layout | None = None) -> Architecture:
+def build(config: LlamaConfig, vocab_size: int, layout: Layout | None = None, kinds: Kinds = PLAIN) -> Architecture:
     """The architecture of one config; `vocab_size` ids of config.vocab_size columns may be emitted."""
     layout = fit(layout, heads=config.num_kv_heads, query_heads=config.num_heads)
     return architecture(
-        lambda rngs: Llama(config, layout, rngs=rngs),
+        lambda rngs: Llama(config, layout, kinds, rngs=rngs),
         Shape(config.num_layers, config.num_kv_heads, config.head_dim),
         vocab_size=vocab_size,
         max_positions=config.rope.max_positions,
