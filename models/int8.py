@@ -67,7 +67,7 @@ class Int8Conv1D(nnx.Module):
         self.bias = nnx.Param(jnp.zeros((outputs,)))
 
     def __call__(self, x: Array) -> Array:
-        y = project_in_out(x, self.weight[...].astype(x.dtype), jnp.float32)
+        y = project_in_out(x, self.weight[...].astype(x.dtype), out_dtype=jnp.float32)
         y = _scaled(y, self.scale[...]).astype(x.dtype)
         return y + along_last(self.bias[...], y)
 
