@@ -18,11 +18,10 @@ from specjax.models.layers import (
     LayerNorm,
     Linear,
     along_last,
-    exact_precision,
     merge_heads,
-    project,
     split_heads,
 )
+from specjax.models.products import exact_precision, project
 from specjax.types import Array, Output
 
 MODEL_TYPES = ("gpt2",)

@@ -11,7 +11,8 @@ from flax import nnx
 from specjax import cache as kv
 from specjax.models import rope
 from specjax.models.family import Architecture, Shape, architecture
-from specjax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, merge_heads, project, split_heads
+from specjax.models.layers import ACTIVATIONS, Embedding, Linear, RMSNorm, merge_heads, split_heads
+from specjax.models.products import project
 from specjax.types import Array, Output
 
 
