@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax.models.family import Architecture, assemble, tensor_name
-from specjax.models.layers import Kinds, along_last, project, project_in_out
+from specjax.models.layers import Kinds, along_last
+from specjax.models.products import project, project_in_out
 from specjax.types import Array, PyTree
 
 _LARGEST = 127

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -11,10 +10,8 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from specjax.models.products import project, project_in_out
 from specjax.types import Array
-
-_CPU_ROWS = 8  # products of few rows are padded to a multiple of this on CPU
-_CPU_FEW_ROWS = 32
 
 ACTIVATIONS = {
     "silu": jax.nn.silu,
@@ -104,44 +101,6 @@ class LayerNorm(nnx.Module):
         centred = wide - jnp.mean(wide, -1, keepdims=True)
         scaled = centred * lax.rsqrt(jnp.mean(centred * centred, -1, keepdims=True) + self.epsilon)
         return scaled.astype(x.dtype) * along_last(self.weight[...], x) + along_last(self.bias[...], x)
-
-
-def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
-    """x [..., in] times weight [out, in] -> [..., out]."""
-
-    def plain(x: Array, weight: Array) -> Array:
-        return _contract(x, weight, (x.ndim - 1, 1), out_dtype or x.dtype)
-
-    def few_rows(x: Array, weight: Array) -> Array:
-        # XLA's CPU library repacks the right operand of a product: with the weights there, the packing costs more than
-        # the product itself. On the left they are read once, as they lie (benchmarks/LOG.md: 20 to 30% faster).
-        rows = x.reshape(-1, x.shape[-1])
-        padded = jnp.pad(rows, ((0, -len(rows) % _CPU_ROWS), (0, 0)))
-        # The barriers keep both transposes, of a few rows each, out of the product.
-        right = lax.optimization_barrier(padded.T)
-        out = lax.optimization_barrier(_contract(weight, right, (1, 0), out_dtype or x.dtype))
-        return out[:, : len(rows)].T.reshape(*x.shape[:-1], -1)
-
-    if 1 < math.prod(x.shape[:-1]) <= _CPU_FEW_ROWS:
-        return lax.platform_dependent(x, weight, cpu=few_rows, default=plain)
-    return plain(x, weight)
-
-
-def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
-    """x [..., in] times weight [in, out] -> [..., out]."""
-    return _contract(x, weight, (x.ndim - 1, 0), out_dtype or x.dtype)
-
-
-def _contract(left: Array, right: Array, axes: tuple[int, int], out_dtype) -> Array:
-    dimensions = (((axes[0],), (axes[1],)), ((), ()))
-    return lax.dot_general(
-        left, right, dimensions, precision=exact_precision(left.dtype), preferred_element_type=out_dtype
-    )
-
-
-def exact_precision(dtype):
-    """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
-    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def along_last(vector: Array, like: Array) -> Array:

@@ -1,0 +1,127 @@
+"""Products with weights: one form on TPU and GPU; on CPU, for few rows, the forms that XLA's CPU backend does best.
+
+A decode step reads every weight once, and nothing else takes as long. XLA's CPU product of one row runs on one core, at
+half of what the memory gives. Written out as a sum of slices it becomes an ordinary loop: XLA splits it over the cores,
+and LLVM keeps the activations in registers while the weights stream by. benchmarks/LOG.md has the times, and the forms
+that were slower.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import operator
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specjax.types import Array
+
+_FEW_ROWS = 32
+_PADDED_ROWS = 8  # XLA's library works on so many at once
+_LANES = 16  # LLVM vectorises loops over 16 columns; loops over 8 or 32 it made ten times slower
+_MOST_ROWS_IN_LANES = 4  # from 6 on the library is as fast
+_MOST_COLUMNS = 1024  # every 16 are a term of the sum, which takes its time to compile
+_FEWEST_WEIGHTS = 1 << 17  # a smaller product is done before a second core wakes up
+
+
+def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
+    """x [..., in] times weight [out, in] -> [..., out]."""
+    rows = math.prod(x.shape[:-1])
+    dtype = out_dtype or x.dtype
+    is_in_lanes = rows <= _MOST_ROWS_IN_LANES and _fits_lanes(weight)
+
+    def plain(x: Array, weight: Array) -> Array:
+        return _contract(x, weight, (x.ndim - 1, 1), dtype)
+
+    def on_cpu(x: Array, weight: Array) -> Array:
+        flat = x.reshape(rows, -1)
+        out = _in_lanes(flat, weight) if is_in_lanes else _weights_left(flat, weight, dtype)
+        return out.astype(dtype).reshape(*x.shape[:-1], -1)
+
+    if is_in_lanes or 1 < rows <= _FEW_ROWS:
+        return lax.platform_dependent(x, weight, cpu=on_cpu, default=plain)
+    return plain(x, weight)
+
+
+def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
+    """x [..., in] times weight [in, out] -> [..., out]."""
+    return _contract(x, weight, (x.ndim - 1, 0), out_dtype or x.dtype)
+
+
+def exact_precision(dtype):
+    """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _contract(left: Array, right: Array, axes: tuple[int, int], dtype) -> Array:
+    dimensions = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(left, right, dimensions, precision=exact_precision(left.dtype), preferred_element_type=dtype)
+
+
+def _weights_left(x: Array, weight: Array, dtype) -> Array:
+    # XLA's CPU library repacks the right operand of a product: with the weights there, the packing costs more than
+    # the product itself. On the left they are read once, as they lie.
+    padded = jnp.pad(x, ((0, -len(x) % _PADDED_ROWS), (0, 0)))
+    # The barriers keep both transposes, of a few rows each, out of the product.
+    right = lax.optimization_barrier(padded.T)
+    return lax.optimization_barrier(_contract(weight, right, (1, 0), dtype))[:, : len(x)].T
+
+
+def _fits_lanes(weight: Array) -> bool:
+    columns = weight.shape[1]
+    return weight.size >= _FEWEST_WEIGHTS and columns <= _MOST_COLUMNS and columns % _LANES == 0
+
+
+# Under vmap the slices would read the weights once for each row: there the rows become those of one product.
+@jax.custom_jvp
+def _in_lanes(x: Array, weight: Array) -> Array:
+    """x [R, in] times weight [out, in] -> [R, out] float32, R at most _MOST_ROWS_IN_LANES."""
+    return _batched_in_lanes(x, weight)
+
+
+@_in_lanes.defjvp
+def _in_lanes_jvp(primals, tangents):
+    (x, weight), (x_dot, weight_dot) = primals, tangents
+    axes, dtype = (1, 1), jnp.float32
+    return _in_lanes(x, weight), _contract(x_dot, weight, axes, dtype) + _contract(x, weight_dot, axes, dtype)
+
+
+@jax.custom_batching.custom_vmap
+def _batched_in_lanes(x: Array, weight: Array) -> Array:
+    rows = len(x)
+    if rows == 1:
+        return _sum_lanes(_sum_of_slices(x, weight)).T
+    # Two rows share each read of a weight. A loop has one result: a complex number carries both.
+    half = -(-rows // 2)
+    x = jnp.pad(x, ((0, rows % 2), (0, 0)))
+    pairs = _sum_lanes(lax.complex(_sum_of_slices(x[:half], weight), _sum_of_slices(x[half:], weight))).T
+    return jnp.concatenate([pairs.real, pairs.imag])[:rows]
+
+
+@_batched_in_lanes.def_vmap
+def _batched_in_lanes_vmap(size: int, is_batched: list[bool], x: Array, weight: Array):
+    def product(x: Array, weight: Array) -> Array:
+        return _contract(x, weight, (x.ndim - 1, 1), jnp.float32)
+
+    if is_batched[1]:
+        return jax.vmap(product, (0 if is_batched[0] else None, 0))(x, weight), True
+    return product(x, weight), True
+
+
+def _sum_of_slices(x: Array, weight: Array) -> Array:
+    """[out, R, lanes] float32: a weight's row times x, with the columns of every slice summed up."""
+    terms = []
+    for start in range(0, x.shape[1], _LANES):
+        columns = slice(start, start + _LANES)
+        terms.append(weight[:, None, columns].astype(jnp.float32) * x[None, :, columns].astype(jnp.float32))
+    return functools.reduce(operator.add, terms)
+
+
+def _sum_lanes(lanes: Array) -> Array:
+    """[out, R, lanes] -> [out, R]."""
+    # As a product, which XLA leaves alone. A sum it may draw into the loops that read it, where it is done many times.
+    ones = jnp.ones((_LANES,), lanes.dtype)
+    flat = lax.dot_general(lanes.reshape(-1, _LANES), ones, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+    return flat.reshape(lanes.shape[:-1])
