@@ -60,6 +60,15 @@ class Line(NamedTuple):
     limit_seconds: float  # what the machine needs at least for that work
 
 
+class Timed(NamedTuple):
+    """What one repetition took."""
+
+    seconds: float  # of one step or round
+    tokens_per_pass: float
+    acceptance: float  # NaN where nothing was drafted
+    call_seconds: float  # of the long generation, whole
+
+
 class Speed(NamedTuple):
     """What was found."""
 
@@ -104,38 +113,39 @@ def measure(
             jax.block_until_ready(run(1, prompts[0]))
     with busy("what this machine can do"):
         machine = machine or this_machine(dtype)
-    timed: dict[int | None, list[_Timed]] = {draft_len: [] for draft_len in runs}
+    timed: dict[int | None, list[Timed]] = {draft_len: [] for draft_len in runs}
     for repeat in range(setting.repeats):
         for draft_len, run in runs.items():
             with busy(f"measuring, {repeat + 1} of {setting.repeats}"):
-                timed[draft_len].append(_time(run, prompts, setting))
+                timed[draft_len].append(time_generations(run, prompts, setting.max_new_tokens))
     live = setting.context + (1 + 1 / _SHORTER) * setting.max_new_tokens / 2
     with busy("counting bytes and operations"):
         lines = [_line(pair, setting, machine, live, draft_len, timed) for draft_len in runs]
     return Speed(lines, setting, machine, live, str(dtype))
 
 
-class _Timed(NamedTuple):
-    """One repetition."""
+def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int) -> Timed:
+    """One repetition: all batches to a quarter of `max_new_tokens`, then to all of it.
 
-    seconds: float  # of one step or round
-    tokens_per_pass: float
-    acceptance: float  # NaN where nothing was drafted
-    call_seconds: float  # of the long generation, whole
+    Args:
+      run: (tokens to generate, one batch) -> Generation; the number must not be part of the compiled program, which
+        has been compiled.
+      batches: the prompts.
 
-
-def _time(run: Run, prompts: list[text.Prompts], setting: Setting) -> _Timed:
+    Raises:
+      ValueError: no more passes for the longer ones than for the shorter.
+    """
     times, passes, counts = [], [], []
-    for limit in (setting.max_new_tokens // _SHORTER, setting.max_new_tokens):
+    for limit in (max_new_tokens // _SHORTER, max_new_tokens):
         start = time.perf_counter()
-        parts = [jax.block_until_ready(run(limit, batch)).stats for batch in prompts]
+        parts = [jax.block_until_ready(run(limit, batch)).stats for batch in batches]
         times.append(time.perf_counter() - start)
         passes.append(sum(int(part.rounds.max()) for part in parts))  # a loop goes on until its last row ends
         counts.append(Stats(*(np.concatenate(rows) for rows in zip(*parts, strict=True))))  # type: ignore[arg-type]
     if passes[1] <= passes[0]:
         raise ValueError("the rows ended before a round could be measured: are the parameters finite?")
     between = Stats(*(long - short for short, long in zip(*counts, strict=True)))
-    return _Timed(
+    return Timed(
         (times[1] - times[0]) / (passes[1] - passes[0]),
         stats.tokens_per_round(between),
         stats.acceptance_rate(between),
@@ -149,7 +159,7 @@ def _line(
     machine: Machine,
     live: float,
     draft_len: int | None,
-    timed: dict[int | None, list[_Timed]],
+    timed: dict[int | None, list[Timed]],
 ) -> Line:
     target, draft = pair.target, pair.draft
     own, plain = timed[draft_len], timed[None]
