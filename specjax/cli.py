@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import typer
 
-from specjax import Sampling, __version__, exactness, interrupts, report, runner, verify
+from specjax import Sampling, __version__, exactness, interrupts, report, runner, speed, verify
 from specjax.pair import load_pair
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -34,7 +34,7 @@ class Rule(enum.StrEnum):
 
 
 class Check(enum.StrEnum):
-    """What `bench --verify` can verify."""
+    """What `bench --verify` verifies."""
 
     exactness = "exactness"
 
@@ -45,6 +45,7 @@ Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the t
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
+_SPEED, _EXACTNESS = "Speed", "Exactness"  # panels of bench's help
 
 
 def main() -> None:
@@ -126,21 +127,38 @@ def generate(
 
 @app.command()
 def bench(
-    verify: Annotated[Check, typer.Option(help="What to verify on this machine.")],
+    verify: Annotated[
+        Check | None, typer.Option(help="Verify this on this machine, in place of measuring speed.")
+    ] = None,
     model: Model = None,
     draft: Draft = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
-    samples: Annotated[int, typer.Option(min=1000, help="Sequences of each chi-square test.")] = 20_000,
+    draft_len: Annotated[
+        list[int], typer.Option(min=1, help="K; may be given several times.", rich_help_panel=_SPEED)
+    ] = [5],  # noqa: B006
+    batch: Annotated[int, typer.Option(min=1, help="Rows at once.", rich_help_panel=_SPEED)] = 1,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.", rich_help_panel=_SPEED)] = 8,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.", rich_help_panel=_SPEED)] = 64,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Tokens to generate per row.", rich_help_panel=_SPEED)
+    ] = 128,
+    repeats: Annotated[
+        int, typer.Option(min=1, help="Paired repetitions; medians are shown.", rich_help_panel=_SPEED)
+    ] = 5,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.", rich_help_panel=_SPEED)] = 0.0,
+    samples: Annotated[
+        int, typer.Option(min=1000, help="Sequences of each chi-square test.", rich_help_panel=_EXACTNESS)
+    ] = 20_000,
     json_output: Json = False,
     cache: Cache = True,
 ) -> None:
-    """Check on this machine, with its own backend and dtype, that speculation changes nothing; status 1 if it does.
+    """Measure on this machine what speculation brings, beside what the machine allows at most.
 
-    Verifiers against laws that can be enumerated, the contracts of both models and of the drafter, then speculation
-    against plain decoding, token for token: where bfloat16 turns a near-tie the other way, it is counted.
+    With --verify exactness, check instead that speculation changes nothing; status 1 if it does: verifiers against laws
+    that can be enumerated, the contracts of both models and of the drafter, then speculation against plain decoding,
+    token for token, where near-ties that bfloat16 turns the other way are counted.
     """
-    del verify  # there is one kind so far
     _quiet_platform()
     if cache:
         _keep_programs()
@@ -148,6 +166,14 @@ def bench(
     interrupts.watch(lambda: display.is_busy)
     with display.busy("loading the models"):
         pair = load_pair(model, draft, tokenizer, dtype)
+    if verify is None:
+        setting = speed.Setting(tuple(draft_len), batch, prompts, context, max_new_tokens, repeats, temperature)
+        found = speed.measure(pair, setting, display.busy)
+        if json_output:
+            typer.echo(json.dumps(report.speed_as_json(found)))
+        else:
+            display.speed(found)
+        return
     findings = []
     for name, run in exactness.suite(pair, samples):
         with display.busy(name):

@@ -16,6 +16,7 @@ from specjax import stats
 from specjax.exactness import Finding
 from specjax.pair import Pair
 from specjax.runner import Summary, predicted_speedup
+from specjax.speed import Line, Speed
 from specjax.stream import Origin
 from specjax.text import Piece
 from specjax.types import Status
@@ -99,6 +100,28 @@ class Display:
         else:
             self._out.print(Text(f"all {len(findings)} checks passed {where}", "bold green"))
 
+    def speed(self, found: Speed) -> None:
+        """What was measured, to standard output."""
+        setting, machine = found.setting, found.machine
+        names = ["plain decoding" if line.draft_len is None else f"K = {line.draft_len}" for line in found.lines]
+        rows = f"{setting.prompts} prompts, {setting.batch} at once"
+        title = f"{machine.name}, {found.dtype}, {rows}, temperature {setting.temperature:g}"
+        table = Table("", *names, title=title)
+        for column in table.columns[1:]:
+            column.justify = "right"
+        for name, cells in zip(_SPEED_ROWS, zip(*map(_speed_cells, found.lines), strict=True), strict=True):
+            table.add_row(name, *cells)
+        self._out.print(table)
+        lengths = f"{setting.max_new_tokens // 4} and {setting.max_new_tokens}"
+        for line in (
+            f"Time: the difference between generating {lengths} tokens over the difference in steps or rounds, so "
+            f"prefill and the call drop out; medians of {setting.repeats}, the speed-up of paired runs.",
+            "Whole calls: prefill and the wait for the slowest row included.",
+            f"Limit: weights, logits and {found.live:.0f} live tokens a row, once per forward pass, at "
+            f"{machine.bandwidth / 1e9:.4g} GB/s and {machine.flops / 1e12:.3g} TFLOP/s ({machine.origin}).",
+        ):
+            self._out.print(line, style="dim")
+
     def _write(self, text: str, style: str) -> None:
         if self._plain:
             self._out.file.write(text)
@@ -114,6 +137,45 @@ def findings_as_json(findings: list[Finding], pair: Pair) -> dict[str, Any]:
         "checks": [finding._asdict() for finding in findings],
         "device": jax.devices()[0].device_kind,
         "dtype": _dtype(pair),
+        "jax": jax.__version__,
+    }
+
+
+_SPEED_ROWS = (
+    "time of a step, a round", "tokens a round", "acceptance", "tokens/s", "speed-up", "tokens/s, whole calls",
+    "speed-up, whole calls", "moved a step, a round", "computed", "limit", "measured / limit",
+)  # fmt: skip
+
+
+def _speed_cells(line: Line) -> list[str]:
+    speculates = line.acceptance is not None
+    return [
+        f"{1e3 * line.seconds:.2f} ms",
+        f"{line.tokens_per_pass:.2f}" if speculates else "",
+        f"{line.acceptance:.0%}" if speculates else "",
+        f"{line.tokens_per_second:.0f}",
+        f"{line.speedup:.2f}",
+        f"{line.call_tokens_per_second:.0f}",
+        f"{line.call_speedup:.2f}",
+        f"{line.work.bytes / 1e6:.4g} MB",
+        f"{line.work.flops / 1e9:.3g} GFLOP",
+        f"{1e3 * line.limit_seconds:.2f} ms",
+        f"{line.seconds / line.limit_seconds:.2f}",
+    ]
+
+
+def speed_as_json(found: Speed) -> dict[str, Any]:
+    """The speed measurement as plain data, in seconds, bytes and floating-point operations."""
+    lines = []
+    for line in found.lines:
+        work = {"bytes": line.work.bytes, "flops": line.work.flops}
+        lines.append({**line._asdict(), "work": work, "measured_over_limit": line.seconds / line.limit_seconds})
+    return {
+        "lines": lines,
+        "setting": found.setting._asdict(),
+        "machine": found.machine._asdict(),
+        "live_tokens": found.live,
+        "dtype": found.dtype,
         "jax": jax.__version__,
     }
 

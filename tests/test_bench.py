@@ -1,4 +1,4 @@
-"""`specjax bench --verify exactness`, and what it says of rounding."""
+"""`specjax bench`: speed, and `--verify exactness` and what it says of rounding."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from specjax import cli, drafters, exactness, models, testing, text
+from specjax import cli, drafters, exactness, limits, machine, models, speed, testing, text
 from specjax.pair import load_pair
 
 MODEL, TABLE = tiny.model("table")
@@ -102,3 +102,60 @@ def test_built_in_prompts_fit_any_tokenizer():
     """Catches an empty prompt after tokenisation."""
     tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
     assert (np.asarray(text.encode(tokenizer, exactness.PROMPTS).lengths) >= 1).all()
+
+
+SHORT = ["bench", "--no-cache", "--draft-len", "2", "--max-new-tokens", "12", "--repeats", "1", "--context", "8"]
+
+
+@pytest.fixture
+def made_up_machine(monkeypatch):
+    """A machine that takes no time to measure."""
+    made_up = machine.Machine("made up", bandwidth=1e9, flops=1e12, origin="made up")
+    monkeypatch.setattr(speed, "this_machine", lambda dtype: made_up)
+    return made_up
+
+
+def test_speed_as_json(made_up_machine):
+    """Catches a measurement that does not run, several lengths or batches mixed up, a limit of another pair."""
+    arguments = ["--draft-len", "1", "--prompts", "3", "--batch", "2", "--json"]
+    result = CliRunner().invoke(cli.app, [*SHORT, *arguments])
+    assert result.exit_code == 0, result.output
+    said = json.loads(result.stdout)
+    assert [line["draft_len"] for line in said["lines"]] == [None, 2, 1]
+    assert said["setting"]["prompts"] == 4  # whole batches
+    plain, two, one = said["lines"]
+    assert (plain["tokens_per_pass"], plain["acceptance"], plain["speedup"], plain["call_speedup"]) == (1, None, 1, 1)
+    assert 1 <= one["tokens_per_pass"] <= 2
+    assert 1 <= two["tokens_per_pass"] <= 3
+    assert 0 <= one["acceptance"] <= 1
+    pair = load_pair(None, None, None, None)
+    assert said["live_tokens"] == 8 + (3 + 12) / 2
+    passes = limits.step(pair.target.model, pair.target.params, batch=2, live=15.5)
+    assert plain["work"] == limits.total(passes)._asdict()
+    assert plain["limit_seconds"] == limits.seconds(passes, made_up_machine)
+    assert said["machine"]["origin"] == "made up"
+    assert said["dtype"] == "float32"
+
+
+def test_speed_as_a_table(made_up_machine):
+    """Catches a table that lacks what the numbers mean."""
+    result = CliRunner().invoke(cli.app, [*SHORT, "--prompts", "1"])
+    assert result.exit_code == 0, result.output
+    for words in ("plain decoding", "K = 2", "speed-up", "measured / limit", "prefill", "1 GB/s", "made up"):
+        assert words in result.stdout
+
+
+def test_prompts_are_as_long_as_asked_and_apart():
+    """Catches rows that share a prompt, and contexts that real text cannot fill."""
+    pair = load_pair(None, None, None, None)
+    setting = speed.Setting(batch=5, prompts=15, context=700)
+    batches = speed._prompts(pair, setting)
+    assert [(part.tokens.shape, part.lengths.tolist()) for part in batches] == [((5, 700), [700] * 5)] * 3
+    assert len({row.tobytes() for part in batches for row in part.tokens}) == 15
+
+
+def test_too_few_tokens_are_refused():
+    """Catches a time of no rounds at all."""
+    pair = load_pair(None, None, None, None)
+    with pytest.raises(ValueError, match="at least 24"):
+        speed.measure(pair, speed.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]

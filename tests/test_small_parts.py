@@ -27,10 +27,11 @@ LAYERS = [
     {"validate"},
     {"rounds"},
     {"decode"},
-    {"stream", "stats", "testing"},
+    {"stream", "stats", "testing", "machine"},
+    {"limits"},
     {"text"},
     {"pair"},
-    {"runner", "exactness", "interrupts"},
+    {"runner", "exactness", "interrupts", "speed"},
     {"report"},
     {"cli"},
 ]
