@@ -161,16 +161,24 @@ def _autoregressive(model: Model, processor, capacity, params, request: Request,
     prompt = prefill(model, params, rows.tokens[:, :width], rows.lengths, cache)
     rows = first_token(model, processor, rows, prompt.logits, capacity)
 
-    def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        rows, cache = carry
-        out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, batch, 1))
-        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
-        return moved.rows, model.commit(cache, out.block, moved.num_emitted, None)
-
-    rows, _ = lax.while_loop(lambda carry: jnp.any(is_active(carry[0])), step, (rows, prompt.cache))
+    rows, _ = plain_loop(model, processor, capacity, params, (rows, prompt.cache))
     nothing = jnp.zeros((batch, 0), jnp.int32)
     emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
     return _result(rows, capacity, pad_token, Stats(rows.rounds, emitted, nothing, nothing, nothing), ())
+
+
+def plain_loop(
+    model: Model, processor: Processor | None, capacity: int, params: PyTree, carry: tuple[Rows, PyTree]
+) -> tuple[Rows, PyTree]:
+    """One token per target pass, from rows and the cache that holds all their tokens but the last, until all end."""
+
+    def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        rows, cache = carry
+        out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, rows.lengths.shape[0], 1))
+        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
+        return moved.rows, model.commit(cache, out.block, moved.num_emitted, None)
+
+    return lax.while_loop(lambda carry: jnp.any(is_active(carry[0])), step, carry)
 
 
 def finish(state: State, capacity: int, pad_token: int | Array) -> Generation:

@@ -11,7 +11,6 @@ import math
 from collections import Counter
 from typing import Any, NamedTuple
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,9 +19,9 @@ from jax import lax
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from specjax import cache, controllers, decode, drafters, models, verify
+from specjax import cache, controllers, decode, drafters, hlo, models, verify
 from specjax.rounds import Roles, State, start
-from specjax.stream import _dispatch
+from specjax.stream import dispatch
 from specjax.types import Model, Sampling
 from specjax.validate import Request
 
@@ -130,9 +129,9 @@ def compiled() -> Compiled:
     sizes = [_bytes_per_chip(leaf) for leaf in jax.tree.leaves(buffers)]
 
     traces.clear()
-    lowered = _dispatch.lower(_roles(target), CAPACITY, 64, params, drafter_params, state)
+    lowered = dispatch.lower(_roles(target), CAPACITY, 64, params, drafter_params, state)
     first = len(traces)
-    _dispatch.trace(_roles(target), CAPACITY, 64, params, drafter_params, state)
+    dispatch.trace(_roles(target), CAPACITY, 64, params, drafter_params, state)
     ready = lowered.compile()
     program = hlo.parse(ready.as_text())
     return Compiled(
