@@ -95,13 +95,20 @@ def compile_prefill(work: Workload, given: Arguments) -> Compiled:
     return compiled("prefill", run.lower(given.params, given.drafter_params, given.request))
 
 
-def compile_rounds(work: Workload, given: Arguments) -> Compiled:
+def rounds_state(work: Workload, given: Arguments) -> Any:
+    """Shapes of the state that rounds pass on, with a sharding each."""
+    run = functools.partial(start, given.roles, work.capacity)
+    return state_on(work.layout, jax.eval_shape(run, given.params, given.drafter_params, given.request), work.batch)
+
+
+def lower_rounds(work: Workload, given: Arguments, state: Any) -> Any:
     """The loop of speculation rounds, with the state donated: what `stream` and `specjax generate` run."""
-    state = state_on(work.layout, rounds_state(work, given), work.batch)
-    lowered = dispatch.lower(
-        given.roles, work.capacity, _ROUNDS_PER_DISPATCH, given.params, given.drafter_params, state
-    )
-    return compiled("rounds", lowered)
+    return dispatch.lower(given.roles, work.capacity, _ROUNDS_PER_DISPATCH, given.params, given.drafter_params, state)
+
+
+def compile_rounds(work: Workload, given: Arguments) -> Compiled:
+    """The same, compiled."""
+    return compiled("rounds", lower_rounds(work, given, rounds_state(work, given)))
 
 
 def compile_plain(work: Workload, given: Arguments) -> Compiled:
@@ -132,12 +139,6 @@ def compile_forward(work: Workload, given: Arguments, tokens: int) -> Compiled:
         return model.apply(params, ids, cache, model.init_block(params, work.batch, tokens)).logits
 
     return compiled(f"forward of {tokens}", jax.jit(run).lower(given.params, ids, cache))
-
-
-def rounds_state(work: Workload, given: Arguments) -> Any:
-    """Shapes of the state that rounds pass on."""
-    run = functools.partial(start, given.roles, work.capacity)
-    return jax.eval_shape(run, given.params, given.drafter_params, given.request)
 
 
 def compiled(name: str, lowered: Any) -> Compiled:

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from specjax.aot.plan import PARTS, Report
+from specjax.aot.planning import PARTS, Report
 from specjax.aot.programs import Compiled
 from specjax.aot.topology import GIB
 

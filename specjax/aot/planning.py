@@ -124,12 +124,19 @@ def plan(
     )  # fmt: skip
     given = programs.arguments(work)
     rounds, plain = programs.compile_rounds(work, given), programs.compile_plain(work, given)
-    done = [rounds, plain, *([programs.compile_prefill(work, given)] if prefill else [])]
+    return report(work, topology, dtype, rounds, plain, programs.compile_prefill(work, given) if prefill else None)
+
+
+def report(
+    work: Workload, topology: str, dtype: str, rounds: Compiled, plain: Compiled, prefill: Compiled | None = None
+) -> Report:
+    """What these programs of one workload say; see `plan`."""
+    done = [item for item in (rounds, plain, prefill) if item is not None]
     hbm = hbm_bytes(topology)
     needed = max(item.memory.peak if item.memory else item.needed or 0 for item in done)
     return Report(
-        target=target.name, draft=draft.name, topology=topology, mesh=dict(work.layout.mesh.shape), batch=batch,
-        capacity=capacity, draft_len=draft_len, prompt_width=prompt_width, dtype=dtype,
+        target=work.target.name, draft=work.draft.name, topology=topology, mesh=dict(work.layout.mesh.shape),
+        batch=work.batch, capacity=work.capacity, draft_len=work.draft_len, prompt_width=work.prompt_width, dtype=dtype,
         fits=all(item.memory is not None for item in done) and needed <= hbm, hbm=hbm, needed=needed, programs=done,
         costs=costs(rounds, plain), collectives=collectives(rounds, work),
     )  # fmt: skip
@@ -168,7 +175,7 @@ def costs(rounds: Compiled, plain: Compiled) -> dict[str, Cost]:
     if rounds.program is None or plain.program is None:
         return {}
     return {
-        share: Cost(_by_part(rounds.program, halvings), _by_part(plain.program, halvings))
+        share: Cost(by_part(rounds.program, halvings), by_part(plain.program, halvings))
         for share, halvings in HALVINGS.items()
     }
 
@@ -191,7 +198,8 @@ def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
     ]
 
 
-def _by_part(program: hlo.Program, halvings: int) -> dict[str, int]:
+def by_part(program: hlo.Program, halvings: int) -> dict[str, int]:
+    """Estimated cycles of one turn of the loop, for each of PARTS."""
     found = dict.fromkeys(PARTS.values(), 0)
     for item in program.timed(program.loop_body(), halvings=halvings):
         found[_part(item.step.instruction)] += item.cycles
