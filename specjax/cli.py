@@ -1,4 +1,4 @@
-"""The command line: `specjax generate` and `specjax bench`."""
+"""The command line: `specjax generate`, `specjax bench` and `specjax compile`."""
 
 from __future__ import annotations
 
@@ -187,6 +187,60 @@ def bench(
         display.verdict(findings, pair)
     if not passed:
         raise typer.Exit(1)
+
+
+@app.command("compile")
+def plan_pod(
+    model: Annotated[str, typer.Option(help="Target: llama-8b and the like, a folder, a config.json or a hub id.")],
+    draft: Annotated[str, typer.Option(help="Draft model, of the same vocabulary.")],
+    topology: Annotated[str, typer.Option(help="v5e:2x2, v5p:2x2x2, v6e:4x4 ...: up to 256 chips.")],
+    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
+    capacity: Annotated[int, typer.Option(min=1, help="Tokens a row may hold, prompt included.")] = 4096,
+    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 4,
+    mesh: Annotated[
+        str | None, typer.Option(help="data=1,model=8,sub=2. Default: all chips for the model.", show_default=False)
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of parameters and caches.")] = "bfloat16",
+    prompt_width: Annotated[int, typer.Option(min=1, help="Of the padded prompts.")] = 128,
+    prefill: Annotated[bool, typer.Option(help="Compile the reading of prompts too.")] = True,
+    json_output: Json = False,
+) -> None:
+    """Plan a TPU pod before you rent it: compile the whole generation for it, with no TPU at hand.
+
+    Says whether it fits, what the compiler thinks a round of speculation and a plain step cost, and what the chips tell
+    each other; takes minutes. Status 1 if it does not fit.
+    """
+    from specjax import aot, shapes
+    from specjax.aot import show
+
+    for name, value in aot.ENVIRONMENT.items():  # before libtpu is loaded
+        os.environ.setdefault(name, value)
+    if not jax.config.values["jax_platforms"]:
+        jax.config.update("jax_platforms", "cpu")
+    display = report.Display(plain=False, silent=json_output)
+    interrupts.watch(lambda: display.is_busy)
+    target, drafting = shapes.shaped(model), shapes.shaped(draft)
+    with display.busy(f"compiling for {topology}, minutes for a large model"):
+        found = aot.plan(
+            target, drafting, topology, batch=batch, capacity=capacity, draft_len=draft_len, prompt_width=prompt_width,
+            dtype=dtype, axes=_axes(mesh), prefill=prefill,
+        )  # fmt: skip
+    if json_output:
+        typer.echo(json.dumps(show.as_json(found)))
+    else:
+        display.show(show.tables(found))
+    if not found.fits:
+        raise typer.Exit(1)
+
+
+def _axes(mesh: str | None) -> dict[str, int] | None:
+    """ "data=1,model=4" as a dict."""
+    if mesh is None:
+        return None
+    pairs = [part.split("=") for part in mesh.split(",")]
+    if any(len(pair) != 2 or not pair[1].isdigit() for pair in pairs):
+        raise ValueError(f"--mesh {mesh}: expected axes and their sizes, as in data=1,model=4.")
+    return {name: int(size) for name, size in pairs}
 
 
 def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:

@@ -176,18 +176,32 @@ def _autoregressive(
     prompt = prefill(model, params, rows.tokens[:, :width], rows.lengths, cache)
     rows = first_token(model, processor, rows, prompt.logits, capacity)
 
-    def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        rows, cache = carry
-        out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, batch, 1))
-        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
-        rows = constrain(model.layout, moved.rows, "rows")
-        return rows, model.commit(cache, out.block, moved.num_emitted, None)
-
-    rows, _ = _until_done(step, lambda carry: carry[0], (rows, prompt.cache), rounds_per_test)
+    carry = (rows, prompt.cache)
+    rows, _ = plain_loop(model, processor, capacity, params, carry, rounds_per_test)
     nothing = jnp.zeros((batch, 0), jnp.int32)
     emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
     stats = Stats(rows.rounds, emitted, nothing, nothing, nothing)
     return _result(rows, capacity, pad_token, stats, (), model.layout)
+
+
+def plain_loop(
+    model: Model,
+    processor: Processor | None,
+    capacity: int,
+    params: PyTree,
+    carry: tuple[Rows, PyTree],
+    rounds_per_test: int = 1,
+) -> tuple[Rows, PyTree]:
+    """One token per target pass, from rows and the cache that holds all their tokens but the last, until all end."""
+
+    def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        rows, cache = carry
+        out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, rows.lengths.shape[0], 1))
+        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
+        rows = constrain(model.layout, moved.rows, "rows")
+        return rows, model.commit(cache, out.block, moved.num_emitted, None)
+
+    return _until_done(step, lambda carry: carry[0], carry, rounds_per_test)
 
 
 def _until_done(

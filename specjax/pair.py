@@ -45,15 +45,20 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     return Pair(target, drafting, _tokenizer(tokenizer, target))
 
 
-def _dtype(name: str | None) -> Any:
-    name = name or ("float32" if jax.default_backend() == "cpu" else None)
+def floating(name: str) -> np.dtype:
+    """The dtype of parameters by its name. Raises ValueError for an unknown one, and for integers."""
     try:
-        dtype = None if name is None else jnp.dtype(name)
+        dtype = jnp.dtype(name)
     except TypeError as error:
         raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+    if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"parameters cannot be {name}: try float32, bfloat16 or float16.")
     return dtype
+
+
+def _dtype(name: str | None) -> Any:
+    name = name or ("float32" if jax.default_backend() == "cpu" else None)
+    return None if name is None else floating(name)
 
 
 def _tokenizer(given: str | None, target: Any) -> Any:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import jax
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -121,6 +121,11 @@ class Display:
             f"{machine.bandwidth / 1e9:.4g} GB/s and {machine.flops / 1e12:.3g} TFLOP/s ({machine.origin}).",
         ):
             self._out.print(line, style="dim")
+
+    def show(self, parts: Iterable[RenderableType]) -> None:
+        """Tables and the like, to standard output."""
+        for part in parts:
+            self._out.print(part)
 
     def _write(self, text: str, style: str) -> None:
         if self._plain:

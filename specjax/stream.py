@@ -132,7 +132,7 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
 
     pending = None
     while (status == Status.ACTIVE).any():
-        state, log = _dispatch(roles, capacity, num_rounds, params, drafter_params, state)
+        state, log = dispatch(roles, capacity, num_rounds, params, drafter_params, state)
         sent = _copies(layout, (log, state.rows.status, state.stats))
         if pending is not None:
             status, chunk = _read(pending)
@@ -174,7 +174,8 @@ def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def _dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
+def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
+    """Rounds in one loop on the device until all rows end, `num_rounds` at most; the state is donated."""
     batch = state.rows.status.shape[0]
     shape = jax.eval_shape(lambda state: speculate(roles, capacity, params, drafter_params, state)[1], state)
     none = jnp.zeros((num_rounds, batch), jnp.int32)

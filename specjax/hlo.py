@@ -62,6 +62,18 @@ class Instruction(NamedTuple):
     text: str
 
     @property
+    def cycles(self) -> int:
+        """The compiler's own estimate, 0 where it makes none: of collectives and asynchronous copies, say."""
+        found = re.search(r'"estimated_cycles":"(\d+)"', self.text)
+        return int(found[1]) if found else 0
+
+    @property
+    def scope(self) -> str:
+        """Where in the traced function it comes from: names of transformations and of `jax.named_scope`."""
+        found = re.search(r'op_name="([^"]*)"', self.text)
+        return found[1] if found else ""
+
+    @property
     def bytes(self) -> int:
         """Of the largest array of the result."""
         return max((shape.bytes for shape in self.shapes), default=0)
@@ -73,6 +85,18 @@ class Step(NamedTuple):
     instruction: Instruction
     computation: dict[str, Instruction]
     loops: tuple[str, ...]  # from the outside in: "while[8]", or "while[?]" where the trip count is unknown
+
+
+class Timed(NamedTuple):
+    """A step and how often it runs."""
+
+    step: Step
+    times: int
+
+    @property
+    def cycles(self) -> int:
+        """Of all its runs together."""
+        return self.times * self.step.instruction.cycles
 
 
 class Program(NamedTuple):
@@ -93,9 +117,41 @@ class Program(NamedTuple):
                 continue
             inside = loops
             if instruction.op == "while":
-                inside = (*loops, f"while[{'?' if instruction.limit is None else instruction.limit}]")
+                inside = (*loops, _loop_name(instruction))
             for called in instruction.called:
                 yield from self._walk(called, inside)
+
+    def timed(self, name: str, *, halvings: int = 0, times: int = 1, loops: tuple[str, ...] = ()) -> list[Timed]:
+        """What one run of a computation does, weighted by the trip counts of its loops (unknown ones count once).
+
+        Of two branches the dearer one runs. More branches than two are attention's, over longer and longer prefixes of
+        the cache: the last one runs, or the one `halvings` before it.
+        """
+        computation = self.computations[name]
+        found = []
+        for instruction in computation.values():
+            found.append(Timed(Step(instruction, computation, loops), times))
+            if instruction.op not in _ENTERED:
+                continue
+            inside, runs = loops, times
+            if instruction.op == "while":
+                inside = (*loops, _loop_name(instruction))
+                runs *= 1 if instruction.limit is None else instruction.limit
+            ways = [self.timed(way, halvings=halvings, times=runs, loops=inside) for way in instruction.called]
+            if instruction.op == "conditional" and len(ways) > 2:
+                ways = [ways[max(len(ways) - 1 - halvings, 0)]]
+            elif instruction.op == "conditional":
+                ways = [max(ways, key=lambda way: sum(item.cycles for item in way))]
+            found += [item for way in ways for item in way]
+        return found
+
+    def loop_body(self) -> str:
+        """The body of the outermost loop of unknown trip count: one round, of a program that is a loop of rounds."""
+        for step in self.walk():
+            if step.instruction.op == "while" and step.instruction.limit is None:
+                # called: the body alone; the condition is under another key
+                return step.instruction.called[0]
+        raise ValueError("this program has no loop of unknown trip count.")
 
     def roots(self, step: Step) -> list[Step]:
         """What makes the result: the instruction itself or, of a fusion, what its inside ends in."""
@@ -108,6 +164,10 @@ class Program(NamedTuple):
         else:
             return [step]
         return [root for end in ends for root in self.roots(Step(end, inside, step.loops))]
+
+
+def _loop_name(loop: Instruction) -> str:
+    return f"while[{'?' if loop.limit is None else loop.limit}]"
 
 
 def unknown_loops(program: Program) -> list[tuple[str, ...]]:
@@ -128,7 +188,18 @@ def host_calls(stablehlo: str) -> list[str]:
 
 def collectives(program: Program) -> list[Step]:
     """What the chips tell each other."""
-    return [step for step in program.walk() if _COLLECTIVE.fullmatch(step.instruction.op)]
+    return [step for step in program.walk() if collective_kind(step.instruction)]
+
+
+def collective_kind(item: Instruction) -> str | None:
+    """ "all-reduce", say; None where chips tell each other nothing."""
+    found = _COLLECTIVE.fullmatch(item.op)
+    return found[1] if found else None
+
+
+def collective_bytes(item: Instruction) -> int:
+    """Of its result; the start of an asynchronous one lists its operands too, none larger than the result."""
+    return item.bytes if item.op.endswith("-start") else sum(shape.bytes for shape in item.shapes)
 
 
 def large_results(program: Program, limit: int) -> list[tuple[str, ...]]:
