@@ -146,10 +146,9 @@ class Program(NamedTuple):
         return found
 
     def loop_body(self) -> str:
-        """The body of the outermost loop of unknown trip count: one round, of a program that is a loop of rounds."""
+        """The body of the first loop of unknown trip count: one round, of a program that is a loop of rounds."""
         for step in self.walk():
             if step.instruction.op == "while" and step.instruction.limit is None:
-                # called: the body alone; the condition is under another key
                 return step.instruction.called[0]
         raise ValueError("this program has no loop of unknown trip count.")
 
