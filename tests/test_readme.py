@@ -18,7 +18,7 @@ def _blocks(name: str) -> list[str]:
 def test_the_example_runs(capsys, monkeypatch):
     """Catches a README that has fallen behind; the example asserts what it claims. The kit's calls, minutes on the
     shipped pair, are only bound to their signatures."""
-    example, kit = _blocks("README.md")
+    example, on_a_mesh, kit = _blocks("README.md")
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert "tokens per target pass" in capsys.readouterr().out
@@ -30,6 +30,8 @@ def test_the_example_runs(capsys, monkeypatch):
         )
     exec(compile(kit, "README.md", "exec"), names)
     assert len(called) == 3
+    exec(compile(on_a_mesh, "README.md", "exec"), names)
+    assert len(names["out"].new_tokens()[0]) == 8
 
 
 def test_a_drafter_in_one_file():
