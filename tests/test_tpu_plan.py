@@ -122,7 +122,7 @@ def test_the_command_reports_a_plan():
     ("arguments", "message"),
     [
         ((*TARGET, "--topology", "v9:2x2"), "v5e"),
-        ((*TARGET, "--topology", "v5e:2x2", "--mesh", "data=1,model=3"), "4 chips"),
+        ((*TARGET, "--topology", "v5e:2x2", "--mesh", "data=1,model=3"), "their product must be 4"),
         ((*TARGET, "--topology", "v5e:2x2", "--mesh", "data=1,heads=4"), "unknown mesh axis 'heads'"),
         ((*TARGET, "--topology", "v5e:2x2", "--mesh", "model"), "data=1,model=4"),
         ((*TARGET, "--topology", "v5e:2x2", "--mesh", "model=4"), "key/value heads do not divide"),
