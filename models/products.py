@@ -23,14 +23,16 @@ _PADDED_ROWS = 8  # XLA's library works on so many at once
 _LANES = 16  # LLVM vectorises loops over 16 columns; loops over 8 or 32 it made ten times slower
 _MOST_ROWS_IN_LANES = 4  # from 6 on the library is as fast
 _MOST_COLUMNS = 1024  # every 16 are a term of the sum, which takes its time to compile
-_FEWEST_WEIGHTS = 1 << 17  # a smaller product is done before a second core wakes up
+# A smaller product is done before a second core wakes up, and narrower models, such as drafts, live in the cache.
+_FEWEST_WEIGHTS = 1 << 17
+_FEWEST_COLUMNS = 256
 
 
 def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     """x [..., in] times weight [out, in] -> [..., out]."""
     rows = math.prod(x.shape[:-1])
     dtype = out_dtype or x.dtype
-    is_in_lanes = rows <= _MOST_ROWS_IN_LANES and _fits_lanes(weight)
+    is_in_lanes = 0 < rows <= _MOST_ROWS_IN_LANES and _fits_lanes(x, weight)
 
     def plain(x: Array, weight: Array) -> Array:
         return _contract(x, weight, (x.ndim - 1, 1), dtype)
@@ -69,15 +71,16 @@ def _weights_left(x: Array, weight: Array, dtype) -> Array:
     return lax.optimization_barrier(_contract(weight, right, (1, 0), dtype))[:, : len(x)].T
 
 
-def _fits_lanes(weight: Array) -> bool:
+def _fits_lanes(x: Array, weight: Array) -> bool:
     columns = weight.shape[1]
-    return weight.size >= _FEWEST_WEIGHTS and columns <= _MOST_COLUMNS and columns % _LANES == 0
+    is_in_range = _FEWEST_COLUMNS <= columns <= _MOST_COLUMNS and columns % _LANES == 0
+    return is_in_range and weight.size >= _FEWEST_WEIGHTS and x.dtype == weight.dtype == jnp.float32
 
 
 # Under vmap the slices would read the weights once for each row: there the rows become those of one product.
 @jax.custom_jvp
 def _in_lanes(x: Array, weight: Array) -> Array:
-    """x [R, in] times weight [out, in] -> [R, out] float32, R at most _MOST_ROWS_IN_LANES."""
+    """x [R, in] times weight [out, in] -> [R, out], R at most _MOST_ROWS_IN_LANES."""
     return _batched_in_lanes(x, weight)
 
 
@@ -111,11 +114,11 @@ def _batched_in_lanes_vmap(size: int, is_batched: list[bool], x: Array, weight: 
 
 
 def _sum_of_slices(x: Array, weight: Array) -> Array:
-    """[out, R, lanes] float32: a weight's row times x, with the columns of every slice summed up."""
+    """[out, R, lanes]: a weight's row times x, with the columns of every slice summed up."""
     terms = []
     for start in range(0, x.shape[1], _LANES):
         columns = slice(start, start + _LANES)
-        terms.append(weight[:, None, columns].astype(jnp.float32) * x[None, :, columns].astype(jnp.float32))
+        terms.append(weight[:, None, columns] * x[None, :, columns])
     return functools.reduce(operator.add, terms)
 
 
