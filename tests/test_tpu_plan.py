@@ -13,7 +13,7 @@ import pytest
 from tpu import BATCH, DRAFT_LEN, activations, workload
 
 import specjax
-from specjax import models, shapes
+from specjax import hlo, models, shapes
 from specjax.aot import planning, programs, show
 from specjax.aot.placement import bytes_per_chip
 from specjax.aot.topology import GIB, default_axes, hbm_bytes, num_chips
@@ -79,6 +79,20 @@ def test_70b_fits_16_chips(large):
     assert 9.8 * GIB < arguments < 10 * GIB
     assert ready.memory.temporaries < 0.25 * GIB
     assert arguments + 0.25 * GIB < hbm_bytes("v5e:4x4")
+
+
+def test_rows_over_data_stay_where_they_are():
+    """Catches rows sent around by XLA, which sees their numbers only: as indices of a cache write or of a scatter, they
+    become gathers and collective-permutes, dozens a layer. Data and tensor parallel at once, whole collectives only."""
+    work = workload(shaped("llama-8b", layers=2), shaped("llama-1b", layers=1), "v5e:2x2", axes={"data": 2, "model": 2})
+    ready = programs.compile_rounds(work, programs.arguments(work))
+    found, largest_other = activations(ready.program)
+    rounds, draft_steps = ("while[?]",), ("while[?]", f"while[{DRAFT_LEN - 1}]")
+    assert found == {(rounds, 4096): 5, (rounds, 2048): 3, (draft_steps, 2048): 3}
+    assert largest_other < 4096
+    assert ready.program is not None
+    kinds = {hlo.collective_kind(step.instruction) for step in hlo.collectives(ready.program) if step.loops}
+    assert kinds == {"all-reduce", "all-gather"}  # the gathers are of a few numbers: each chip's best token
 
 
 def test_what_does_not_fit_is_a_number():
