@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +10,7 @@ import tiny
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, prefill, rounds, testing, validate
+from specjax import decode, hlo, prefill, rounds, testing, validate
 from specjax.types import Controller, Status
 
 VOCAB = 13

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 
-import hlo
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +12,7 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 
 import specjax
-from specjax import Sampling, controllers, decode, drafters, models, sharding, testing, validate, verify
+from specjax import Sampling, controllers, decode, drafters, hlo, models, sharding, testing, validate, verify
 from specjax.rounds import Roles
 from specjax.testing import constant_drafter, time_varying_drafter
 from specjax.types import Verdict, Verifier
