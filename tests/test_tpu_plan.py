@@ -14,7 +14,7 @@ from tpu import BATCH, DRAFT_LEN, activations, workload
 
 import specjax
 from specjax import hlo, models, shapes
-from specjax.aot import planning, programs, show
+from specjax.aot import placement, planning, programs, show
 from specjax.aot.placement import bytes_per_chip
 from specjax.aot.topology import GIB, default_axes, hbm_bytes, num_chips
 from specjax.shapes import shaped
@@ -93,6 +93,26 @@ def test_rows_over_data_stay_where_they_are():
     assert ready.program is not None
     kinds = {hlo.collective_kind(step.instruction) for step in hlo.collectives(ready.program) if step.loops}
     assert kinds == {"all-reduce", "all-gather"}  # the gathers are of a few numbers: each chip's best token
+
+
+def test_int8_matrices_are_read_as_int8():
+    """Catches XLA widening them to bfloat16 in memory, before the loop or in it: then they would save nothing."""
+    work = workload(shaped("llama-8b", layers=2), shaped("llama-1b", layers=1), "v5e:2x2")
+    built = models.build(work.target.config, layout=work.layout, kinds=models.INT8)
+    target = work.target._replace(built=built)
+    params = jax.tree.map(
+        lambda leaf, place: leaf.update(dtype=leaf.dtype if leaf.dtype == jnp.int8 else jnp.bfloat16, sharding=place),
+        built.abstract,
+        target.places(),
+    )
+    work = work._replace(target=target)
+    ready = programs.compile_plain(work, programs.arguments(work)._replace(params=params))
+    assert ready.program is not None
+    assert ready.memory is not None
+    half = bytes_per_chip(params)
+    assert half < 0.6 * bytes_per_chip(placement.params_on(target, jnp.bfloat16))
+    assert ready.memory.temporaries < half / 32
+    assert hlo.large_results(ready.program, 1024 * 4096) == []  # the smallest of them, q_proj, in int8
 
 
 def test_what_does_not_fit_is_a_number():
