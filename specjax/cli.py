@@ -15,7 +15,7 @@ import jax
 import typer
 
 from specjax import Sampling, __version__, exactness, interrupts, report, runner, speed, verify
-from specjax.pair import load_pair
+from specjax.pair import in_int8, load_pair
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
 
@@ -37,6 +37,13 @@ class Check(enum.StrEnum):
     """What `bench --verify` verifies."""
 
     exactness = "exactness"
+
+
+class Part(enum.StrEnum):
+    """What can be kept in int8."""
+
+    target = "target"
+    draft = "draft"
 
 
 Model = Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")]
@@ -134,6 +141,7 @@ def bench(
     draft: Draft = None,
     tokenizer: Tokenizer = None,
     dtype: Dtype = None,
+    int8: Annotated[list[Part], typer.Option(help="Keep its matrices in int8; may be given for both.")] = [],  # noqa: B006
     draft_len: Annotated[
         list[int], typer.Option(min=1, help="K; may be given several times.", rich_help_panel=_SPEED)
     ] = [5],  # noqa: B006
@@ -165,7 +173,7 @@ def bench(
     display = report.Display(plain=False, silent=json_output)
     interrupts.watch(lambda: display.is_busy)
     with display.busy("loading the models"):
-        pair = load_pair(model, draft, tokenizer, dtype)
+        pair = in_int8(load_pair(model, draft, tokenizer, dtype), int8)
     if verify is None:
         setting = speed.Setting(tuple(draft_len), batch, prompts, context, max_new_tokens, repeats, temperature)
         found = speed.measure(pair, setting, display.busy)
@@ -191,8 +199,10 @@ def bench(
 
 @app.command("compile")
 def plan_pod(
-    model: Annotated[str, typer.Option(help="Target: llama-8b and the like, a folder, a config.json or a hub id.")],
-    draft: Annotated[str, typer.Option(help="Draft model, of the same vocabulary.")],
+    model: Annotated[
+        str, typer.Option(help="Target: llama-8b and the like, target (shipped), a folder, a config.json or a hub id.")
+    ],
+    draft: Annotated[str, typer.Option(help="Draft model, of the same vocabulary; draft is the shipped one.")],
     topology: Annotated[str, typer.Option(help="v5e:2x2, v5p:2x2x2, v6e:4x4 ...: up to 256 chips.")],
     batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
     capacity: Annotated[int, typer.Option(min=1, help="Tokens a row may hold, prompt included.")] = 4096,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -43,6 +44,13 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     target = models.load(model or models.PRETRAINED / "target", dtype=chosen)
     drafting = models.load(draft or models.PRETRAINED / "draft", dtype=chosen)
     return Pair(target, drafting, _tokenizer(tokenizer, target))
+
+
+def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
+    """The pair with its target, its draft or both in int8: `parts` names the fields."""
+    from specjax import models
+
+    return pair._replace(**{part: models.quantize(getattr(pair, part)) for part in parts})
 
 
 def floating(name: str) -> np.dtype:

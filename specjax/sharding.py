@@ -158,7 +158,7 @@ def check_batch(given: Layout | None, batch: int) -> None:
     """Refuses a batch that the rows' axes do not divide: every device must have as many."""
     if given is not None and batch % _size(given.mesh, given.rows):
         raise ValueError(
-            f"{batch} rows of prompts do not divide over {_size(given.mesh, given.rows)} devices "
+            f"{batch} row{'s' * (batch > 1)} of prompts cannot be divided over {_size(given.mesh, given.rows)} devices "
             f"({', '.join(given.rows)}): fill the batch up, with max_new_tokens=1 for rows that only fill."
         )
 

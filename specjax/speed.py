@@ -235,8 +235,9 @@ def _prompts(pair: Pair, setting: Setting) -> list[text.Prompts]:
 
 
 def _dtype(pair: Pair) -> Any:
-    """The dtype of most of the target's parameters."""
+    """What the target computes in: the dtype of most of its floating-point parameters."""
     sizes: dict[Any, int] = {}
     for leaf in jax.tree.leaves(pair.target.params):
-        sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.size
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            sizes[leaf.dtype] = sizes.get(leaf.dtype, 0) + leaf.size
     return jnp.dtype(max(sizes, key=sizes.__getitem__))

@@ -12,7 +12,7 @@ import tiny
 from typer.testing import CliRunner
 
 from specjax import cli, drafters, exactness, limits, machine, models, speed, testing, text
-from specjax.pair import load_pair
+from specjax.pair import in_int8, load_pair
 
 MODEL, TABLE = tiny.model("table")
 PROMPTS = jax.random.randint(jax.random.key(8), (16, 3), 0, tiny.VOCAB)
@@ -159,3 +159,12 @@ def test_too_few_tokens_are_refused():
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match="at least 24"):
         speed.measure(pair, speed.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
+
+
+def test_parts_in_int8():
+    """Catches an option that quantises the wrong half of a pair."""
+    pair = load_pair(None, None, None, "bfloat16")
+    for part, other in (("target", "draft"), ("draft", "target")):
+        found = in_int8(pair, [part])
+        assert {str(leaf.dtype) for leaf in jax.tree.leaves(getattr(found, part).params)} == {"int8", "bfloat16"}
+        assert getattr(found, other) is getattr(pair, other)

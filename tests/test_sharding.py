@@ -235,7 +235,7 @@ def test_mistakes_are_named():
     """Catches errors out of XLA's depths."""
     layout = _layout(data=2, model=4)
     model, params = _model("llama", layout)
-    with pytest.raises(ValueError, match="3 rows of prompts do not divide over 2 devices"):
+    with pytest.raises(ValueError, match="3 rows of prompts cannot be divided over 2 devices"):
         specjax.autoregressive(model, params, PROMPTS[:3])
     with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
         sharding.make_mesh(data=16)

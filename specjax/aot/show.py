@@ -12,7 +12,7 @@ from specjax.aot.planning import PARTS, Report
 from specjax.aot.programs import Compiled
 from specjax.aot.topology import GIB
 
-_SHARES = {"full": "cache full", "eighth": "an eighth of it"}
+_SHARES = {"full": "cache full", "eighth": "cache an eighth full"}
 
 
 def headline(report: Report) -> str:
@@ -37,6 +37,11 @@ def tables(report: Report) -> Iterator[Table | Text]:
     yield _memory(report)
     if report.costs:
         yield _costs(report)
+        least = min(cost.steps_per_round for cost in report.costs.values())
+        yield Text(
+            f"By these estimates speculation pays where a round brings more than {least:.1f} tokens a row; "
+            f"{report.draft_len + 1} are the most."
+        )
     if report.collectives:
         yield _collectives(report)
 

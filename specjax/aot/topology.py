@@ -95,7 +95,10 @@ def _devices(topology: str) -> list[Any]:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except (RuntimeError, NotImplementedError, OSError) as error:
         if "INVALID_ARGUMENT" in str(error):
-            raise ValueError(f"libtpu refuses the topology {topology}: {error}") from error
+            raise ValueError(
+                f"libtpu refuses the topology {topology}: {error}. Sides of more than 1 are even: v5e:2x2, 2x4, 4x4, "
+                "v5p:2x2x2, 2x2x4."
+            ) from error
         raise ImportError(
             f"libtpu cannot be used here ({error}). It needs the environment of specjax.aot.ENVIRONMENT, set before "
             "JAX is first used, and JAX_PLATFORMS=cpu; the command `specjax compile` sets both."
