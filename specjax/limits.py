@@ -142,6 +142,9 @@ def _read(jaxpr: Jaxpr, views: dict[Var, int], constants: set[Var]) -> _Reading:
         name = eqn.primitive.name
         inner = [_read_inside(part, views, constants) for part in _inside(eqn, inputs)]
         if inner:
+            platforms = eqn.params.get("branches_platforms") or ()
+            if None in platforms:  # lax.platform_dependent: the form that all platforms but a few have
+                inner = [inner[platforms.index(None)]]
             found.append(_either(inner) if name == "cond" else _together(inner))
         elif name in _VIEWS:
             views |= {new: views[old] for old, new in zip(inputs, eqn.outvars, strict=True) if old in views}
@@ -172,8 +175,7 @@ def _together(parts: Sequence[_Reading]) -> _Reading:
 
 
 def _either(parts: Sequence[_Reading]) -> _Reading:
-    """One of these runs: weights by the cheapest branch (rows padded to a lane's width are no need), attention by the
-    dearest (the longest prefix of the cache)."""
+    """One of these runs: weights by the cheapest branch, attention by the dearest (the longest prefix of the cache)."""
     most = {index: max(part.looked_up.get(index, 0) for part in parts) for part in parts for index in part.looked_up}
     return _Reading(
         frozenset().union(*(part.whole for part in parts)), most, min(part.weight_flops for part in parts),

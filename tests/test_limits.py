@@ -9,7 +9,7 @@ import tiny
 import toys
 from jax import lax
 
-from specjax import limits, machine
+from specjax import limits, machine, models
 from specjax.limits import Work
 from specjax.machine import Machine
 from specjax.types import Model, Output
@@ -170,3 +170,12 @@ def test_a_measured_machine(monkeypatch):
         assert found.origin == "measured"
         assert found.bandwidth > 0
         assert found.flops > 0
+
+
+def test_a_form_for_one_platform_is_not_counted():
+    """Catches the operations of a CPU's own form of a product, in which none is called a product, taken for all."""
+    config = tiny.config("llama", vocab_size=512, hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
+    loaded = models.random(config, jax.random.key(0))
+    found = limits.count(loaded.model, loaded.params, batch=1, tokens=1, live=0)
+    products = 2 * (256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 512) + 512 * 256
+    assert products <= found.flops / 2 < 1.01 * products
