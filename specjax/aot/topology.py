@@ -96,8 +96,8 @@ def _devices(topology: str) -> list[Any]:
     except (RuntimeError, NotImplementedError, OSError) as error:
         if "INVALID_ARGUMENT" in str(error):
             raise ValueError(
-                f"libtpu refuses the topology {topology}: {error}. Sides of more than 1 are even: v5e:2x2, 2x4, 4x4, "
-                "v5p:2x2x2, 2x2x4."
+                f"libtpu refuses the topology {topology}: {error}. Try v5e:2x2, v5e:4x4, "
+                "v5p:2x2x1 or v5p:2x2x2, which are known to work."
             ) from error
         raise ImportError(
             f"libtpu cannot be used here ({error}). It needs the environment of specjax.aot.ENVIRONMENT, set before "
