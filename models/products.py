@@ -52,6 +52,17 @@ def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
     return _contract(x, weight, (x.ndim - 1, 0), out_dtype or x.dtype)
 
 
+def materialised(x: Array) -> Array:
+    """x [..., n], finite, as it is: computed once, where XLA on CPU would do it again in every loop that reads x."""
+
+    def on_cpu(x: Array) -> Array:
+        # A product is never drawn into a loop, and is exact here. An optimization barrier is gone before fusion.
+        eye = jnp.eye(x.shape[-1], dtype=x.dtype)
+        return lax.dot_general(x, eye, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
+
+    return lax.platform_dependent(x, cpu=on_cpu, default=lambda x: x)
+
+
 def exact_precision(dtype):
     """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None

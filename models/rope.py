@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.models.products import materialised
 from specjax.types import Array
 
 
@@ -51,7 +52,7 @@ def angles(rope: Rope, positions: Array) -> tuple[Array, Array]:
     """cos and sin, each [B, 1, T, head_dim / 2] float32, for positions [B, T]."""
     frequencies = jnp.asarray(rope.frequencies, jnp.float32)[None, None, None]
     phase = positions[:, None, :, None].astype(jnp.float32) * frequencies
-    return jnp.cos(phase) * rope.magnitude, jnp.sin(phase) * rope.magnitude
+    return materialised(jnp.cos(phase) * rope.magnitude), materialised(jnp.sin(phase) * rope.magnitude)
 
 
 def rotate(x: Array, cos: Array, sin: Array) -> Array:

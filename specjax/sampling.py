@@ -77,7 +77,7 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     logits = without_padding(logits, vocab_size)
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
-    best = jnp.argmax(logits, -1, keepdims=True)
+    best = first_best(logits)[..., None]
     # Where nothing is left to choose, or NaN or +inf to choose from, nothing is chosen: the row ends there.
     has_choice = jnp.isfinite(jnp.max(logits, -1, keepdims=True))
     greedy = jnp.where((_columns(width) == best) & has_choice, 0.0, _NOTHING)
@@ -95,12 +95,24 @@ def sample(keys: Array, logits: Array, sampling: RowSampling) -> Array:
     """One token per row from processed logits [B, V], by the Gumbel-max rule; [B] int32. Greedy rows draw no noise."""
 
     def drawn() -> Array:
-        return jnp.argmax(logits + noise.gumbels(keys, logits.shape[-1]), -1).astype(jnp.int32)
+        return first_best(logits + noise.gumbels(keys, logits.shape[-1]))
 
     def best() -> Array:
-        return jnp.argmax(logits, -1).astype(jnp.int32)
+        return first_best(logits)
 
     return lax.cond(jnp.any(sampling.temperature > 0), drawn, best)
+
+
+def first_best(logits: Array) -> Array:
+    """The first of the largest logits, [..., V] -> [...] int32; some valid column where there is a NaN."""
+
+    def on_cpu(logits: Array) -> Array:
+        # XLA's CPU argmax goes one column at a time: 18 us for 4,096 of them, where these two loops take 4.
+        columns = jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * (logits.ndim - 1) + (-1,))
+        is_best = logits == jnp.max(logits, -1, keepdims=True)
+        return jnp.min(jnp.where(is_best, columns, logits.shape[-1] - 1), -1)
+
+    return lax.platform_dependent(logits, cpu=on_cpu, default=lambda x: jnp.argmax(x, -1).astype(jnp.int32))
 
 
 def _columns(width: int) -> Array:

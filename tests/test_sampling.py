@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specjax import noise
-from specjax.sampling import per_row, process, sample
+from specjax.sampling import first_best, per_row, process, sample
 from specjax.testing import numpy_law
 from specjax.types import Sampling
 
@@ -20,6 +20,19 @@ WIDTH = 12
 @jax.jit
 def _law(logits, sampling):
     return jax.nn.softmax(process(logits[:, None], sampling, WIDTH), -1)[:, 0]
+
+
+@pytest.mark.parametrize(
+    "row", [[0.0, 3.0, 3.0, -1.0], [-np.inf] * 4, [-np.inf, -2.0, -2.0, np.inf], [-0.0, 0.0, 0.0, -5.0]]
+)
+def test_first_best_is_the_first(row):
+    """Catches the last of equal logits, and a column that no vocabulary has."""
+    assert int(jax.jit(first_best)(jnp.asarray([row]))[0]) == int(np.argmax(row))
+
+
+def test_first_best_of_nan_is_some_column():
+    """Catches an id past the vocabulary from logits that the row's status will condemn anyway."""
+    assert 0 <= int(jax.jit(first_best)(jnp.asarray([[1.0, np.nan, 2.0]]))[0]) < 3
 
 
 @settings(max_examples=300, deadline=None, derandomize=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 
-import jax.numpy as jnp
-
+from specjax.sampling import first_best
 from specjax.types import Context, Draft, Target, Verdict, Verifier
 from specjax.verify.prefix import matching
 
@@ -25,4 +24,4 @@ def greedy() -> Verifier:
 
 def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     del context
-    return matching(draft, jnp.argmax(target.logits, -1).astype(jnp.int32))
+    return matching(draft, first_best(target.logits))

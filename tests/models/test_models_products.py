@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from specjax.models.products import project
+from specjax.models.products import materialised, project
 
 WEIGHTS = {  # out x in: the last is too narrow, and the one before too small, for both cores
     "wide": (512, 288),
@@ -57,3 +57,19 @@ def test_gradients_are_those_of_the_product():
 
     for got, wanted in zip(loss(project)(x, weight), loss(lambda x, weight: x @ weight.T)(x, weight), strict=True):
         np.testing.assert_allclose(got, wanted, rtol=1e-3, atol=1e-2)
+
+
+def test_what_every_layer_reads_is_computed_once():
+    """Catches angles whose cosines every layer computes again for each head, and a product that is not exact."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(1, 4, 32)), jnp.float32)
+
+    def reads_twice(x, around):
+        angles = around(jnp.cos(x))
+        return jnp.concatenate([angles, -angles], -1), jnp.sum(jnp.tile(angles, (3, 1, 1)) * x, 1)
+
+    cosines = {
+        around: jax.jit(reads_twice, static_argnums=1).lower(x, around).compile().as_text().count(" cosine(")
+        for around in (materialised, lambda x: x)
+    }
+    assert list(cosines.values()) == [1, 2], "the second is the control: if it is 1, XLA no longer needs our help"
+    np.testing.assert_array_equal(jax.jit(materialised)(jnp.cos(x)), jnp.cos(x))
