@@ -12,10 +12,13 @@ from __future__ import annotations
 import functools
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
 from specjax.sharding import Layout, constrain, on_each
+from specjax.tpu import write as kernel
+from specjax.tpu.backed import on_tpu
 from specjax.types import Array
 
 _MASKED = -1e30  # finite, so that a row with nothing live in one part stays free of NaN
@@ -185,7 +188,8 @@ def commit(
     if path is not None:
         new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
     kept = ("rows", "heads")
-    write = on_each(layout, write_rows, (kept, kept, ("rows",)), kept)
+    is_whole = layout is not None or jax.device_count() == 1
+    write = on_each(layout, _write_at_once if is_whole else write_rows, (kept, kept, ("rows",)), kept)
     written = write((*cache.keys, *cache.values), new, after(cache.lengths, keep))
     layers = len(cache.keys)
     return KVCache(written[:layers], written[layers:], cache.lengths + keep)
@@ -216,6 +220,13 @@ def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array
         return tuple(one(buffer, update) for buffer, update in zip(written, new, strict=True))
 
     return lax.fori_loop(0, starts.shape[0], write_row, buffers)
+
+
+def _write_at_once(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
+    """The same on arrays that lie on one device, whole: XLA cannot cut a kernel over several."""
+    if all(kernel.is_fit(buffer, update) for buffer, update in zip(buffers, new, strict=True)):
+        return on_tpu(kernel.write_rows, write_rows)(buffers, new, starts)
+    return write_rows(buffers, new, starts)
 
 
 def _prefix_sizes(slots: int) -> list[int]:

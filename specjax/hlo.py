@@ -212,6 +212,8 @@ def large_results(program: Program, limit: int) -> list[tuple[str, ...]]:
             continue
         if "ConcatBitcast" in item.text:  # joins slices fetched side by side
             continue
+        if item.op == "custom-call" and _is_in_place(item, limit):
+            continue
         if not all(_writes_little(root, limit) for root in program.roots(step)):
             found.append((*step.loops, item.op, item.text[:100]))
     return found
@@ -230,6 +232,17 @@ def _writes_little(root: Step, limit: int) -> bool:
     if item.op != "dynamic-update-slice":
         return item.bytes < limit
     return root.computation[item.operands[1]].bytes < limit
+
+
+def _is_in_place(item: Instruction, limit: int) -> bool:
+    """Whether a kernel's large results are operands of its own; XLA copied them before, if it had to."""
+    aliased = {int(index or 0) for index in re.findall(r"\{(\d*)\}: \(\d+", item.text)}
+    return all(index in aliased or shape.bytes < limit for index, shape in enumerate(item.shapes))
+
+
+def is_kernel(item: Instruction) -> bool:
+    """Whether it is a Pallas kernel, for which the compiler makes no estimate."""
+    return item.op == "custom-call" and 'custom_call_target="tpu_custom_call"' in item.text
 
 
 def _direction(step: Step) -> str:

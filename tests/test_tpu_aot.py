@@ -120,30 +120,25 @@ def test_two_all_reduces_per_layer(loop):
     assert largest_other < 4096
 
 
-def test_rows_are_written_by_one_short_loop(loop):
-    """Catches a write of more than the new rows, a loop per layer, and a loop whose length follows anything but the
-    batch: each of its turns writes one row's new keys and values to each of the 2 x (32 + 16) buffers, in place."""
-    updates, loops = [], set()
+def test_all_rows_are_written_by_few_kernels(loop):
+    """Catches a write that falls back to a loop over rows, or to one call for each buffer: 64 of the target's, 128
+    wide, and 32 of the draft's, whose heads of 64 lie the other way on TPU."""
+    kernels = []
     for step in loop.program.walk():
-        if programs.WRITE not in step.instruction.scope:
-            continue
-        for root in loop.program.roots(step) if step.instruction.op in ("fusion", "dynamic-update-slice") else ():
-            if root.instruction.op == "dynamic-update-slice":
-                updates.append(root.computation[root.instruction.operands[1]].bytes)
-                loops.add(step.loops)
-    assert loops == {("while[?]", f"while[{BATCH}]")}
-    assert len(updates) == 2 * (32 + 16)
-    assert max(updates) <= (DRAFT_LEN + 1) * 2 * 128 * 2  # K+1 tokens, 2 heads a chip, 128 wide, two bytes
+        if programs.WRITE in step.instruction.scope:
+            assert step.loops in ((), ("while[?]",))
+            kernels += [len(step.instruction.shapes)] if hlo.is_kernel(step.instruction) else []
+    assert kernels == [32, 32, 32]
 
 
 def test_what_a_round_costs_by_part(loop):
-    """Catches parts that the report no longer finds in the program, and a cache write that takes over: it is 7% of a
-    round by the compiler's estimate (21% with a 70B target, whose weights are spread wider)."""
+    """Catches parts that the report no longer finds in the program, and a cache write that takes over."""
     parts = planning.by_part(loop.program, halvings=0)
     total = sum(parts.values())
     assert 0.2 < parts["target"] / total < 0.5
     assert 0.2 < parts["draft"] / total < 0.5
-    assert 0.02 < parts["cache write"] / total < 0.12
+    assert parts["cache write"] / total < 0.02
+    assert planning.kernels(loop.ready) == 3
     assert sum(planning.by_part(loop.program, halvings=3).values()) < total  # less of the cache is live
 
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import pytest
 from jax import lax
+from jax.sharding import PartitionSpec
 from tpu import BATCH, CAPACITY, toy
 
 from specjax import cache, hlo
+from specjax.tpu import write
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -77,6 +81,28 @@ def test_control_that_moves_the_cache(body, shape):
     small = toy(body, **shape)
     found = hlo.large_results(small.program, small.layer_bytes)
     assert found != []
+
+
+def _by_a_kernel(buffers, starts, new):
+    mixed = _mix(buffers, new)
+    cut = PartitionSpec(None, "model")
+    return jax.shard_map(
+        write.write_rows, in_specs=((cut, cut), (cut, cut), PartitionSpec()), out_specs=(cut, cut), check_vma=False
+    )(buffers, (mixed, mixed), starts)
+
+
+def test_control_of_a_kernel(monkeypatch):
+    """Catches a detector that trusts every kernel: one whose results are not its operands moves the cache."""
+    small = toy(_by_a_kernel)
+    assert any(hlo.is_kernel(step.instruction) for step in small.program.walk())
+    assert hlo.large_results(small.program, small.layer_bytes) == []
+    monkeypatch.setattr(write.pl, "pallas_call", functools.partial(_forgetful, write.pl.pallas_call))
+    small = toy(_by_a_kernel)
+    assert "custom-call" in {found[-2] for found in hlo.large_results(small.program, small.layer_bytes)}
+
+
+def _forgetful(pallas_call, *args, input_output_aliases, **kwargs):
+    return pallas_call(*args, **kwargs)
 
 
 def test_control_with_a_loop_of_unknown_length():

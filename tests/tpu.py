@@ -74,6 +74,7 @@ def toy(body: Any, *, layers: int = 0, heads_at: int = 1, donate: bool = True) -
     buffer = jax.ShapeDtypeStruct((*stack, *shape), jnp.bfloat16, sharding=sharding)
     new = state_on(there, jax.ShapeDtypeStruct((BATCH, 8, 1, 128), jnp.bfloat16), BATCH)
     starts = state_on(there, jax.ShapeDtypeStruct((BATCH,), jnp.int32), BATCH)
-    ready = jax.jit(run, donate_argnums=0 if donate else ()).lower((buffer, buffer), starts, new).compile()
+    with jax.set_mesh(there.mesh):  # for shard_map
+        ready = jax.jit(run, donate_argnums=0 if donate else ()).lower((buffer, buffer), starts, new).compile()
     size = bytes_per_chip(buffer)
     return Toy(hlo.parse(ready.as_text()), ready.memory_analysis(), 2 * size, size // (layers or 1))

@@ -78,6 +78,7 @@ class Report(NamedTuple):
     programs: list[Compiled]
     costs: dict[str, Cost]  # by share of the cache that is live; empty where a loop does not fit
     collectives: list[Collective]
+    kernels: int  # calls of specjax's own kernels in a round, which have no estimate
 
     @property
     def seconds(self) -> float:
@@ -139,7 +140,7 @@ def report(
         target=work.target.name, draft=work.draft.name, topology=topology, mesh=dict(work.layout.mesh.shape),
         batch=work.batch, capacity=work.capacity, draft_len=work.draft_len, prompt_width=work.prompt_width, dtype=dtype,
         fits=all(item.memory is not None for item in done) and needed <= hbm, hbm=hbm, needed=needed, programs=done,
-        costs=costs(rounds, plain), collectives=collectives(rounds, work),
+        costs=costs(rounds, plain), collectives=collectives(rounds, work), kernels=kernels(rounds),
     )  # fmt: skip
 
 
@@ -197,6 +198,14 @@ def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
         Collective(part, kind, count, sizes[part, kind], count / passes[part] if part in passes else None)
         for (part, kind), count in sorted(counts.items())
     ]
+
+
+def kernels(rounds: Compiled) -> int:
+    """Calls of specjax's own kernels in one round; 0 where the loop does not fit."""
+    if rounds.program is None:
+        return 0
+    turns = rounds.program.timed(rounds.program.loop_body())
+    return sum(item.times for item in turns if hlo.is_kernel(item.step.instruction))
 
 
 def by_part(program: hlo.Program, halvings: int) -> dict[str, int]:

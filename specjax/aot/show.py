@@ -37,6 +37,8 @@ def tables(report: Report) -> Iterator[Table | Text]:
     yield _memory(report)
     if report.costs:
         yield _costs(report)
+        if report.kernels:
+            yield Text(f"Not in it: {report.kernels} calls of specjax's own kernels a round, for the cache write.")
         least = min(cost.steps_per_round for cost in report.costs.values())
         yield Text(
             f"By these estimates speculation pays where a round brings more than {least:.1f} tokens a row; "

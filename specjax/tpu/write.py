@@ -1,0 +1,156 @@
+"""The cache write on TPU: every buffer's new rows in few kernels, in place, with all copies of a row under way at once.
+
+XLA's loop over rows takes a slice and an update for each buffer, 2,000 cycles and more apiece for a few kilobytes
+(benchmarks/LOG.md), one after the other. Here the aligned window around a row's new slots is fetched from each buffer,
+the new keys or values are laid over it, and it is sent back; while one window is worked on, the others travel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from specjax.types import Array
+
+_MOST_TOKENS = 32  # a wider block, such as a prompt's, pays for XLA's way
+_MOST_BUFFERS = 32  # of one kernel
+_MOST_WINDOW_BYTES = 4 * 2**20  # of on-chip memory, for the windows of one row; new rows take as much again
+_LANES = 128  # columns of a tile
+_TILE_BYTES = 32  # of a tile's column: 8 rows of float32, 16 of bfloat16
+
+
+class _Kind(NamedTuple):
+    """What the buffers of one model have in common, as the kernel sees them."""
+
+    slots_last: bool  # narrow heads: XLA keeps them as [B, H, D, S], so that no lane is idle
+    tile: int  # slots; copies start and end on whole tiles
+    window: int  # slots, enough for all new ones wherever they start
+
+    def shape(self, head_dim: int) -> tuple[int, int]:
+        """Of one head's window."""
+        return (head_dim, self.window) if self.slots_last else (self.window, head_dim)
+
+
+def is_fit(buffer: Array, new: Array) -> bool:
+    """Whether the kernel can write `new` [B, H, N, D] into `buffer` [B, H, S, D]."""
+    heads, slots, head_dim = buffer.shape[1:]
+    tokens = new.shape[2]
+    if not 1 <= tokens <= _MOST_TOKENS or buffer.dtype not in (jnp.float32, jnp.bfloat16):
+        return False
+    kind = _kind(buffer, tokens)
+    # Heads of other widths XLA lays out as it likes: a kernel would make it copy the whole cache.
+    is_laid_out_so = head_dim == _LANES // 2 or head_dim % _LANES == 0
+    is_small = heads * kind.window * head_dim * buffer.dtype.itemsize <= _MOST_WINDOW_BYTES
+    return is_laid_out_so and is_small and slots % kind.tile == 0 and slots >= kind.window
+
+
+def write_rows(
+    buffers: Sequence[Array], new: Sequence[Array], starts: Array, *, interpret: object = False
+) -> tuple[Array, ...]:
+    """The buffers with new[i][b] in buffers[i][b] from slot starts[b] on, or from the last that leaves room.
+
+    Args:
+      buffers: [B, H, S, D] each, all alike; in place where XLA may reuse them.
+      new: [B, H, N, D] each, for which `is_fit` holds.
+      starts: [B] int32, from 0 on.
+      interpret: what `pallas_call` takes, for tests without a TPU.
+    """
+    heads, slots, head_dim = buffers[0].shape[1:]
+    tokens = new[0].shape[2]
+    kind = _kind(buffers[0], tokens)
+    count = _MOST_WINDOW_BYTES // (heads * kind.window * head_dim * buffers[0].dtype.itemsize)
+    count = max(1, min(_MOST_BUFFERS, count))
+    starts = jnp.minimum(starts, slots - tokens)
+    # In the orders that XLA keeps them in: others would be copied, layer by layer.
+    new = [update.astype(buffers[0].dtype) for update in new]
+    if kind.slots_last:
+        buffers, new = ([array.swapaxes(2, 3) for array in arrays] for arrays in (buffers, new))
+    else:
+        new = [update.swapaxes(1, 2) for update in new]
+    written: list[Array] = []
+    for first in range(0, len(buffers), count):
+        some = slice(first, first + count)
+        written += _call(kind, buffers[some], new[some], starts, interpret)
+    return tuple(out.swapaxes(2, 3) if kind.slots_last else out for out in written)
+
+
+def _kind(buffer: Array, tokens: int) -> _Kind:
+    slots_last = buffer.shape[3] < _LANES
+    tile = _LANES if slots_last else _TILE_BYTES // buffer.dtype.itemsize
+    return _Kind(slots_last, tile, (-(-(tokens - 1) // tile) + 1) * tile)
+
+
+def _call(
+    kind: _Kind, buffers: Sequence[Array], new: Sequence[Array], starts: Array, interpret: object
+) -> Sequence[Array]:
+    """buffers [B, H, S, D] and new [B, N, H, D]; with the slots last [B, H, D, S] and [B, H, D, N]."""
+    count, dtype = len(buffers), buffers[0].dtype
+    batch, heads = buffers[0].shape[:2]
+    axis = 3 if kind.slots_last else 2
+    slots, head_dim = buffers[0].shape[axis], buffers[0].shape[5 - axis]
+    tokens = new[0].shape[3 if kind.slots_last else 1]
+    windows_shape = (heads, *kind.shape(head_dim))
+
+    def kernel(starts, *refs):
+        new_refs, old, out = refs[:count], refs[count : 2 * count], refs[2 * count : 3 * count]
+        windows, fetched, sent = refs[3 * count :]
+        row = pl.program_id(0)
+        start = starts[row]
+        # Not by division: its lowering asks which TPU is at hand, and for jax.export there is none.
+        base = pl.multiple_of(jnp.minimum(start & -kind.tile, slots - kind.window), kind.tile)
+        place = base + lax.broadcasted_iota(jnp.int32, windows_shape, axis - 1) - start
+
+        def window_of(ref):
+            here = pl.ds(base, kind.window)
+            return ref.at[row, :, :, here] if kind.slots_last else ref.at[row, :, here]
+
+        def fetch(index: int):
+            return pltpu.make_async_copy(window_of(old[index]), windows.at[index], fetched.at[index])
+
+        def send(index: int):
+            return pltpu.make_async_copy(windows.at[index], window_of(out[index]), sent.at[index])
+
+        def token_of(index: int, token: int) -> Array:
+            ref = new_refs[index]
+            return ref[0, :, :, token : token + 1] if kind.slots_last else ref[0, token][:, None]
+
+        for index in range(count):
+            fetch(index).start()
+        for index in range(count):
+            fetch(index).wait()
+            laid = windows[index]
+            for token in range(tokens):
+                laid = jnp.where(place == token, token_of(index, token), laid)
+            windows[index] = laid
+            send(index).start()
+        # The next row's windows use the same room.
+        for index in range(count):
+            send(index).wait()
+
+    moved = 2 * count * batch * heads * kind.window * head_dim * dtype.itemsize
+    anywhere = pl.BlockSpec(memory_space=pl.ANY)
+    of_row = pl.BlockSpec((1, *new[0].shape[1:]), lambda row, starts: (row, 0, 0, 0))
+    return pl.pallas_call(
+        kernel,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(batch,),
+            in_specs=[of_row] * count + [anywhere] * count,
+            out_specs=[anywhere] * count,
+            scratch_shapes=[
+                pltpu.VMEM((count, *windows_shape), dtype),
+                pltpu.SemaphoreType.DMA((count,)),
+                pltpu.SemaphoreType.DMA((count,)),
+            ],
+        ),
+        out_shape=[jax.ShapeDtypeStruct(buffer.shape, dtype) for buffer in buffers],
+        input_output_aliases={1 + count + index: index for index in range(count)},
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
+        interpret=interpret,
+    )(starts, *new, *buffers)
