@@ -124,6 +124,7 @@ def _batched_in_lanes_vmap(size: int, is_batched: list[bool], x: Array, weight: 
     return product(x, weight), True
 
 
+@jax.jit  # traced once for all layers: up to 64 terms in each of seven products a layer took seconds
 def _sum_of_slices(x: Array, weight: Array) -> Array:
     """[out, R, lanes]: a weight's row times x, with the columns of every slice summed up."""
     terms = []

@@ -125,6 +125,7 @@ def attend(
     return on_mesh(query, cache_keys, cache_values, block_keys, block_values, placement)
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "window"), inline=True)  # traced once for all layers
 def _attend(
     query: Array,
     cache_keys: Array,

@@ -18,9 +18,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from specjax.types import Array
 
-_MOST_TOKENS = 32  # a wider block, such as a prompt's, pays for XLA's way
+_MOST_TOKENS = 17  # K of 16; every token is a step of the kernel, and a prompt pays for XLA's way
 _MOST_BUFFERS = 32  # of one kernel
-_MOST_WINDOW_BYTES = 4 * 2**20  # of on-chip memory, for the windows of one row; new rows take as much again
+_MOST_BYTES = 8 * 2**20  # of on-chip memory, half of what a kernel may take
 _LANES = 128  # columns of a tile
 _TILE_BYTES = 32  # of a tile's column: 8 rows of float32, 16 of bfloat16
 
@@ -39,15 +39,19 @@ class _Kind(NamedTuple):
 
 def is_fit(buffer: Array, new: Array) -> bool:
     """Whether the kernel can write `new` [B, H, N, D] into `buffer` [B, H, S, D]."""
-    heads, slots, head_dim = buffer.shape[1:]
+    slots, head_dim = buffer.shape[2:]
     tokens = new.shape[2]
     if not 1 <= tokens <= _MOST_TOKENS or buffer.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     kind = _kind(buffer, tokens)
     # Heads of other widths XLA lays out as it likes: a kernel would make it copy the whole cache.
     is_laid_out_so = head_dim == _LANES // 2 or head_dim % _LANES == 0
-    is_small = heads * kind.window * head_dim * buffer.dtype.itemsize <= _MOST_WINDOW_BYTES
-    return is_laid_out_so and is_small and slots % kind.tile == 0 and slots >= kind.window
+    return (
+        is_laid_out_so
+        and _bytes(kind, buffer, tokens) <= _MOST_BYTES
+        and slots % kind.tile == 0
+        and slots >= kind.window
+    )
 
 
 def write_rows(
@@ -61,12 +65,10 @@ def write_rows(
       starts: [B] int32, from 0 on.
       interpret: what `pallas_call` takes, for tests without a TPU.
     """
-    heads, slots, head_dim = buffers[0].shape[1:]
     tokens = new[0].shape[2]
     kind = _kind(buffers[0], tokens)
-    count = _MOST_WINDOW_BYTES // (heads * kind.window * head_dim * buffers[0].dtype.itemsize)
-    count = max(1, min(_MOST_BUFFERS, count))
-    starts = jnp.minimum(starts, slots - tokens)
+    count = min(_MOST_BUFFERS, _MOST_BYTES // _bytes(kind, buffers[0], tokens))
+    starts = jnp.minimum(starts, buffers[0].shape[2] - tokens)
     # In the orders that XLA keeps them in: others would be copied, layer by layer.
     new = [update.astype(buffers[0].dtype) for update in new]
     if kind.slots_last:
@@ -84,6 +86,14 @@ def _kind(buffer: Array, tokens: int) -> _Kind:
     slots_last = buffer.shape[3] < _LANES
     tile = _LANES if slots_last else _TILE_BYTES // buffer.dtype.itemsize
     return _Kind(slots_last, tile, (-(-(tokens - 1) // tile) + 1) * tile)
+
+
+def _bytes(kind: _Kind, buffer: Array, tokens: int) -> int:
+    """On chip, for one buffer: a window, and the new rows of two turns, padded to tiles."""
+    heads, head_dim, size = buffer.shape[1], buffer.shape[3], buffer.dtype.itemsize
+    sublanes = _TILE_BYTES // size
+    new = heads * head_dim * _LANES if kind.slots_last else tokens * -(-heads // sublanes) * sublanes * head_dim
+    return (heads * kind.window * head_dim + 2 * new) * size
 
 
 def _call(
