@@ -20,6 +20,7 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 LAYERS = [
     {"sharding"},
     {"types", "noise", "hlo"},
+    {"tpu"},
     {"cache", "tree", "processors", "log_probs"},
     {"sampling"},
     {"rows", "prefill", "context"},
