@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -51,6 +52,24 @@ def test_written_as_by_numpy(width, dtype, heads, dim, starts, monkeypatch, capf
     for out, buffer, update in zip(got, buffers, new, strict=True):
         np.testing.assert_array_equal(out, _written(np.asarray(buffer), np.asarray(update), starts))
     assert "RACE" not in "".join(capfd.readouterr())
+
+
+@pytest.mark.parametrize("forgotten", [0, 2])
+def test_control_of_a_copy_not_waited_for(forgotten, monkeypatch, capfd):
+    """Catches an interpreter that copies at once and sees no race: then the test above would prove nothing of waits."""
+    made, real = [], pltpu.make_async_copy
+
+    def forgetful(source, target, semaphore):
+        copy = real(source, target, semaphore)
+        made.append(copy)
+        return types.SimpleNamespace(start=copy.start, wait=(lambda: None) if len(made) == forgotten + 2 else copy.wait)
+
+    monkeypatch.setattr(write.pltpu, "make_async_copy", forgetful)
+    buffers, new = _arrays(1, 5)
+    run = functools.partial(write.write_rows, interpret=pltpu.InterpretParams(detect_races=True))
+    (got,) = jax.jit(run)(buffers, new, jnp.array([0, 31, 124, 255]))
+    wanted = _written(np.asarray(buffers[0]), np.asarray(new[0]), [0, 31, 124, 255])
+    assert "RACE" in "".join(capfd.readouterr()) or not np.array_equal(got, wanted)
 
 
 @pytest.mark.parametrize(
@@ -132,11 +151,18 @@ def test_kernels_keep_off_arrays_that_xla_may_cut():
     it, and compilation would fail."""
     cache, block = _cache()
     jaxpr = str(jax.make_jaxpr(functools.partial(kv.commit, layout=None))(cache, block, jnp.array([1, 1])))
-    assert "pallas_call" not in jaxpr
+    assert "tpu_kernel" not in jaxpr
     there = layout(make_mesh(data=2))
-    assert "pallas_call" in str(
+    assert "tpu_kernel" in str(
         jax.make_jaxpr(functools.partial(kv.commit, layout=there))(cache, block, jnp.array([1, 1]))
     )
+
+
+def test_a_kernel_is_traced_for_tpu_only(alone, monkeypatch):
+    """Catches seconds of tracing on machines that will never run a kernel."""
+    monkeypatch.setattr(kv.kernel, "write_rows", lambda *args: pytest.fail("traced"))
+    cache, block = _cache()
+    jax.jit(lambda *args: kv.commit(*args)).trace(cache, block, jnp.array([1, 1])).lower(lowering_platforms=("cpu",))
 
 
 def test_on_tpu_maps_only_what_is_mapped():

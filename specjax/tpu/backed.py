@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
 from jax.interpreters import mlir
 
 
 def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` on TPU and `plain` elsewhere; under vmap, and when differentiated, `plain` everywhere.
 
-    Every platform's form is traced on every platform, so what transforms one has to transform both.
+    Every platform's form is traced on every platform, so what transforms one has to transform both. The kernel itself
+    is traced where TPUs are lowered for, and only there: it is long, and others would wait for nothing.
     """
 
     @jax.custom_batching.custom_vmap
     def unmapped(*args: Any) -> Any:
-        return _for_tpu_only(kernel, *args)
+        shapes = jax.eval_shape(plain, *args)
+        leaves, given = jax.tree.flatten(args)
+        avals = tuple(ShapedArray(leaf.shape, leaf.dtype) for leaf in jax.tree.leaves(shapes))
+        out = _kernel.bind(*leaves, kernel=kernel, given=given, avals=avals)
+        return jax.tree.unflatten(jax.tree.structure(shapes), out)
 
     @unmapped.def_vmap
     def _(size: int, is_batched: Any, *args: Any) -> Any:
@@ -38,22 +45,18 @@ def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
     return lambda *args: lax.platform_dependent(*args, tpu=differentiable, default=plain)
 
 
-def _for_tpu_only(kernel: Callable[..., Any], *args: Any) -> Any:
-    traced, shape = jax.make_jaxpr(kernel, return_shape=True)(*args)
-    out = _tpu_only.bind(*jax.tree.leaves(args), kernel=traced)
-    return jax.tree.unflatten(jax.tree.structure(shape), out)
+def _run(*leaves: Any, kernel: Callable[..., Any], given: Any, avals: Any) -> list[Any]:
+    return jax.tree.leaves(kernel(*jax.tree.unflatten(given, leaves)))
 
 
-# Exported for TPU and CUDA at once, a branch of `platform_dependent` is lowered for both, and CUDA refuses TPU kernels.
-_tpu_only = Primitive("tpu_only")
-_tpu_only.multiple_results = True
-_tpu_only.def_abstract_eval(lambda *_, kernel: kernel.out_avals)
-_tpu_only.def_impl(lambda *args, kernel: jax.jit(jaxpr_as_fun(kernel))(*args))
-
-
-def _lower(ctx: mlir.LoweringRuleContext, *args: Any, kernel: Any) -> Any:
+def _lower(ctx: mlir.LoweringRuleContext, *leaves: Any, **params: Any) -> Any:
+    # Exported for TPU and CUDA at once, this branch is lowered for both, and CUDA refuses TPU kernels.
     narrowed = ctx.replace(module_context=ctx.module_context.replace(platforms=("tpu",)), platforms=("tpu",))
-    return mlir.lower_fun(jaxpr_as_fun(kernel), multiple_results=True)(narrowed, *args)
+    return mlir.lower_fun(functools.partial(_run, **params), multiple_results=True)(narrowed, *leaves)
 
 
-mlir.register_lowering(_tpu_only, _lower)
+_kernel = Primitive("tpu_kernel")
+_kernel.multiple_results = True
+_kernel.def_abstract_eval(lambda *_, avals, **params: avals)
+_kernel.def_impl(lambda *leaves, **params: jax.jit(functools.partial(_run, **params))(*leaves))
+mlir.register_lowering(_kernel, _lower)
