@@ -168,16 +168,13 @@ class GPT2(nnx.Module):
             outputs.append(x)
             keys.append(layer_keys)
             values.append(layer_values)
+        x = split_rows(x, batch)
         if logits_at is not None:
-            x = jnp.take_along_axis(split_rows(x, batch), logits_at[..., None], 1).reshape(-1, x.shape[-1])
+            x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = trunk.wte if self.lm_head is None else self.lm_head
-        logits = split_rows(head.logits(trunk.ln_f(x)), batch)
+        logits = constrain(self.layout, head.logits(trunk.ln_f(x)), "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
-        return Output(
-            constrain(self.layout, logits, "rows", None, "width"),
-            tuple(split_rows(outputs[layer], batch) for layer in hidden_layers),
-            appended,
-        )
+        return Output(logits, tuple(split_rows(outputs[layer], batch) for layer in hidden_layers), appended)
 
 
 @functools.cache

@@ -109,7 +109,8 @@ def along_last(vector: Array, like: Array) -> Array:
 
 
 # Between attentions the tokens of all rows stand in one axis: as [B, T, D] TPUs would pad every row's T to whole tiles,
-# 17 tokens to 32, and multiply the padding with every weight.
+# 17 tokens to 32, and multiply the padding with every weight. The output layer is another matter: laws are taken of
+# [B, T, V], and logits that came as [B * T, V] would be laid out anew, every column of the vocabulary.
 
 
 def split_heads(x: Array, batch: int, head_dim: int) -> Array:
