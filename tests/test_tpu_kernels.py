@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
 from specjax import cache as kv
@@ -109,6 +110,21 @@ def test_a_commit_that_may_run_on_tpu_can_be_mapped_and_differentiated(alone):
     np.testing.assert_allclose(
         jax.jvp(total, (block.values,), (block.values,))[1], jnp.sum(gradient * block.values[0]), rtol=1e-4
     )
+
+
+def test_a_kernel_can_be_exported_for_tpu_and_cuda(alone):
+    """Catches a kernel lowered for CUDA too, which refuses it: JAX lowers each form for every platform asked for."""
+    pytest.importorskip("flatbuffers", reason="jax.export serialises with it: pip install flatbuffers")
+    (cache, block), keep = _cache(), jnp.array([2, 0])
+
+    def run(buffers, new):
+        after = kv.commit(cache._replace(keys=(buffers,)), block._replace(keys=(new,)), keep)
+        return after.keys[0]
+
+    args = cache.keys[0], block.keys[0]
+    exported = export.export(jax.jit(run), platforms=["tpu", "cuda", "cpu"])(*args)
+    assert "tpu_custom_call" in exported.mlir_module()
+    np.testing.assert_array_equal(export.deserialize(exported.serialize()).call(*args), run(*args))
 
 
 def test_kernels_keep_off_arrays_that_xla_may_cut():

@@ -7,6 +7,8 @@ from typing import Any
 
 import jax
 from jax import lax
+from jax.extend.core import Primitive, jaxpr_as_fun
+from jax.interpreters import mlir
 
 
 def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
@@ -17,7 +19,7 @@ def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
 
     @jax.custom_batching.custom_vmap
     def unmapped(*args: Any) -> Any:
-        return kernel(*args)
+        return _for_tpu_only(kernel, *args)
 
     @unmapped.def_vmap
     def _(size: int, is_batched: Any, *args: Any) -> Any:
@@ -34,3 +36,24 @@ def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
         return jax.jvp(plain, primals, tangents)
 
     return lambda *args: lax.platform_dependent(*args, tpu=differentiable, default=plain)
+
+
+def _for_tpu_only(kernel: Callable[..., Any], *args: Any) -> Any:
+    traced, shape = jax.make_jaxpr(kernel, return_shape=True)(*args)
+    out = _tpu_only.bind(*jax.tree.leaves(args), kernel=traced)
+    return jax.tree.unflatten(jax.tree.structure(shape), out)
+
+
+# Exported for TPU and CUDA at once, a branch of `platform_dependent` is lowered for both, and CUDA refuses TPU kernels.
+_tpu_only = Primitive("tpu_only")
+_tpu_only.multiple_results = True
+_tpu_only.def_abstract_eval(lambda *_, kernel: kernel.out_avals)
+_tpu_only.def_impl(lambda *args, kernel: jax.jit(jaxpr_as_fun(kernel))(*args))
+
+
+def _lower(ctx: mlir.LoweringRuleContext, *args: Any, kernel: Any) -> Any:
+    narrowed = ctx.replace(module_context=ctx.module_context.replace(platforms=("tpu",)), platforms=("tpu",))
+    return mlir.lower_fun(jaxpr_as_fun(kernel), multiple_results=True)(narrowed, *args)
+
+
+mlir.register_lowering(_tpu_only, _lower)
