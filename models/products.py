@@ -35,7 +35,9 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     is_in_lanes = 0 < rows <= _MOST_ROWS_IN_LANES and _fits_lanes(x, weight)
 
     def plain(x: Array, weight: Array) -> Array:
-        return _contract(x, weight, (x.ndim - 1, 1), dtype)
+        # With rows and tokens apart, XLA on TPU fetches no weights ahead past an attention kernel.
+        flat = x.reshape(rows, x.shape[-1])
+        return _contract(flat, weight, (1, 1), dtype).reshape(*x.shape[:-1], weight.shape[0])
 
     def on_cpu(x: Array, weight: Array) -> Array:
         flat = x.reshape(rows, -1)
