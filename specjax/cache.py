@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax.sharding import Layout, constrain, on_each
+from specjax.tpu import attention
 from specjax.tpu import write as kernel
 from specjax.tpu.backed import on_tpu
 from specjax.types import Array
@@ -117,15 +118,15 @@ def attend(
 
     Returns:
       [B, Hq, T, D], the query's dtype. The cost follows the longest live row, not S: the work is done at the
-      smallest of a few cache prefixes that holds every live slot.
+      smallest of a few cache prefixes that holds every live slot. On TPU it follows each row's own length.
     """
-    run = functools.partial(_attend, scale=scale, window=window)
+    run = functools.partial(_attend, scale=scale, window=window, is_whole=_is_whole(layout))
     kept = ("rows", "heads")
     on_mesh = on_each(layout, run, (("rows", "query"), kept, kept, kept, kept, ("rows",)), ("rows", "query"))
     return on_mesh(query, cache_keys, cache_values, block_keys, block_values, placement)
 
 
-@functools.partial(jax.jit, static_argnames=("scale", "window"), inline=True)  # traced once for all layers
+@functools.partial(jax.jit, static_argnames=("scale", "window", "is_whole"), inline=True)  # traced once for all layers
 def _attend(
     query: Array,
     cache_keys: Array,
@@ -136,23 +137,39 @@ def _attend(
     *,
     scale: float,
     window: int | None,
+    is_whole: bool,
 ) -> Array:
     batch, query_heads, width, head_dim = query.shape
-    heads, slots = cache_keys.shape[1:3]
-    groups = query_heads // heads
-    folded = query.reshape(batch, heads, groups * width, head_dim)
+    groups = query_heads // cache_keys.shape[1]
+    folded = query.reshape(batch, -1, groups * width, head_dim)
     positions = placement.positions[:, :, None]  # [B, T, 1]
-
-    def spread(mask: Array) -> Array:  # [B or 1, T, n] -> [B or 1, 1, G*T, n]
-        return jnp.tile(mask, (1, groups, 1))[:, None]
-
-    def scores_of(keys: Array) -> Array:
-        return _dot(folded, keys, ((3,), (3,))) * scale
-
-    seen = placement.visible
+    seen, oldest = placement.visible, None
     if window is not None:
         seen = seen & (positions - placement.block_positions[:, None, :] < window)
-    block_scores = jnp.where(spread(seen), scores_of(block_keys), _MASKED)
+        oldest = jnp.tile(positions - window + 1, (1, groups, 1))
+    seen = jnp.tile(seen, (1, groups, 1))  # [B or 1, G*T, N]
+
+    form = functools.partial(_attend_over_prefix, scale=scale)
+    if is_whole and attention.piece_slots(groups * width, cache_keys) is not None:
+        form = on_tpu(functools.partial(attention.attend, scale=scale), form)
+    out = form(folded, cache_keys, cache_values, block_keys, block_values, seen, placement.cache_lengths, oldest)
+    return out.reshape(query.shape)
+
+
+def _attend_over_prefix(
+    query: Array,
+    cache_keys: Array,
+    cache_values: Array,
+    block_keys: Array,
+    block_values: Array,
+    seen: Array,
+    lengths: Array,
+    oldest: Array | None,
+    *,
+    scale: float,
+) -> Array:
+    """At the smallest of a few cache prefixes that holds every live slot; arguments as of `tpu.attention.attend`."""
+    block_scores = jnp.where(seen[:, None], _dot(query, block_keys, ((3,), (3,))) * scale, _MASKED)
     block_peak = jnp.max(block_scores, -1, keepdims=True)
 
     def with_prefix(size: int) -> Array:
@@ -161,20 +178,19 @@ def _attend(
             return _mix(weights, block_values) / jnp.sum(weights, -1, keepdims=True)
         keys, values = cache_keys[:, :, :size], cache_values[:, :, :size]
         slot = jnp.arange(size)[None, None]
-        live = jnp.broadcast_to(slot < placement.cache_lengths[:, None, None], (batch, width, size))
-        if window is not None:
-            live = live & (positions - slot < window)
-        scores = jnp.where(spread(live), scores_of(keys), _MASKED)
+        live = slot < lengths[:, None, None]
+        if oldest is not None:
+            live = live & (slot >= oldest)
+        scores = jnp.where(live[:, None], _dot(query, keys, ((3,), (3,))) * scale, _MASKED)
         peak = jnp.maximum(jnp.max(scores, -1, keepdims=True), block_peak)
         cached, own = jnp.exp(scores - peak), jnp.exp(block_scores - peak)
         total = jnp.sum(cached, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
         return (_mix(cached, values) + _mix(own, block_values)) / total
 
-    sizes = _prefix_sizes(slots)
-    longest = jnp.max(placement.cache_lengths)
-    branch = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), longest, method="compare_all")
+    sizes = _prefix_sizes(cache_keys.shape[2])
+    branch = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), jnp.max(lengths), method="compare_all")
     out = lax.switch(branch, [lambda size=size: with_prefix(size) for size in sizes])
-    return out.astype(query.dtype).reshape(batch, query_heads, width, head_dim)
+    return out.astype(query.dtype)
 
 
 def commit(
@@ -189,8 +205,7 @@ def commit(
     if path is not None:
         new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
     kept = ("rows", "heads")
-    is_whole = layout is not None or jax.device_count() == 1
-    write = on_each(layout, _write_at_once if is_whole else write_rows, (kept, kept, ("rows",)), kept)
+    write = on_each(layout, _write_at_once if _is_whole(layout) else write_rows, (kept, kept, ("rows",)), kept)
     written = write((*cache.keys, *cache.values), new, after(cache.lengths, keep))
     layers = len(cache.keys)
     return KVCache(written[:layers], written[layers:], cache.lengths + keep)
@@ -224,10 +239,15 @@ def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array
 
 
 def _write_at_once(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
-    """The same on arrays that lie on one device, whole: XLA cannot cut a kernel over several."""
+    """The same, by a kernel where there is one for such arrays; they lie whole on one device."""
     if all(kernel.is_fit(buffer, update) for buffer, update in zip(buffers, new, strict=True)):
         return on_tpu(kernel.write_rows, write_rows)(buffers, new, starts)
     return write_rows(buffers, new, starts)
+
+
+def _is_whole(layout: Layout | None) -> bool:
+    """Whether an array lies whole on the device that works on it: XLA cannot cut a kernel over several."""
+    return layout is not None or jax.device_count() == 1
 
 
 def _prefix_sizes(slots: int) -> list[int]:

@@ -68,6 +68,12 @@ class Instruction(NamedTuple):
         return int(found[1]) if found else 0
 
     @property
+    def kernel_bytes(self) -> int:
+        """What a Pallas kernel says it moves; 0 of anything else, and of kernels that say nothing."""
+        found = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', self.text)
+        return int(found[1]) if found else 0
+
+    @property
     def scope(self) -> str:
         """Where in the traced function it comes from: names of transformations and of `jax.named_scope`."""
         found = re.search(r'op_name="([^"]*)"', self.text)

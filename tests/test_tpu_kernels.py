@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from jax import export
 from jax.experimental.pallas import tpu as pltpu
+from reference import attention as attention_of_a_head
 
 from specjax import cache as kv
 from specjax.sharding import layout, make_mesh
-from specjax.tpu import write
+from specjax.tpu import attention, write
 from specjax.tpu.backed import on_tpu
 
 SLOTS = 256
@@ -171,3 +172,145 @@ def test_on_tpu_maps_only_what_is_mapped():
     x, y = jnp.arange(3.0), jnp.ones((2, 3))
     np.testing.assert_array_equal(jax.vmap(run, (None, 0))(x, y), x[None] + 2 * y)
     np.testing.assert_array_equal(jax.vmap(run, (0, None))(y, x), y + 2 * x[None])
+
+
+SIMULATED = pltpu.InterpretParams(detect_races=True, out_of_bounds_reads="uninitialized")
+HEADS = 2
+
+
+def _normal(seed, *shape, dtype=jnp.float32):
+    return jax.random.normal(jax.random.key(seed), shape).astype(dtype)
+
+
+TREE = np.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 0], [1, 1, 0, 1, 0], [1, 0, 1, 0, 1]], bool)
+DEPTHS = np.array([0, 1, 1, 2, 2])
+
+
+@pytest.mark.parametrize(
+    ("dtype", "dim", "groups", "width", "window", "lengths"),
+    [
+        (jnp.bfloat16, 128, 4, 5, None, [0, 1, 512, 513, 1019]),
+        (jnp.float32, 128, 1, 1, None, [128, 256, 257, 0]),
+        (jnp.bfloat16, 256, 2, 17, None, [1007, 16, 1000]),
+        (jnp.float32, 128, 3, 6, 7, [511, 512, 518, 1018, 3]),  # the window begins before, at and after a piece's end
+        (jnp.bfloat16, 128, 2, 3, 600, [0, 600, 1021]),
+        (jnp.float32, 128, 2, 5, "tree", [0, 255, 700]),
+        (jnp.float32, 128, 2, 5, "tree, window 4", [0, 255, 700]),
+    ],
+)
+def test_attention_reads_what_is_live(dtype, dim, groups, width, window, lengths, capfd):
+    """Catches a dead slot that shows (all hold NaN, keys and values), a live one left out at a piece's edge, a row that
+    takes a neighbour's piece, a mask read for the wrong query, a window off by one, heads of a group mixed up."""
+    batch, slots, depths, visible = len(lengths), 1024 + 128, None, None
+    if isinstance(window, str):
+        depths, visible = jnp.array(DEPTHS, jnp.int32), jnp.array(TREE)
+        window = 4 if "window" in window else None
+    live = jnp.arange(slots)[None] < jnp.array(lengths)[:, None]
+    keys, values = (
+        jnp.where(live[:, None, :, None], _normal(seed, batch, HEADS, slots, dim, dtype=dtype), jnp.nan).astype(dtype)
+        for seed in (1, 2)
+    )
+    own_keys, own_values = (_normal(seed, batch, HEADS, width, dim, dtype=dtype) for seed in (3, 4))
+    query = _normal(5, batch, HEADS * groups, width, dim, dtype=dtype)
+    cache = kv.KVCache((keys,), (values,), jnp.array(lengths, jnp.int32))
+    block = kv.init_block(1, batch, HEADS, width, dim, dtype)
+    place = kv.place(cache, block, width, depths, visible)
+    assert attention.piece_slots(groups * width, keys) is not None
+
+    simulated = functools.partial(attention.attend, interpret=SIMULATED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kv, "on_tpu", lambda kernel, plain: functools.partial(simulated, **kernel.keywords))
+        out = kv.attend(
+            query, keys, values, own_keys, own_values, place, scale=0.2, window=window, layout=layout(make_mesh())
+        )
+    assert "RACE" not in "".join(capfd.readouterr())
+    seen = np.tril(np.ones((width, width), bool)) if visible is None else TREE
+    for row, length in enumerate(lengths):
+        own_places = length + (np.arange(width) if depths is None else DEPTHS)
+        places = np.concatenate([np.arange(length), own_places])[None]
+        near = own_places[:, None] - places < (window or 10**9)
+        for head in range(HEADS * groups):
+            group = head // groups
+            all_keys = np.concatenate([keys[row, group, :length], own_keys[row, group]])
+            all_values = np.concatenate([values[row, group, :length], own_values[row, group]])
+            mask = np.concatenate([np.ones((width, length), bool), seen], 1) & near
+            wanted = attention_of_a_head(query[row, head], all_keys, all_values, mask, 0.2)
+            np.testing.assert_allclose(out[row, head], wanted, atol=2e-5 if dtype == jnp.float32 else 2e-2)
+
+
+def test_a_row_is_what_it_is_alone():
+    """Catches a result that depends on the neighbours' lengths: the law of a row must not depend on its batch."""
+    lengths = jnp.array([700, 0, 130], jnp.int32)
+    keys, values = (_normal(seed, 3, HEADS, 1024, 128) for seed in (1, 2))
+    query, own_keys, own_values = (_normal(seed, 3, HEADS, 2, 128) for seed in (3, 4, 5))
+    seen = jnp.tril(jnp.ones((1, 2, 2), bool))
+
+    def run(rows):
+        parts = (part[rows] for part in (query, keys, values, own_keys, own_values))
+        return attention.attend(*parts, seen, lengths[rows], None, scale=0.1, interpret=SIMULATED)
+
+    together = run(np.arange(3))
+    for row in range(3):
+        np.testing.assert_array_equal(run(np.array([row]))[0], together[row])
+
+
+@pytest.mark.parametrize(
+    ("queries", "heads", "dim", "dtype", "slots", "piece"),
+    [
+        (20, 2, 128, jnp.bfloat16, 4224, 512),
+        (20, 1, 128, jnp.bfloat16, 4224, 1024),
+        (132, 2, 128, jnp.bfloat16, 4224, 512),  # K = 32
+        (160, 8, 128, jnp.bfloat16, 4224, 128),
+        (4, 2, 128, jnp.float32, 128, 128),
+        (2048, 2, 128, jnp.bfloat16, 4224, None),  # a prompt chunk
+        (4, 2, 64, jnp.bfloat16, 4224, None),
+        (4, 2, 192, jnp.bfloat16, 4224, None),
+        (4, 2, 128, jnp.float16, 4224, None),
+        (4, 2, 128, jnp.bfloat16, 4200, None),
+    ],
+)
+def test_what_attention_takes(queries, heads, dim, dtype, slots, piece):
+    """Catches a kernel asked for what it cannot do, or for more than a chip has room for: it fails on TPUs only."""
+    assert attention.piece_slots(queries, jax.ShapeDtypeStruct((8, heads, slots, dim), dtype)) == piece
+
+
+def _attended(keys, values, new, lengths, *, layout=None):
+    cache = kv.KVCache((keys,), (values,), lengths)
+    place = kv.place(cache, kv.init_block(1, *new.shape, new.dtype), new.shape[2], None, None)
+    return kv.attend(new, keys, values, new, new, place, scale=0.1, window=100, layout=layout)
+
+
+def _parts(*stack):
+    shapes = ((2, HEADS, 256, 128), (2, HEADS, 256, 128), (2, HEADS, 3, 128))
+    arrays = [_normal(seed, *stack, *shape) for seed, shape in enumerate(shapes)]
+    return *arrays, jnp.broadcast_to(jnp.array([5, 250], jnp.int32), (*stack, 2))
+
+
+def _kernels(run, *args) -> int:
+    return jax.jit(run).trace(*args).lower(lowering_platforms=("tpu",)).as_text().count("@tpu_custom_call")
+
+
+def test_where_attention_is_a_kernel():
+    """Catches a kernel that XLA would have to cut (it refuses to), one under vmap or in a derivative, and none where
+    one should be."""
+    here = functools.partial(_attended, layout=layout(make_mesh()))
+    assert _kernels(here, *_parts()) == 1
+    assert _kernels(functools.partial(_attended, layout=layout(make_mesh(data=2, model=2))), *_parts()) == 1
+    assert _kernels(_attended, *_parts()) == 0  # no layout, several devices
+    assert _kernels(jax.vmap(here), *_parts(2)) == 0
+    assert _kernels(jax.grad(lambda *args: here(*args).sum()), *_parts()) == 0
+
+
+def test_attention_that_may_be_a_kernel_can_be_mapped_and_differentiated():
+    """Catches a rule that hands tangents, cotangents or batch axes to the wrong argument."""
+    *arrays, lengths = _parts()
+
+    def of(layout):
+        run = functools.partial(_attended, layout=layout)
+        gradient = jax.grad(lambda *args: jnp.sum(run(*args, lengths) ** 2), argnums=(0, 1, 2))(*arrays)
+        _, tangent = jax.jvp(lambda *args: run(*args, lengths), arrays, arrays)
+        keys, values, new, _ = _parts(2)
+        return gradient, tangent, jax.vmap(run, (None, 0, 0, None))(arrays[0], values, new, lengths), keys
+
+    found, wanted = jax.jit(lambda: of(layout(make_mesh())))(), jax.jit(lambda: of(None))()
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, wanted)

@@ -9,10 +9,11 @@ from typing import NamedTuple
 from specjax import hlo
 from specjax.aot import programs
 from specjax.aot.programs import DRAFT, TARGET, WRITE, Compiled, Workload
-from specjax.aot.topology import default_axes, hbm_bytes, make_mesh
+from specjax.aot.topology import bytes_per_cycle, default_axes, hbm_bytes, make_mesh
 from specjax.pair import floating
 from specjax.shapes import Shaped
 from specjax.sharding import Layout, layout
+from specjax.tpu.attention import NAME as ATTENTION
 
 REST = "laws, sampling, bookkeeping"
 PARTS = {TARGET: "target", DRAFT: "draft", WRITE: "cache write", REST: REST}
@@ -23,11 +24,14 @@ HALVINGS = {"full": 0, "eighth": 3}
 class Cost(NamedTuple):
     """The compiler's estimates in cycles of one chip, with one share of the cache live.
 
-    For ranking only: they know nothing of collectives and asynchronous copies.
+    For ranking only: they know nothing of collectives and asynchronous copies. Of specjax's own kernels the compiler
+    makes none: counted instead is what they move, at the rate of main memory.
     """
 
     round_by_part: dict[str, int]
     step_by_part: dict[str, int]
+    round_counted: int  # of the round's cycles, those counted for kernels
+    step_counted: int
 
     @property
     def round(self) -> int:
@@ -78,7 +82,7 @@ class Report(NamedTuple):
     programs: list[Compiled]
     costs: dict[str, Cost]  # by share of the cache that is live; empty where a loop does not fit
     collectives: list[Collective]
-    kernels: int  # calls of specjax's own kernels in a round, which have no estimate
+    kernels: int  # calls of specjax's own kernels in a round, for which the compiler makes no estimate
 
     @property
     def seconds(self) -> float:
@@ -140,7 +144,8 @@ def report(
         target=work.target.name, draft=work.draft.name, topology=topology, mesh=dict(work.layout.mesh.shape),
         batch=work.batch, capacity=work.capacity, draft_len=work.draft_len, prompt_width=work.prompt_width, dtype=dtype,
         fits=all(item.memory is not None for item in done) and needed <= hbm, hbm=hbm, needed=needed, programs=done,
-        costs=costs(rounds, plain), collectives=collectives(rounds, work), kernels=kernels(rounds),
+        costs=costs(rounds, plain, bytes_per_cycle(topology)), collectives=collectives(rounds, work),
+        kernels=kernels(rounds),
     )  # fmt: skip
 
 
@@ -172,14 +177,19 @@ def workload(
     return Workload(target.on(there), draft.on(there), there, batch, capacity, draft_len, prompt_width, floating(dtype))
 
 
-def costs(rounds: Compiled, plain: Compiled) -> dict[str, Cost]:
-    """Estimates for each share of the cache in HALVINGS; none where one of the loops does not fit."""
+def costs(rounds: Compiled, plain: Compiled, rate: float) -> dict[str, Cost]:
+    """For each share of the cache in HALVINGS; none where one of the loops does not fit. `rate` is in bytes a cycle."""
     if rounds.program is None or plain.program is None:
         return {}
-    return {
-        share: Cost(by_part(rounds.program, halvings), by_part(plain.program, halvings))
-        for share, halvings in HALVINGS.items()
-    }
+    found = {}
+    for share, halvings in HALVINGS.items():
+        parts = [by_part(program, halvings) for program in (rounds.program, plain.program)]
+        counted = [kernels_by_part(program, halvings, rate) for program in (rounds.program, plain.program)]
+        a_round, a_step = (
+            {part: some[part] + more[part] for part in some} for some, more in zip(parts, counted, strict=True)
+        )
+        found[share] = Cost(a_round, a_step, sum(counted[0].values()), sum(counted[1].values()))
+    return found
 
 
 def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
@@ -213,6 +223,17 @@ def by_part(program: hlo.Program, halvings: int) -> dict[str, int]:
     found = dict.fromkeys(PARTS.values(), 0)
     for item in program.timed(program.loop_body(), halvings=halvings):
         found[_part(item.step.instruction)] += item.cycles
+    return found
+
+
+def kernels_by_part(program: hlo.Program, halvings: int, rate: float) -> dict[str, int]:
+    """The same for specjax's own kernels: the bytes that they move, at `rate` bytes a cycle."""
+    found = dict.fromkeys(PARTS.values(), 0)
+    for item in program.timed(program.loop_body(), halvings=halvings):
+        instruction = item.step.instruction
+        # Attention says what it moves with the cache full; a write moves the same always.
+        share = 2 ** -(halvings if instruction.name.startswith(ATTENTION) else 0)
+        found[_part(instruction)] += int(item.times * instruction.kernel_bytes * share / rate)
     return found
 
 

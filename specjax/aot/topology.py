@@ -15,6 +15,8 @@ from jax.sharding import Mesh
 GIB = 2**30
 # Memory of a chip that programs may use, as the compiler says when it runs out of it (libtpu 0.0.52).
 HBM_GIB = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
+# Main memory's rate over the clock, GB/s over GHz; the clocks are those at which the published peaks come out.
+_BYTES_PER_CYCLE = {"v5e": 819 / 1.5, "v5p": 2765 / 1.75, "v6e": 1638 / 1.75}
 # What libtpu asks of its environment where there is no TPU, before it loads. The command sets it, the library never.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
@@ -37,6 +39,15 @@ def hbm_bytes(topology: str) -> float:
     15.75
     """
     return HBM_GIB[_kind(topology)] * GIB
+
+
+def bytes_per_cycle(topology: str) -> float:
+    """What a chip's main memory moves in a cycle. Raises ValueError for an unknown topology.
+
+    >>> bytes_per_cycle("v5e:2x2")
+    546.0
+    """
+    return _BYTES_PER_CYCLE[_kind(topology)]
 
 
 def num_chips(topology: str) -> int:

@@ -6,12 +6,12 @@ import functools
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from specjax import models
@@ -28,14 +28,20 @@ class RawTensor(NamedTuple):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def quiet_transformers() -> Iterator[None]:
-    """No progress bars, no advice, one thread: these models are too small to share out."""
+def quiet_transformers() -> None:
+    """No progress bars, no advice."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def torch() -> Iterator[ModuleType]:
+    """PyTorch, on one thread: these models are too small to share out. Skips where there is none."""
+    module = pytest.importorskip("torch", reason="needs PyTorch to compare with: pip install torch==2.13.0")
+    threads = module.get_num_threads()
+    module.set_num_threads(1)
+    yield module
+    module.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
@@ -52,13 +58,13 @@ def shared_data() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def make_reference() -> Callable[..., torch.nn.Module]:
+def make_reference(torch) -> Callable[..., Any]:
     """Makes a transformers model of a config in float32, every parameter random.
 
     transformers starts biases at 0 and norms at 1; a loader that forgot them would pass unseen.
     """
 
-    def make(model_type: str, seed: int = 0, **options: Any) -> torch.nn.Module:
+    def make(model_type: str, seed: int = 0, **options: Any) -> Any:
         config = transformers.AutoConfig.for_model(model_type, **options)
         model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
         random = torch.Generator().manual_seed(seed)
@@ -76,10 +82,10 @@ def make_reference() -> Callable[..., torch.nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def read_reference() -> Callable[[Path], torch.nn.Module]:
+def read_reference(torch) -> Callable[[Path], Any]:
     """Reads a folder with transformers, in float32."""
 
-    def read(folder: Path) -> torch.nn.Module:
+    def read(folder: Path) -> Any:
         return transformers.AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, attn_implementation="eager", local_files_only=True
         ).eval()
@@ -88,10 +94,10 @@ def read_reference() -> Callable[[Path], torch.nn.Module]:
 
 
 @pytest.fixture(scope="session")
-def reference_logits() -> Callable[[torch.nn.Module, Any], np.ndarray]:
+def reference_logits(torch) -> Callable[[Any, Any], np.ndarray]:
     """What a transformers model says of one unpadded text: [T] -> [T, V]."""
 
-    def logits(model: torch.nn.Module, tokens: Any) -> np.ndarray:
+    def logits(model: Any, tokens: Any) -> np.ndarray:
         with torch.no_grad():
             return model(input_ids=torch.tensor(np.asarray(tokens)[None]).long(), use_cache=False).logits[0].numpy()
 

@@ -1,0 +1,175 @@
+"""Attention on TPU of a few queries a row over the live part of a cache; the rest of it is not read.
+
+XLA's form works on a prefix that holds the longest row, and fetches whole caches ahead all the same. Here a list of
+(row, piece of the cache) names what is live, and the grid is as long as that list: a row pays for its own length. The
+softmax is kept as a running peak and sum (FlashAttention, arXiv:2205.14135, algorithm 1), which begin with the block's
+own keys: unlike there, they are finite from the start.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from specjax.types import Array
+
+NAME = "attention"  # in compiled programs
+_MASKED = -1e30
+_LANES = 128
+_PIECES = (1024, 512, 256, 128)
+_PIECE_BYTES = 1 << 19  # of keys and values; a v5e reads them in 0.6 us, about what a turn of the grid takes anyway
+_SCORE_BYTES = 1 << 20
+
+
+def piece_slots(queries: int, keys: Array) -> int | None:
+    """Slots of a piece for so many queries of each key head; None where the kernel does not take them.
+
+    Narrow heads are left to XLA. Their models are small, and what XLA fetches of their weights while it attends, it
+    does not fetch during a kernel (benchmarks/LOG.md).
+    """
+    heads, slots, head_dim = keys.shape[1:]
+    if keys.dtype not in (jnp.float32, jnp.bfloat16) or slots % _LANES or head_dim % _LANES:
+        return None
+    for size in _PIECES:
+        moved = 2 * heads * size * head_dim * keys.dtype.itemsize
+        if size <= slots and moved <= _PIECE_BYTES and 4 * heads * queries * size <= _SCORE_BYTES:
+            return size
+    return None
+
+
+@functools.partial(jax.jit, static_argnames=("scale", "interpret"))
+def attend(
+    query: Array,
+    cache_keys: Array,
+    cache_values: Array,
+    block_keys: Array,
+    block_values: Array,
+    seen: Array,
+    lengths: Array,
+    oldest: Array | None,
+    *,
+    scale: float,
+    interpret: object = False,
+) -> Array:
+    """One softmax over cache and block.
+
+    Args:
+      query: [B, Hkv, Q, D], the queries of each key head.
+      cache_keys, cache_values: [B, Hkv, S, D], for which `piece_slots` is no None.
+      block_keys, block_values: [B, Hkv, N, D].
+      seen: [B or 1, Q, N] bool, what queries see of the block.
+      lengths: [B] int32, live slots of the cache.
+      oldest: [B, Q, 1] int32, the first slot that a query sees; None: the first of all.
+      scale: factor on the scores.
+      interpret: what `pallas_call` takes, for tests without a TPU.
+
+    Returns:
+      [B, Hkv, Q, D], the query's dtype.
+    """
+    batch, heads, queries, head_dim = query.shape
+    slots = cache_keys.shape[2]
+    size = piece_slots(queries, cache_keys)
+    assert size is not None
+    first = jnp.zeros_like(lengths) if oldest is None else jnp.maximum(jnp.min(oldest, (1, 2)), 0)
+    rows, pieces, count = _live(first, lengths, slots, size)
+
+    def of_row(array: Array) -> pl.BlockSpec:
+        inner = array.shape[1:]
+        if len(array) < batch:  # one for all rows
+            return pl.BlockSpec((1, *inner), lambda *_: (0,) * array.ndim)
+        return pl.BlockSpec((1, *inner), lambda step, rows, *_: (rows[step], *(0,) * len(inner)))
+
+    piece = pl.BlockSpec((1, heads, size, head_dim), lambda step, rows, pieces, _: (rows[step], 0, pieces[step], 0))
+    # Else XLA may fetch a whole cache on chip ahead of the kernel.
+    cached = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in (cache_keys, cache_values)]
+    small = (query, block_keys, block_values, seen.astype(jnp.int32), *(() if oldest is None else (oldest,)))
+    products = batch * heads * queries * slots
+    return pl.pallas_call(
+        functools.partial(_kernel, scale=scale, size=size, windowed=oldest is not None),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=3,
+            grid=(count,),
+            in_specs=[*map(of_row, small), piece, piece],
+            out_specs=of_row(query),
+            scratch_shapes=[
+                pltpu.VMEM((heads, queries, 1), jnp.float32),
+                pltpu.VMEM((heads, queries, 1), jnp.float32),
+                pltpu.VMEM((heads, queries, head_dim), jnp.float32),
+            ],
+        ),
+        out_shape=jax.ShapeDtypeStruct(query.shape, query.dtype),
+        cost_estimate=pl.CostEstimate(
+            flops=4 * products * head_dim,
+            transcendentals=products,
+            bytes_accessed=2 * cache_keys.size * cache_keys.dtype.itemsize,
+        ),
+        interpret=interpret,
+        name=NAME,
+    )(rows, pieces, lengths, *small, *cached)
+
+
+def _live(first: Array, lengths: Array, slots: int, size: int) -> tuple[Array, Array, Array]:
+    """(row of each live piece, which piece of it, how many there are). A row has one at least, dead if it must be.
+
+    The lists are as long as they may have to be, and one longer: past the last piece stands a row that is none.
+    """
+    most = -(-slots // size)
+    begin = jnp.minimum(first, lengths) // size
+    count = jnp.maximum(-(-lengths // size) - begin, 1)
+    # Sums over a few rows, all of a fusion or two: XLA makes a chain of small operations of a cumsum and of lookups.
+    row = jnp.arange(len(lengths))
+    ends = jnp.sum(jnp.where(row[:, None] >= row[None, :], count[None, :], 0), 1)
+    steps = jnp.arange(len(lengths) * most + 1)
+    rows = jnp.sum(steps[:, None] >= ends[None, :], 1)
+    offsets = begin - (ends - count)
+    pieces = steps + jnp.sum(jnp.where(rows[:, None] == row[None, :], offsets[None, :], 0), 1)
+    return rows, jnp.clip(pieces, 0, most - 1), ends[-1]
+
+
+def _kernel(rows, pieces, lengths, query, block_keys, block_values, seen, *refs, scale, size, windowed):
+    oldest = refs[0] if windowed else None
+    keys, values, out, peak, total, mixed = refs[windowed:]
+    step = pl.program_id(0)
+    row = rows[step]
+
+    @pl.when((step == 0) | (rows[jnp.maximum(step - 1, 0)] != row))
+    def begin():
+        scores = jnp.where(seen[...] != 0, _dot(query[0], block_keys[0], 2) * scale, _MASKED)
+        peak[...] = jnp.max(scores, 2, keepdims=True)
+        weights = jnp.exp(scores - peak[...])
+        total[...] = jnp.sum(weights, 2, keepdims=True)
+        mixed[...] = _dot(weights.astype(values.dtype), block_values[0], 1)
+
+    start = pieces[step] * size
+    live = lengths[row] - start
+    scores = _dot(query[0], keys[0], 2) * scale
+    slot = lax.broadcasted_iota(jnp.int32, (1, *scores.shape[1:]), 2)
+    visible = slot < live
+    if oldest is not None:
+        visible = visible & (slot >= oldest[...] - start)
+    scores = jnp.where(visible, scores, _MASKED)
+    before = peak[...]
+    now = jnp.maximum(before, jnp.max(scores, 2, keepdims=True))
+    fade, weights = jnp.exp(before - now), jnp.exp(scores - now)
+    peak[...] = now
+    total[...] = total[...] * fade + jnp.sum(weights, 2, keepdims=True)
+    # Dead slots hold anything, and past the cache's end lies what was on chip before: NaN times 0 is NaN.
+    is_live = lax.broadcasted_iota(jnp.int32, values.shape[1:], 1) < live
+    clean = jnp.where(is_live, values[0], jnp.zeros((), values.dtype))
+    mixed[...] = mixed[...] * fade + _dot(weights.astype(values.dtype), clean, 1)
+
+    @pl.when(rows[step + 1] != row)
+    def finish():
+        out[0] = (mixed[...] / total[...]).astype(out.dtype)
+
+
+def _dot(left: Array, right: Array, axis: int) -> Array:
+    precision = lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
+    return lax.dot_general(
+        left, right, (((2,), (axis,)), ((0,), (0,))), precision=precision, preferred_element_type=jnp.float32
+    )
