@@ -18,7 +18,6 @@ from specjax.models.layers import (
     LayerNorm,
     merge_heads,
     split_heads,
-    split_rows,
 )
 from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
@@ -83,8 +82,7 @@ class Attention(nnx.Module):
         self.layout = nnx.static(layout)
 
     def __call__(self, x: Array, cache: kv.KVCache, block: kv.KVBlock, place: kv.Placement):
-        batch = len(place.positions)
-        query, key, value = (split_heads(part, batch, self.head_dim) for part in jnp.split(self.c_attn(x), 3, -1))
+        query, key, value = (split_heads(part, self.head_dim) for part in jnp.split(self.c_attn(x), 3, -1))
         layer = self.layer
         keys = kv.append(block.keys[layer], key, block.filled)
         values = kv.append(block.values[layer], value, block.filled)
@@ -156,11 +154,11 @@ class GPT2(nnx.Module):
         hidden_layers: tuple[int, ...] = (),
     ) -> Output:
         trunk = self.transformer
-        batch, width = tokens.shape
+        width = tokens.shape[1]
         place = kv.place(cache, block, width, depths, visible)
         # Draft tokens may stand past the last position; they can never be kept, and must not read out of range.
         positions = jnp.minimum(place.positions, self.max_positions - 1)
-        x = constrain(self.layout, trunk.wte(tokens.reshape(-1)) + trunk.wpe(positions.reshape(-1)), "rows")
+        x = constrain(self.layout, trunk.wte(tokens) + trunk.wpe(positions), "rows")
         outputs, keys, values = [x], [], []
         for layer in trunk.h:
             x, layer_keys, layer_values = layer(x, cache, block, place)
@@ -168,13 +166,12 @@ class GPT2(nnx.Module):
             outputs.append(x)
             keys.append(layer_keys)
             values.append(layer_values)
-        x = split_rows(x, batch)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = trunk.wte if self.lm_head is None else self.lm_head
         logits = constrain(self.layout, head.logits(trunk.ln_f(x)), "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
-        return Output(logits, tuple(split_rows(outputs[layer], batch) for layer in hidden_layers), appended)
+        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache

@@ -108,25 +108,16 @@ def along_last(vector: Array, like: Array) -> Array:
     return vector.reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-# Between attentions the tokens of all rows stand in one axis: as [B, T, D] TPUs would pad every row's T to whole tiles,
-# 17 tokens to 32, and multiply the padding with every weight. The output layer is another matter: laws are taken of
-# [B, T, V], and logits that came as [B * T, V] would be laid out anew, every column of the vocabulary.
-
-
-def split_heads(x: Array, batch: int, head_dim: int) -> Array:
-    """[B * T, H * D] -> [B, H, T, D]."""
-    return x.reshape(batch, len(x) // batch, -1, head_dim).transpose(0, 2, 1, 3)
+def split_heads(x: Array, head_dim: int) -> Array:
+    """[B, T, H * D] -> [B, H, T, D]."""
+    batch, width, _ = x.shape
+    return x.reshape(batch, width, -1, head_dim).transpose(0, 2, 1, 3)
 
 
 def merge_heads(x: Array) -> Array:
-    """[B, H, T, D] -> [B * T, H * D]."""
-    batch, heads, width, head_dim = x.shape
-    return x.transpose(0, 2, 1, 3).reshape(batch * width, heads * head_dim)
-
-
-def split_rows(x: Array, batch: int) -> Array:
-    """[B * T, D] -> [B, T, D]."""
-    return x.reshape(batch, len(x) // batch, x.shape[-1])
+    """[B, H, T, D] -> [B, T, H * D]."""
+    batch, _, width, _ = x.shape
+    return x.transpose(0, 2, 1, 3).reshape(batch, width, -1)
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...]) -> Array:

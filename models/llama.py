@@ -11,7 +11,7 @@ from flax import nnx
 from specjax import cache as kv
 from specjax.models import rope
 from specjax.models.family import Architecture, Shape, architecture
-from specjax.models.layers import ACTIVATIONS, PLAIN, Kinds, RMSNorm, merge_heads, split_heads, split_rows
+from specjax.models.layers import ACTIVATIONS, PLAIN, Kinds, RMSNorm, merge_heads, split_heads
 from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
 
@@ -121,10 +121,9 @@ class Attention(nnx.Module):
         self.layout = nnx.static(layout)
 
     def __call__(self, x: Array, cos: Array, sin: Array, cache: kv.KVCache, block: kv.KVBlock, place: kv.Placement):
-        batch = len(place.positions)
-        query = split_heads(self.q_proj(x), batch, self.head_dim)
-        key = split_heads(self.k_proj(x), batch, self.head_dim)
-        value = split_heads(self.v_proj(x), batch, self.head_dim)
+        query = split_heads(self.q_proj(x), self.head_dim)
+        key = split_heads(self.k_proj(x), self.head_dim)
+        value = split_heads(self.v_proj(x), self.head_dim)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         layer = self.layer
@@ -199,10 +198,10 @@ class Llama(nnx.Module):
         logits_at: Array | None = None,
         hidden_layers: tuple[int, ...] = (),
     ) -> Output:
-        batch, width = tokens.shape
+        width = tokens.shape[1]
         place = kv.place(cache, block, width, depths, visible)
         cos, sin = rope.angles(self.rope, place.positions)
-        x = constrain(self.layout, self.model.embed_tokens(tokens.reshape(-1)), "rows")
+        x = constrain(self.layout, self.model.embed_tokens(tokens), "rows")
         outputs, keys, values = [x], [], []
         for layer in self.model.layers:
             x, layer_keys, layer_values = layer(x, cos, sin, cache, block, place)
@@ -210,13 +209,12 @@ class Llama(nnx.Module):
             outputs.append(x)
             keys.append(layer_keys)
             values.append(layer_values)
-        x = split_rows(x, batch)
         if logits_at is not None:
             x = jnp.take_along_axis(x, logits_at[..., None], 1)
         head = self.model.embed_tokens if self.lm_head is None else self.lm_head
         logits = constrain(self.layout, head.logits(self.model.norm(x)), "rows", None, "width")
         appended = kv.KVBlock(tuple(keys), tuple(values), place.block_positions, block.filled + width)
-        return Output(logits, tuple(split_rows(outputs[layer], batch) for layer in hidden_layers), appended)
+        return Output(logits, tuple(outputs[layer] for layer in hidden_layers), appended)
 
 
 @functools.cache

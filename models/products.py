@@ -35,7 +35,7 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     is_in_lanes = 0 < rows <= _MOST_ROWS_IN_LANES and _fits_lanes(x, weight)
 
     def plain(x: Array, weight: Array) -> Array:
-        return _contract(x, weight, (x.ndim - 1, 1), dtype)
+        return _over_rows(x, weight, 1, dtype)
 
     def on_cpu(x: Array, weight: Array) -> Array:
         flat = x.reshape(rows, -1)
@@ -49,7 +49,7 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
 
 def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
     """x [..., in] times weight [in, out] -> [..., out]."""
-    return _contract(x, weight, (x.ndim - 1, 0), out_dtype or x.dtype)
+    return _over_rows(x, weight, 0, out_dtype or x.dtype)
 
 
 def materialised(x: Array) -> Array:
@@ -66,6 +66,13 @@ def materialised(x: Array) -> Array:
 def exact_precision(dtype):
     """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def _over_rows(x: Array, weight: Array, axis: int, dtype) -> Array:
+    # As [B, T, D], TPUs would pad every row's T to whole tiles, 17 tokens to 32, and multiply the padding too; and XLA
+    # fetches no weights ahead past an attention kernel. (Nor does it where all between the products is flat too.)
+    flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    return _contract(flat, weight, (1, axis), dtype).reshape(*x.shape[:-1], weight.shape[1 - axis])
 
 
 def _contract(left: Array, right: Array, axes: tuple[int, int], dtype) -> Array:

@@ -14,9 +14,9 @@ import pytest
 from tpu import BATCH, CAPACITY, DRAFT_LEN, activations, workload
 
 from specjax import decode, hlo
-from specjax.aot import planning, programs
+from specjax.aot import costs, planning, programs
 from specjax.aot.placement import bytes_per_chip
-from specjax.aot.topology import hbm_bytes
+from specjax.aot.topology import bytes_per_cycle, hbm_bytes
 from specjax.shapes import shaped
 from specjax.tpu import attention
 
@@ -152,21 +152,22 @@ def test_weights_are_fetched_ahead_past_kernels(loop):
 def test_what_a_round_costs_by_part(loop):
     """Catches parts that the report no longer finds in the program, a cache write that takes over, and logits that come
     in another layout than laws are taken of: 7.7 million cycles of laws and bookkeeping then, 6.4 without."""
-    estimated = [planning.by_part(loop.program, halvings) for halvings in (0, 3)]
-    counted = [planning.kernels_by_part(loop.program, halvings, 546.0) for halvings in (0, 3)]
-    pairs = zip(estimated, counted, strict=True)
-    full, eighth = ({part: some[part] + more[part] for part in some} for some, more in pairs)
-    total = sum(full.values())
-    assert 0.2 < full["target"] / total < 0.5
-    assert 0.2 < full["draft"] / total < 0.5
-    assert 0.003 < full["cache write"] / total < 0.02
-    assert full[planning.REST] < 7e6
+    rate = bytes_per_cycle(TOPOLOGY)
+    least = {"target": costs.pass_least(loop.work, loop.given, DRAFT_LEN + 1, 0, rate)}
+    full, eighth = (costs.turn(loop.program, halvings, rate, least) for halvings in (0, 3))
+    assert 0.2 < full.by_part["target"] / full.all < 0.5
+    assert 0.2 < full.by_part["draft"] / full.all < 0.5
+    assert 0.003 < full.by_part["cache write"] / full.all < 0.02
+    assert full.by_part[costs.REST] < 7e6
     assert planning.kernels(loop.ready) == 3 + 32
-    assert sum(eighth.values()) < 0.9 * total  # less of the cache is live
-    # The target reads the whole of a full cache, once.
-    assert counted[0]["target"] == pytest.approx(2 * 32 * BATCH * 2 * 4224 * 128 * 2 / 546, rel=1e-3)
-    assert counted[1]["target"] == pytest.approx(counted[0]["target"] / 8, rel=1e-3)
-    assert counted[1]["cache write"] == counted[0]["cache write"]
+    estimated = [sum(turn.estimated.values()) + sum(turn.counted.values()) for turn in (full, eighth)]
+    assert estimated[1] < 0.9 * estimated[0]  # less of the cache is live
+    # The target's kernels read the whole of a full cache, once.
+    assert full.counted["target"] == pytest.approx(2 * 32 * BATCH * 2 * 4224 * 128 * 2 / 546, rel=1e-3)
+    assert eighth.counted["target"] == pytest.approx(full.counted["target"] / 8, rel=1e-3)
+    assert eighth.counted["cache write"] == full.counted["cache write"]
+    # What it must read takes longer than the estimate says: weights that are fetched ahead are not in it.
+    assert full.by_part["target"] == least["target"] > full.estimated["target"] + full.counted["target"]
 
 
 def test_what_chips_tell_each_other(loop):

@@ -8,50 +8,12 @@ from typing import NamedTuple
 
 from specjax import hlo
 from specjax.aot import programs
-from specjax.aot.programs import DRAFT, TARGET, WRITE, Compiled, Workload
+from specjax.aot.costs import Cost, costs, part_of
+from specjax.aot.programs import Arguments, Compiled, Workload
 from specjax.aot.topology import bytes_per_cycle, default_axes, hbm_bytes, make_mesh
 from specjax.pair import floating
 from specjax.shapes import Shaped
 from specjax.sharding import Layout, layout
-from specjax.tpu.attention import NAME as ATTENTION
-
-REST = "laws, sampling, bookkeeping"
-PARTS = {TARGET: "target", DRAFT: "draft", WRITE: "cache write", REST: REST}
-# How much of the cache is live: all of it, and an eighth.
-HALVINGS = {"full": 0, "eighth": 3}
-
-
-class Cost(NamedTuple):
-    """The compiler's estimates in cycles of one chip, with one share of the cache live.
-
-    For ranking only: they know nothing of collectives and asynchronous copies. Of specjax's own kernels the compiler
-    makes none: counted instead is what they move, at the rate of main memory.
-    """
-
-    round_by_part: dict[str, int]
-    step_by_part: dict[str, int]
-    round_counted: int  # of the round's cycles, those counted for kernels
-    step_counted: int
-
-    @property
-    def round(self) -> int:
-        """Of one round of speculation."""
-        return sum(self.round_by_part.values())
-
-    @property
-    def step(self) -> int:
-        """Of one autoregressive step."""
-        return sum(self.step_by_part.values())
-
-    @property
-    def steps_per_round(self) -> float:
-        """Speculation gains where a round emits more tokens than this."""
-        return self.round / self.step
-
-    @property
-    def verification(self) -> float:
-        """A target pass over K+1 tokens, in passes over one."""
-        return self.round_by_part["target"] / self.step_by_part["target"]
 
 
 class Collective(NamedTuple):
@@ -130,11 +92,18 @@ def plan(
     )  # fmt: skip
     given = programs.arguments(work)
     rounds, plain = programs.compile_rounds(work, given), programs.compile_plain(work, given)
-    return report(work, topology, dtype, rounds, plain, programs.compile_prefill(work, given) if prefill else None)
+    prompts = programs.compile_prefill(work, given) if prefill else None
+    return report(work, given, topology, dtype, rounds, plain, prompts)
 
 
 def report(
-    work: Workload, topology: str, dtype: str, rounds: Compiled, plain: Compiled, prefill: Compiled | None = None
+    work: Workload,
+    given: Arguments,
+    topology: str,
+    dtype: str,
+    rounds: Compiled,
+    plain: Compiled,
+    prefill: Compiled | None = None,
 ) -> Report:
     """What these programs of one workload say; see `plan`."""
     done = [item for item in (rounds, plain, prefill) if item is not None]
@@ -144,7 +113,7 @@ def report(
         target=work.target.name, draft=work.draft.name, topology=topology, mesh=dict(work.layout.mesh.shape),
         batch=work.batch, capacity=work.capacity, draft_len=work.draft_len, prompt_width=work.prompt_width, dtype=dtype,
         fits=all(item.memory is not None for item in done) and needed <= hbm, hbm=hbm, needed=needed, programs=done,
-        costs=costs(rounds, plain, bytes_per_cycle(topology)), collectives=collectives(rounds, work),
+        costs=costs(work, given, rounds, plain, bytes_per_cycle(topology)), collectives=collectives(rounds, work),
         kernels=kernels(rounds),
     )  # fmt: skip
 
@@ -177,21 +146,6 @@ def workload(
     return Workload(target.on(there), draft.on(there), there, batch, capacity, draft_len, prompt_width, floating(dtype))
 
 
-def costs(rounds: Compiled, plain: Compiled, rate: float) -> dict[str, Cost]:
-    """For each share of the cache in HALVINGS; none where one of the loops does not fit. `rate` is in bytes a cycle."""
-    if rounds.program is None or plain.program is None:
-        return {}
-    found = {}
-    for share, halvings in HALVINGS.items():
-        parts = [by_part(program, halvings) for program in (rounds.program, plain.program)]
-        counted = [kernels_by_part(program, halvings, rate) for program in (rounds.program, plain.program)]
-        a_round, a_step = (
-            {part: some[part] + more[part] for part in some} for some, more in zip(parts, counted, strict=True)
-        )
-        found[share] = Cost(a_round, a_step, sum(counted[0].values()), sum(counted[1].values()))
-    return found
-
-
 def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
     """Of one round; [] where the loop does not fit."""
     if rounds.program is None:
@@ -202,8 +156,8 @@ def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
     for step, times in rounds.program.timed(rounds.program.loop_body()):
         kind = hlo.collective_kind(step.instruction)
         if kind is not None:
-            counts[_part(step.instruction), kind] += times
-            sizes[_part(step.instruction), kind] += times * hlo.collective_bytes(step.instruction)
+            counts[part_of(step.instruction), kind] += times
+            sizes[part_of(step.instruction), kind] += times * hlo.collective_bytes(step.instruction)
     return [
         Collective(part, kind, count, sizes[part, kind], count / passes[part] if part in passes else None)
         for (part, kind), count in sorted(counts.items())
@@ -216,29 +170,6 @@ def kernels(rounds: Compiled) -> int:
         return 0
     turns = rounds.program.timed(rounds.program.loop_body())
     return sum(item.times for item in turns if hlo.is_kernel(item.step.instruction))
-
-
-def by_part(program: hlo.Program, halvings: int) -> dict[str, int]:
-    """Estimated cycles of one turn of the loop, for each of PARTS."""
-    found = dict.fromkeys(PARTS.values(), 0)
-    for item in program.timed(program.loop_body(), halvings=halvings):
-        found[_part(item.step.instruction)] += item.cycles
-    return found
-
-
-def kernels_by_part(program: hlo.Program, halvings: int, rate: float) -> dict[str, int]:
-    """The same for specjax's own kernels: the bytes that they move, at `rate` bytes a cycle."""
-    found = dict.fromkeys(PARTS.values(), 0)
-    for item in program.timed(program.loop_body(), halvings=halvings):
-        instruction = item.step.instruction
-        # Attention says what it moves with the cache full; a write moves the same always.
-        share = 2 ** -(halvings if instruction.name.startswith(ATTENTION) else 0)
-        found[_part(instruction)] += int(item.times * instruction.kernel_bytes * share / rate)
-    return found
-
-
-def _part(item: hlo.Instruction) -> str:
-    return next((shown for label, shown in PARTS.items() if label in item.scope), REST)
 
 
 def _check_divides(whose: str, what: str, count: int, given: Layout, axes: tuple[str, ...]) -> None:

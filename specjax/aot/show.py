@@ -8,7 +8,8 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from specjax.aot.planning import PARTS, Report
+from specjax.aot.costs import PARTS
+from specjax.aot.planning import Report
 from specjax.aot.programs import Compiled
 from specjax.aot.topology import GIB
 
@@ -37,10 +38,14 @@ def tables(report: Report) -> Iterator[Table | Text]:
     yield _memory(report)
     if report.costs:
         yield _costs(report)
+        yield Text(
+            "The estimate leaves out weights that are fetched ahead of their use. So a model's passes count as what "
+            "their bytes take at the rate of main memory, where that is more."
+        )
         if report.kernels:
             yield Text(
-                f"{report.kernels} calls a round are of specjax's own kernels, for attention and the cache write. The "
-                "compiler has no estimate of them: counted is what they move, at the rate of main memory."
+                f"Of specjax's own kernels, {report.kernels} calls a round, the compiler has no estimate: counted is "
+                "what they move, at the same rate."
             )
         least = min(cost.steps_per_round for cost in report.costs.values())
         yield Text(
@@ -65,12 +70,12 @@ def as_json(report: Report) -> dict[str, Any]:
         },
         "costs": {
             share: {
-                "round_cycles": cost.round_by_part,
-                "step_cycles": cost.step_by_part,
+                "round_cycles": cost.round.by_part,
+                "step_cycles": cost.step.by_part,
+                "round_cycles_in_detail": cost.round._asdict(),
+                "step_cycles_in_detail": cost.step._asdict(),
                 "steps_per_round": cost.steps_per_round,
                 "verification": cost.verification,
-                "round_cycles_counted": cost.round_counted,
-                "step_cycles_counted": cost.step_counted,
             }
             for share, cost in report.costs.items()
         },
@@ -96,18 +101,19 @@ def _memory(report: Report) -> Table:
 def _costs(report: Report) -> Table:
     shares = report.costs.items()
     table = Table(
-        "million cycles of a chip", title="the compiler's estimate (without collectives)", title_justify="left"
+        "million cycles of a chip", title="the compiler's estimate, without collectives", title_justify="left"
     )
     for share, _ in shares:
         table.add_column(f"round, {_SHARES[share]}", justify="right")
         table.add_column("step", justify="right")
+    turns = [turn for _, cost in shares for turn in (cost.round, cost.step)]
     for part in PARTS.values():
-        numbers = (n for _, cost in shares for n in (cost.round_by_part[part], cost.step_by_part[part]))
-        table.add_row(part, *map(_millions, numbers))
+        table.add_row(part, *(_millions(turn.estimated[part] + turn.counted[part]) for turn in turns))
+        if any(turn.least[part] for turn in turns):
+            table.add_row("  its bytes alone", *(_millions(turn.least[part]) for turn in turns))
     table.add_section()
-    table.add_row("all", *(_millions(n) for _, cost in shares for n in (cost.round, cost.step)))
-    counted = (_millions(n) for _, cost in shares for n in (cost.round_counted, cost.step_counted))
-    table.add_row("of it own kernels, counted", *counted)
+    table.add_row("all, the larger of both", *(_millions(turn.all) for turn in turns))
+    table.add_row("of it own kernels", *(_millions(sum(turn.counted.values())) for turn in turns))
     table.add_row("steps a round costs", *(text for _, cost in shares for text in (f"{cost.steps_per_round:.2f}", "")))
     table.add_row(
         f"pass over {report.draft_len + 1} tokens",

@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import json
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import pytest
-import torch
 import transformers
 
 from specjax import models
@@ -124,7 +124,7 @@ class Case(NamedTuple):
     """A configuration loaded by both."""
 
     variant: Variant
-    reference: torch.nn.Module
+    reference: Any
     loaded: models.Loaded
     layers: int
     tokens: np.ndarray  # [B, T] int32, the padding random too
@@ -145,7 +145,7 @@ def case(request, make_reference, read_reference, reference_logits, tmp_path_fac
     return Case(variant, reference, models.load(folder), reference.config.num_hidden_layers, tokens, wanted)
 
 
-def test_whole_text_matches_transformers(case):
+def test_whole_text_matches_transformers(case, torch):
     """Catches any wrong weight, transposition, epsilon, rope, bias, mask or window; padding that leaks into rows; and
     hidden layers numbered off by one (0 is the embedding, the last one comes before the final norm)."""
     model, params = case.loaded.model, case.loaded.params
@@ -156,7 +156,7 @@ def test_whole_text_matches_transformers(case):
     assert cache.lengths.tolist() == list(LENGTHS)
     for row, wanted in enumerate(case.wanted):
         np.testing.assert_allclose(logits[row, : len(wanted)], wanted, rtol=0, atol=TOLERANCE)
-    for got, wanted in zip(hidden, _reference_hidden(case, asked), strict=True):
+    for got, wanted in zip(hidden, _reference_hidden(torch, case, asked), strict=True):
         np.testing.assert_allclose(got[0], wanted, rtol=0, atol=TOLERANCE)
 
 
@@ -192,7 +192,7 @@ def test_feature_shows_in_the_logits(case, reference_logits):
     assert difference > 10 * TOLERANCE
 
 
-def _reference_hidden(case: Case, layers: tuple[int, ...]) -> list[np.ndarray]:
+def _reference_hidden(torch: ModuleType, case: Case, layers: tuple[int, ...]) -> list[np.ndarray]:
     """transformers' hidden states of row 0. Its own list ends with the normed state: the last layer is overheard."""
     trunk = case.reference.base_model
     last = []

@@ -32,6 +32,7 @@ SCALINGS = {
 }
 
 
+@pytest.mark.usefixtures("torch")
 @pytest.mark.parametrize("name", SCALINGS)
 def test_frequencies_match_transformers(name):
     """Catches an end of the ramp off by one, a ramp turned round, a magnitude left out, and null read as a value."""
@@ -44,6 +45,7 @@ def test_frequencies_match_transformers(name):
     assert ours.max_positions is None
 
 
+@pytest.mark.usefixtures("torch")
 def test_original_length_defaults_to_the_models_own():
     """Catches yarn without original_max_position_embeddings stretched over the wrong length."""
     parameters = {name: value for name, value in YARN.items() if name != "original_max_position_embeddings"}

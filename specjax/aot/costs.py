@@ -1,0 +1,120 @@
+"""What a round and a step cost on a described chip: the compiler's estimates, and what no estimate can go below.
+
+The estimate leaves out what is fetched ahead of its use, and a good program fetches most weights so: a whole pass may
+then be estimated at less than main memory needs for its bytes. Each model's passes therefore cost the larger of both.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from specjax import hlo, limits
+from specjax.aot.programs import DRAFT, TARGET, WRITE, Arguments, Compiled, Workload
+from specjax.tpu.attention import NAME as ATTENTION
+
+REST = "laws, sampling, bookkeeping"
+PARTS = {TARGET: "target", DRAFT: "draft", WRITE: "cache write", REST: REST}
+# How much of the cache is live: all of it, and an eighth.
+HALVINGS = {"full": 0, "eighth": 3}
+
+
+class Turn(NamedTuple):
+    """One turn of a loop, a round or a step, in cycles of one chip by part."""
+
+    estimated: dict[str, int]  # by the compiler, but for specjax's own kernels
+    counted: dict[str, int]  # for those kernels: what they move, at the rate of main memory
+    least: dict[str, int]  # what the passes of a model cannot avoid to read and write, at that rate
+
+    @property
+    def by_part(self) -> dict[str, int]:
+        """The larger of both, for each of PARTS."""
+        return {part: max(self.estimated[part] + self.counted[part], self.least[part]) for part in self.estimated}
+
+    @property
+    def all(self) -> int:
+        """The sum."""
+        return sum(self.by_part.values())
+
+
+class Cost(NamedTuple):
+    """Of a round and of a step with one share of the cache live. For ranking only: collectives are not in it."""
+
+    round: Turn
+    step: Turn
+
+    @property
+    def steps_per_round(self) -> float:
+        """Speculation gains where a round emits more tokens than this."""
+        return self.round.all / self.step.all
+
+    @property
+    def verification(self) -> float:
+        """A target pass over K+1 tokens, in passes over one."""
+        return self.round.by_part["target"] / self.step.by_part["target"]
+
+
+def costs(work: Workload, given: Arguments, rounds: Compiled, plain: Compiled, rate: float) -> dict[str, Cost]:
+    """For each share of the cache in HALVINGS; none where one of the loops does not fit. `rate` is in bytes a cycle."""
+    if rounds.program is None or plain.program is None:
+        return {}
+    found = {}
+    for share, halvings in HALVINGS.items():
+        target = {tokens: pass_least(work, given, tokens, halvings, rate) for tokens in (1, work.draft_len + 1)}
+        draft = draft_least(work, given, halvings, rate)
+        a_round = turn(rounds.program, halvings, rate, {"target": target[work.draft_len + 1], "draft": draft})
+        found[share] = Cost(a_round, turn(plain.program, halvings, rate, {"target": target[1]}))
+    return found
+
+
+def turn(program: hlo.Program, halvings: int, rate: float, least: dict[str, int]) -> Turn:
+    """One turn of a program's loop; `least` for the parts that have one."""
+    estimated, counted = (dict.fromkeys(PARTS.values(), 0) for _ in range(2))
+    for item in program.timed(program.loop_body(), halvings=halvings):
+        part = part_of(item.step.instruction)
+        estimated[part] += item.cycles
+        counted[part] += kernel_cycles(item, halvings, rate)
+    return Turn(estimated, counted, dict.fromkeys(PARTS.values(), 0) | least)
+
+
+def kernel_cycles(item: hlo.Timed, halvings: int, rate: float) -> int:
+    """What specjax's own kernels take to move what they say they move; 0 of anything else."""
+    instruction = item.step.instruction
+    # Attention says what it moves with the cache full; a write moves the same always.
+    share = 2 ** -(halvings if instruction.name.startswith(ATTENTION) else 0)
+    return int(item.times * instruction.kernel_bytes * share / rate)
+
+
+def pass_least(work: Workload, given: Arguments, tokens: int, halvings: int, rate: float) -> int:
+    """Cycles of a chip for the bytes of one target pass over `tokens` tokens a row."""
+    live, batch = _live(work, halvings), _rows_of_a_chip(work)
+    return _cycles(work, [limits.count(given.roles.model, given.params, batch=batch, tokens=tokens, live=live)], rate)
+
+
+def draft_least(work: Workload, given: Arguments, halvings: int, rate: float) -> int:
+    """The same of all K passes of the draft model in a round."""
+    options = {"batch": _rows_of_a_chip(work), "live": _live(work, halvings), "draft_len": work.draft_len}
+    draft = work.draft.built.model
+    *passes, _ = limits.speculation(given.roles.model, given.params, draft, given.drafter_params, **options)
+    return _cycles(work, passes, rate)
+
+
+def part_of(item: hlo.Instruction) -> str:
+    """Which of PARTS an instruction belongs to."""
+    return next((shown for label, shown in PARTS.items() if label in item.scope), REST)
+
+
+def _live(work: Workload, halvings: int) -> float:
+    return work.capacity / 2**halvings
+
+
+def _rows_of_a_chip(work: Workload) -> int:
+    return work.batch // _ways(work, work.layout.rows)
+
+
+def _cycles(work: Workload, passes: list[limits.Work], rate: float) -> int:
+    return int(limits.total(passes).bytes / _ways(work, work.layout.width) / rate)
+
+
+def _ways(work: Workload, axes: tuple[str, ...]) -> int:
+    return math.prod(work.layout.mesh.shape[axis] for axis in axes)
