@@ -301,6 +301,19 @@ def test_where_attention_is_a_kernel():
     assert _kernels(jax.grad(lambda *args: here(*args).sum()), *_parts()) == 0
 
 
+def test_kernels_can_be_turned_off(monkeypatch):
+    """Catches a switch that is read too late, or by one of the two kernels only: the way out where they fail."""
+    monkeypatch.setenv("SPECJAX_TPU_KERNELS", "0")
+    (cache, block), keep = _cache(), jnp.array([2, 0])
+    there = layout(make_mesh())
+    jax.clear_caches()
+    assert _kernels(functools.partial(_attended, layout=there), *_parts()) == 0
+    assert _kernels(functools.partial(kv.commit, layout=there), cache, block, keep) == 0
+    monkeypatch.undo()
+    jax.clear_caches()
+    assert _kernels(functools.partial(kv.commit, layout=there), cache, block, keep) == 1
+
+
 def test_attention_that_may_be_a_kernel_can_be_mapped_and_differentiated():
     """Catches a rule that hands tangents, cotangents or batch axes to the wrong argument."""
     *arrays, lengths = _parts()

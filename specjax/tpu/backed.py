@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -18,7 +19,11 @@ def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..
 
     Every platform's form is traced on every platform, so what transforms one has to transform both. The kernel itself
     is traced where TPUs are lowered for, and only there: it is long, and others would wait for nothing.
+
+    With SPECJAX_TPU_KERNELS=0 in the environment, `plain` everywhere: a way out until the kernels have run on TPUs.
     """
+    if os.environ.get("SPECJAX_TPU_KERNELS") == "0":
+        return plain
 
     @jax.custom_batching.custom_vmap
     def unmapped(*args: Any) -> Any:
