@@ -19,6 +19,7 @@ from jax import lax
 from specjax.sharding import Layout, constrain, on_each
 from specjax.tpu import attention
 from specjax.tpu import write as kernel
+from specjax.tpu.attention import Operands
 from specjax.tpu.backed import on_tpu
 from specjax.types import Array
 
@@ -152,23 +153,13 @@ def _attend(
     form = functools.partial(_attend_over_prefix, scale=scale)
     if is_whole and attention.piece_slots(groups * width, cache_keys) is not None:
         form = on_tpu(functools.partial(attention.attend, scale=scale), form)
-    out = form(folded, cache_keys, cache_values, block_keys, block_values, seen, placement.cache_lengths, oldest)
-    return out.reshape(query.shape)
+    given = Operands(folded, cache_keys, cache_values, block_keys, block_values, seen, placement.cache_lengths, oldest)
+    return form(given).reshape(query.shape)
 
 
-def _attend_over_prefix(
-    query: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    block_keys: Array,
-    block_values: Array,
-    seen: Array,
-    lengths: Array,
-    oldest: Array | None,
-    *,
-    scale: float,
-) -> Array:
-    """At the smallest of a few cache prefixes that holds every live slot; arguments as of `tpu.attention.attend`."""
+def _attend_over_prefix(given: Operands, *, scale: float) -> Array:
+    """At the smallest of a few cache prefixes that holds every live slot."""
+    query, cache_keys, cache_values, block_keys, block_values, seen, lengths, oldest = given
     block_scores = jnp.where(seen[:, None], _dot(query, block_keys, ((3,), (3,))) * scale, _MASKED)
     block_peak = jnp.max(block_scores, -1, keepdims=True)
 

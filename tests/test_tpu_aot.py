@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import pytest
 from tpu import BATCH, CAPACITY, DRAFT_LEN, activations, workload
 
-from specjax import decode, hlo
+from specjax import decode, hlo, limits
 from specjax.aot import costs, planning, programs
 from specjax.aot.placement import bytes_per_chip
 from specjax.aot.topology import bytes_per_cycle, hbm_bytes
@@ -153,7 +153,9 @@ def test_what_a_round_costs_by_part(loop):
     """Catches parts that the report no longer finds in the program, a cache write that takes over, and logits that come
     in another layout than laws are taken of: 7.7 million cycles of laws and bookkeeping then, 6.4 without."""
     rate = bytes_per_cycle(TOPOLOGY)
-    least = {"target": costs.pass_least(loop.work, loop.given, DRAFT_LEN + 1, 0, rate)}
+    model, params = loop.given.roles.model, loop.given.params
+    count = limits.count(model, params, batch=BATCH, tokens=DRAFT_LEN + 1, live=CAPACITY)
+    least = {"target": costs.least_cycles(loop.work, [count], rate)}
     full, eighth = (costs.turn(loop.program, halvings, rate, least) for halvings in (0, 3))
     assert 0.2 < full.by_part["target"] / full.all < 0.5
     assert 0.2 < full.by_part["draft"] / full.all < 0.5

@@ -60,10 +60,13 @@ def costs(work: Workload, given: Arguments, rounds: Compiled, plain: Compiled, r
         return {}
     found = {}
     for share, halvings in HALVINGS.items():
-        target = {tokens: pass_least(work, given, tokens, halvings, rate) for tokens in (1, work.draft_len + 1)}
-        draft = draft_least(work, given, halvings, rate)
-        a_round = turn(rounds.program, halvings, rate, {"target": target[work.draft_len + 1], "draft": draft})
-        found[share] = Cost(a_round, turn(plain.program, halvings, rate, {"target": target[1]}))
+        live = {"batch": _rows_of_a_chip(work), "live": work.capacity / 2**halvings}
+        target = given.roles.model, given.params
+        draft = work.draft.built.model, given.drafter_params
+        *drafting, verification = limits.speculation(*target, *draft, draft_len=work.draft_len, **live)
+        least = {"target": least_cycles(work, [verification], rate), "draft": least_cycles(work, drafting, rate)}
+        a_step = {"target": least_cycles(work, limits.step(*target, **live), rate)}
+        found[share] = Cost(turn(rounds.program, halvings, rate, least), turn(plain.program, halvings, rate, a_step))
     return found
 
 
@@ -85,18 +88,9 @@ def kernel_cycles(item: hlo.Timed, halvings: int, rate: float) -> int:
     return int(item.times * instruction.kernel_bytes * share / rate)
 
 
-def pass_least(work: Workload, given: Arguments, tokens: int, halvings: int, rate: float) -> int:
-    """Cycles of a chip for the bytes of one target pass over `tokens` tokens a row."""
-    live, batch = _live(work, halvings), _rows_of_a_chip(work)
-    return _cycles(work, [limits.count(given.roles.model, given.params, batch=batch, tokens=tokens, live=live)], rate)
-
-
-def draft_least(work: Workload, given: Arguments, halvings: int, rate: float) -> int:
-    """The same of all K passes of the draft model in a round."""
-    options = {"batch": _rows_of_a_chip(work), "live": _live(work, halvings), "draft_len": work.draft_len}
-    draft = work.draft.built.model
-    *passes, _ = limits.speculation(given.roles.model, given.params, draft, given.drafter_params, **options)
-    return _cycles(work, passes, rate)
+def least_cycles(work: Workload, passes: list[limits.Work], rate: float) -> int:
+    """What the bytes of these passes, counted for the rows of one chip, take on each chip that a model is cut over."""
+    return int(limits.total(passes).bytes / _ways(work, work.layout.width) / rate)
 
 
 def part_of(item: hlo.Instruction) -> str:
@@ -104,16 +98,8 @@ def part_of(item: hlo.Instruction) -> str:
     return next((shown for label, shown in PARTS.items() if label in item.scope), REST)
 
 
-def _live(work: Workload, halvings: int) -> float:
-    return work.capacity / 2**halvings
-
-
 def _rows_of_a_chip(work: Workload) -> int:
     return work.batch // _ways(work, work.layout.rows)
-
-
-def _cycles(work: Workload, passes: list[limits.Work], rate: float) -> int:
-    return int(limits.total(passes).bytes / _ways(work, work.layout.width) / rate)
 
 
 def _ways(work: Workload, axes: tuple[str, ...]) -> int:

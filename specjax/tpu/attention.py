@@ -9,6 +9,7 @@ own keys: unlike there, they are finite from the start.
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -42,35 +43,29 @@ def piece_slots(queries: int, keys: Array) -> int | None:
     return None
 
 
+class Operands(NamedTuple):
+    """What attention works on, with the queries of each key head in one axis; for the kernel and for XLA's form."""
+
+    query: Array  # [B, Hkv, Q, D]
+    cache_keys: Array  # [B, Hkv, S, D]
+    cache_values: Array
+    block_keys: Array  # [B, Hkv, N, D]
+    block_values: Array
+    seen: Array  # [B or 1, Q, N] bool, what queries see of the block
+    lengths: Array  # [B] int32, live slots of the cache
+    oldest: Array | None  # [B, Q, 1] int32, the first slot that a query sees; None: the first of all
+
+
 @functools.partial(jax.jit, static_argnames=("scale", "interpret"))
-def attend(
-    query: Array,
-    cache_keys: Array,
-    cache_values: Array,
-    block_keys: Array,
-    block_values: Array,
-    seen: Array,
-    lengths: Array,
-    oldest: Array | None,
-    *,
-    scale: float,
-    interpret: object = False,
-) -> Array:
-    """One softmax over cache and block.
+def attend(given: Operands, *, scale: float, interpret: object = False) -> Array:
+    """One softmax over cache and block; [B, Hkv, Q, D], the query's dtype.
 
     Args:
-      query: [B, Hkv, Q, D], the queries of each key head.
-      cache_keys, cache_values: [B, Hkv, S, D], for which `piece_slots` is no None.
-      block_keys, block_values: [B, Hkv, N, D].
-      seen: [B or 1, Q, N] bool, what queries see of the block.
-      lengths: [B] int32, live slots of the cache.
-      oldest: [B, Q, 1] int32, the first slot that a query sees; None: the first of all.
+      given: for which `piece_slots` is no None.
       scale: factor on the scores.
       interpret: what `pallas_call` takes, for tests without a TPU.
-
-    Returns:
-      [B, Hkv, Q, D], the query's dtype.
     """
+    query, cache_keys, cache_values, block_keys, block_values, seen, lengths, oldest = given
     batch, heads, queries, head_dim = query.shape
     slots = cache_keys.shape[2]
     size = piece_slots(queries, cache_keys)
