@@ -36,30 +36,31 @@ def prefill(
     batch, width = prompts.shape
     chunk = min(width, CHUNK)
     num_chunks = -(-width // chunk)
-    padded = jnp.pad(prompts, ((0, 0), (0, num_chunks * chunk - width)))
+    # The first chunk takes what full ones leave over, so that the last ends with the prompts: a commit writes its whole
+    # block, and a cache need not have room for more than the prompts.
+    first = width - (num_chunks - 1) * chunk
 
-    def read(index, cache: PyTree) -> tuple[PyTree, Array, tuple[Array, ...]]:
-        start = index * chunk
-        tokens = lax.dynamic_slice_in_dim(padded, start, chunk, 1)
-        last = jnp.clip(lengths - 1 - start, 0, chunk - 1)[:, None]
-        block = model.init_block(params, batch, chunk)
+    def read(start, size: int, cache: PyTree) -> tuple[PyTree, Array, tuple[Array, ...]]:
+        tokens = lax.dynamic_slice_in_dim(prompts, start, size, 1)
+        last = jnp.clip(lengths - 1 - start, 0, size - 1)[:, None]
+        block = model.init_block(params, batch, size)
         out = model.apply(params, tokens, cache, block, logits_at=last, hidden_layers=hidden_layers)
-        keep = after(jnp.clip(lengths - start, 0, chunk), jnp.argmax(out.logits[:, 0], -1))
+        keep = after(jnp.clip(lengths - start, 0, size), jnp.argmax(out.logits[:, 0], -1))
         return model.commit(cache, out.block, keep, None), out.logits[:, 0], out.hidden
 
-    cache, logits, hidden = read(0, cache)
+    cache, logits, hidden = read(0, first, cache)
     if num_chunks == 1:
         return Prefilled(cache, logits, hidden)
 
-    def step(carry, index):
+    def step(carry, start):
         cache, logits = carry
-        cache, chunk_logits, hidden = read(index, cache)
-        ends_here = (lengths - 1) // chunk == index
-        return (cache, jnp.where(ends_here[:, None], chunk_logits, logits)), hidden
+        cache, chunk_logits, hidden = read(start, chunk, cache)
+        reaches = lengths > start  # the last chunk that a row reaches holds its end
+        return (cache, jnp.where(reaches[:, None], chunk_logits, logits)), hidden
 
-    (cache, logits), more = lax.scan(step, (cache, logits), jnp.arange(1, num_chunks))
+    (cache, logits), more = lax.scan(step, (cache, logits), first + chunk * jnp.arange(num_chunks - 1))
     hidden = tuple(
-        jnp.concatenate([first, jnp.moveaxis(rest, 0, 1).reshape(batch, -1, first.shape[-1])], 1)[:, :width]
-        for first, rest in zip(hidden, more, strict=True)
+        jnp.concatenate([start, jnp.moveaxis(rest, 0, 1).reshape(batch, -1, start.shape[-1])], 1)
+        for start, rest in zip(hidden, more, strict=True)
     )
     return Prefilled(cache, logits, hidden)

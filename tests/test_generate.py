@@ -272,6 +272,19 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("width", [600, 1024])
+def test_a_chunk_never_writes_past_the_cache(width):
+    """Catches a last chunk that reaches over the cache's end: its write was moved back, over the prompt's beginning."""
+    model, params = _llama(0)
+    prompts = jax.random.randint(jax.random.key(4), (2, width), 0, VOCAB)
+    lengths = jnp.array([width, 514])
+    tight, roomy = (
+        specjax.autoregressive(model, params, prompts, lengths, max_new_tokens=8, capacity=capacity).new_tokens()
+        for capacity in (width + 8, 2048)
+    )
+    assert tight == roomy
+
+
 @pytest.mark.parametrize("rows", [1, 3])
 def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     """Catches callbacks, and a copy of a cache-shaped buffer inside a loop: of rounds, of tokens, of prompt chunks."""
