@@ -219,6 +219,7 @@ class Model(NamedTuple):
     vocab_size: int  # ids below this may be emitted; logits may have more (padding) columns
     max_positions: int | None = None  # a hard limit on the capacity, where the architecture has one
     trees: bool = True  # whether apply honours `depths` and `visible`
+    hidden: bool = True  # whether apply gives hidden states
     layout: Layout | None = None  # where it lies on a mesh; the loop keeps its rows there too
 
 

@@ -143,6 +143,11 @@ def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling
             f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
             f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
         )
+    if drafter.hidden_layers and not model.hidden:
+        raise ValueError(
+            f"this drafter reads the target's hidden states of layers {drafter.hidden_layers}, and this target gives "
+            "none (an adapted module's stay inside it). Use a drafter that needs none, drafters.draft_model(...)."
+        )
     temperature = known(sampling.temperature)
     if verifier.greedy_only and temperature is not None and (temperature > 0).any():
         raise ValueError(

@@ -29,7 +29,7 @@ LAYERS = [
     {"rounds"},
     {"decode"},
     {"stream", "stats", "testing", "machine"},
-    {"limits"},
+    {"limits", "adapters"},
     {"text"},
     {"pair", "shapes"},
     {"aot"},

@@ -18,7 +18,7 @@ class DraftModelState(NamedTuple):
     """Invariant between rounds: the cache holds all of a row's tokens but the last two."""
 
     cache: PyTree
-    block: PyTree  # of the round under way; its first slot is the last but one token
+    block: PyTree | None = None  # of the round under way only; its first slot is the last but one token
 
 
 @functools.cache
@@ -34,12 +34,11 @@ def draft_model(model: Model) -> Drafter:
     """
 
     def init(params, context: Context, prompts: Array, hidden, *, slots: int, longest: int) -> DraftModelState:
-        del hidden
-        batch = prompts.shape[0]
-        cache = model.init_cache(params, batch, slots)
+        del hidden, longest
+        cache = model.init_cache(params, prompts.shape[0], slots)
         # The prompt's last token is the last but one when the first round begins.
         filled = prefill(model, params, prompts, context.rows.prompt_lengths - 1, cache)
-        return DraftModelState(filled.cache, model.init_block(params, batch, longest + 1))
+        return DraftModelState(filled.cache)
 
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:
         rows = context.rows
@@ -86,6 +85,6 @@ def draft_model(model: Model) -> Drafter:
         del params, context
         # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
         # leaves out exactly the last two of the new text.
-        return state._replace(cache=model.commit(state.cache, state.block, info.num_emitted, None))
+        return DraftModelState(model.commit(state.cache, state.block, info.num_emitted, None))
 
     return Drafter(init=init, propose=propose, commit=commit, vocab_size=model.vocab_size)

@@ -35,6 +35,8 @@ def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: A
     """
     if not isinstance(model, Model):
         raise ValueError(f"model must be a specjax.Model, got {type(model).__name__}.")
+    if model.max_positions is not None and model.max_positions < 3 * _WIDTH:
+        raise ValueError(f"the checks need {3 * _WIDTH} positions, this model has {model.max_positions}.")
     key = jax.random.key(0) if key is None else key
     tokens = jax.random.randint(key, (_ROWS, _WIDTH), 0, model.vocab_size)
     other = jax.random.randint(jax.random.fold_in(key, 1), (_ROWS, _WIDTH), 0, model.vocab_size)
@@ -54,6 +56,8 @@ class _Bench:
         self.commit = jax.jit(model.commit)
 
     def cache(self, rows: int = _ROWS, slots: int = _SLOTS) -> PyTree:
+        """An empty cache, no longer than the architecture's last position allows."""
+        slots = min(slots, self.model.max_positions or slots)
         return self.model.init_cache(self.params, rows, slots)
 
     def block(self, size: int, rows: int = _ROWS) -> PyTree:
@@ -78,14 +82,15 @@ class _Bench:
 def _shapes(bench: _Bench, tokens: Array, other: Array) -> None:
     """logits are float32 [B, T, columns], chosen places included; hidden states [B, T, D]"""
     del other
-    out = bench.apply(bench.params, tokens, bench.cache(), bench.block(_WIDTH), hidden_layers=(0,))
+    layers = (0,) if bench.model.hidden else ()
+    out = bench.apply(bench.params, tokens, bench.cache(), bench.block(_WIDTH), hidden_layers=layers)
     rows, width, columns = out.logits.shape
     if (rows, width) != tokens.shape or columns < bench.model.vocab_size or out.logits.dtype != jnp.float32:
         raise AssertionError(
             f"logits must be float32 [{_ROWS}, {_WIDTH}, at least {bench.model.vocab_size}], "
             f"got {out.logits.dtype} {out.logits.shape}."
         )
-    if len(out.hidden) != 1 or out.hidden[0].shape[:2] != tokens.shape:
+    if len(out.hidden) != len(layers) or any(state.shape[:2] != tokens.shape for state in out.hidden):
         raise AssertionError(f"hidden_layers=(0,) must give one [B, T, D], got {[x.shape for x in out.hidden]}.")
     places = jnp.array([[2, 5], [0, 1], [6, 6]])
     chosen = bench.apply(bench.params, tokens, bench.cache(), bench.block(_WIDTH), logits_at=places).logits

@@ -1,0 +1,199 @@
+"""Which of several ways a module's cache can be used, found by trying them on it, fastest first."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import logging
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax.adapters.foreign import Feed, Foreign, Takes
+from specjax.adapters.held import AT_END, AT_LENGTH, held, rows_apart
+from specjax.adapters.trial import Trial, in_its_cache, on_a_tree, on_whole_texts
+from specjax.adapters.uncached import afresh, uncached
+from specjax.types import Model, PyTree
+
+_SLOTS = 32  # of the caches in a trial
+_log = logging.getLogger("specjax")
+
+
+class Strategy(enum.StrEnum):
+    """How a module's cache is used; `Adapted.describe` says which and why."""
+
+    PER_ROW = "per-row"
+    AT_END = "at-end"
+    ROW_BY_ROW = "row-by-row"
+    UNCACHED = "uncached"
+
+
+_MEANING = {
+    Strategy.PER_ROW: "in its own cache, which keeps a cursor for each row: what a round drops is simply written over",
+    Strategy.AT_END: (
+        "in its own cache, which keeps one cursor for all rows: the tokens of a round stand in the cache's last slots, "
+        "its mask shows them, and those kept are copied to the end of their row"
+    ),
+    Strategy.ROW_BY_ROW: (
+        "in its own cache, each row by itself under vmap, since rows of different lengths don't fit into one cursor"
+    ),
+    Strategy.UNCACHED: "without a cache: every pass reads the whole text again, and costs more the longer it gets",
+}
+
+
+class Adapted(NamedTuple):
+    """A module of yours as specjax wants it.
+
+    `model` is hashed by identity: adapt once, and call again and again. `params` is what the module held when it was
+    adapted; after a step of training pass the new ones, of the same form, and nothing is compiled anew.
+    """
+
+    model: Model
+    params: PyTree
+    strategy: Strategy
+    notes: tuple[str, ...]  # why none of the faster ones
+
+    def describe(self) -> str:
+        """How the module's cache is used and why, in sentences."""
+        trees = "" if self.model.trees else " Chains of draft tokens only, no trees."
+        return "\n".join([f"Runs {_MEANING[self.strategy]}.{trees}", *self.notes])
+
+
+def choose(
+    forms: Sequence[Foreign],
+    params: PyTree,
+    *,
+    vocab_size: int | None,
+    max_positions: int | None,
+    strategy: str | None,
+) -> Adapted:
+    """Tries the module, then its cache in every way that `strategy` allows, and takes the first that is right.
+
+    Args:
+      forms: the module in the forms in which it may want its mask; the first that makes it causal is taken.
+
+    Raises:
+      ValueError: the module is no causal language model, or the strategy asked for is not right for it.
+    """
+    wanted = list(Strategy) if strategy is None else [_strategy(strategy)]
+    foreign, whole, failed, trial, size = _first_sound(forms, params, vocab_size)
+    notes = [] if failed is None else [f"Not without a cache, as it is: {failed}."]
+    if foreign.init_cache is None:
+        wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
+        notes.append(_why_no_cache(foreign.takes))
+    for candidate in wanted:
+        try:
+            model, reason = _attempt(candidate, foreign, whole, trial, size, max_positions)
+        except Exception as error:  # whatever someone else's module raises is a reason to try the next
+            model, reason = None, f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("ValueError: ")
+        if model is not None:
+            adapted = Adapted(model, params, candidate, tuple(notes))
+            _log.info("adapted a module: %s", adapted.describe())
+            return adapted
+        notes.append(f"Not {candidate.value}: {reason}.")
+    raise ValueError(f"strategy={strategy!r} is not right for this module. {' '.join(notes)}")
+
+
+def _attempt(
+    candidate: Strategy, foreign: Foreign, whole: Foreign, trial: Trial, vocab_size: int, max_positions: int | None
+) -> tuple[Model | None, str]:
+    """The module as a Model by this strategy, or None and why not."""
+    takes = foreign.takes
+    if candidate is Strategy.UNCACHED:
+        return _proven(functools.partial(_uncached, whole, vocab_size, max_positions), trial, whole)
+    if candidate is Strategy.AT_END and takes.mask is None:
+        return None, "it takes no mask, which would have to show where the tokens of a round stand"
+    form = rows_apart(foreign) if candidate is Strategy.ROW_BY_ROW else foreign
+    standing = AT_END if candidate is Strategy.AT_END else AT_LENGTH
+    return _proven(functools.partial(_held, form, standing, vocab_size, max_positions), trial, form)
+
+
+def _proven(make: Callable[[bool], Model], trial: Trial, form: Foreign) -> tuple[Model | None, str]:
+    """The model where it gives the module's own logits, with trees where those are right too."""
+    chains = make(False)
+    wrong = in_its_cache(trial, chains, _SLOTS)
+    if wrong is not None:
+        return None, wrong
+    if form.takes.positions is not None and form.takes.mask is not None:
+        with_trees = make(True)
+        if on_a_tree(trial, with_trees, _SLOTS):
+            return with_trees, ""
+    return chains, ""
+
+
+def _held(form: Foreign, standing, vocab_size: int, max_positions: int | None, trees: bool) -> Model:
+    return held(form, standing, vocab_size, trees=trees, max_positions=max_positions)
+
+
+def _uncached(whole: Foreign, vocab_size: int, max_positions: int | None, trees: bool) -> Model:
+    return uncached(whole, vocab_size, max_positions=max_positions)._replace(trees=trees)
+
+
+class _Sound(NamedTuple):
+    """A module that is a causal language model over whole texts."""
+
+    foreign: Foreign
+    whole: Foreign  # without its cache
+    failed: str | None  # why that had to be given one, where it had to
+    trial: Trial
+    vocab_size: int
+
+
+def _first_sound(forms: Sequence[Foreign], params: PyTree, vocab_size: int | None) -> _Sound:
+    """The first of these forms that passes the checks; the first one's error where none does."""
+    errors = []
+    for form in forms:
+        try:
+            whole, failed = _whole(form, params)
+            columns = jax.eval_shape(whole.run, params, _feed()).logits.shape[-1]
+            if vocab_size is not None and not 1 <= vocab_size <= columns:
+                raise ValueError(
+                    f"vocab_size must be in 1..{columns}, the columns of the module's logits, got {vocab_size}."
+                )
+            size = vocab_size or columns
+            return _Sound(form, whole, failed, on_whole_texts(whole, params, size), size)
+        except ValueError as error:
+            errors.append(error)
+    raise errors[0]
+
+
+def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
+    """The module over whole texts: without its cache, or with a fresh one where it can't do without."""
+    error = _error_of(foreign, params)
+    if error is None:
+        return foreign, None
+    if foreign.init_cache is not None and _error_of(afresh(foreign), params) is None:
+        return afresh(foreign), error
+    raise ValueError(
+        f"the module could not be called on tokens [3, 12]: {error}. What it was given: {foreign.takes}. "
+        "Say otherwise by takes=adapters.Takes(...), or by call=, a function of your own."
+    )
+
+
+def _error_of(foreign: Foreign, params: PyTree) -> str | None:
+    try:
+        jax.eval_shape(foreign.run, params, _feed())
+    except Exception as error:  # as above
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return None
+
+
+def _feed() -> Feed:
+    rows, width = 3, 12
+    whole = jnp.zeros((rows, width), jnp.int32)
+    return Feed(whole, whole, jnp.zeros((rows, width, width), bool))
+
+
+def _why_no_cache(takes: Takes) -> str:
+    if takes.cache is None:
+        return "It takes no cache: no argument of its call is named for one (takes=adapters.Takes(cache=...) names it)."
+    return f"It takes a cache ({takes.cache}), but has no init_cache: pass init_cache=lambda batch, slots: ..."
+
+
+def _strategy(name: str) -> Strategy:
+    try:
+        return Strategy(name)
+    except ValueError:
+        raise ValueError(f"strategy must be one of {', '.join(Strategy)}, got {name!r}; None tries them all.") from None

@@ -1,0 +1,171 @@
+"""Someone else's module as one pure function: how it takes tokens, positions, cache and mask, and what it gives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax.types import Array, PyTree
+
+# Names that Flax modules in use give to what a pass needs; anything else is said by `Takes`.
+_POSITIONS = ("positions", "position_ids", "segment_pos", "segment_positions", "position", "pos")
+_CACHE = ("cache", "kv_cache", "kv_caches", "caches", "past_key_values", "layer_caches")
+_MASK = ("attention_mask", "mask", "attn_mask", "attention_masks")
+_FIXED = {"deterministic": True, "train": False, "training": False, "is_training": False, "return_last_only": False}
+_BATCH = ("batch_size", "batch", "rows")
+_SLOTS = (
+    "cache_size",
+    "cache_length",
+    "cache_len",
+    "max_seq_len",
+    "max_length",
+    "max_len",
+    "length",
+    "slots",
+    "capacity",
+)
+
+
+def per_head(visible: Array) -> Array:
+    """A mask [B, 1, T, S], as Flax's own attention layers take it; for `Takes.mask_form`."""
+    return visible[:, None]
+
+
+def as_given(visible: Array) -> Array:
+    """A mask [B, T, S] of bool, true where attention may look; for `Takes.mask_form`."""
+    return visible
+
+
+class Takes(NamedTuple):
+    """By which argument a module takes what a pass needs; None: it takes no such thing."""
+
+    tokens: str  # [B, T] int32
+    positions: str | None = None  # [B, T] int32, the place of each token in its row's text
+    cache: str | None = None  # whatever its init_cache makes
+    mask: str | None = None  # which slots of the cache (or tokens, without one) each token sees
+    mask_form: Callable[[Array], Array] = as_given  # from [B, T, S] bool to what the module wants
+    fixed: Mapping[str, Any] = {}  # arguments that are always the same: {"deterministic": True}
+
+
+class Feed(NamedTuple):
+    """What one pass is given."""
+
+    tokens: Array  # [B, T] int32
+    positions: Array  # [B, T] int32
+    visible: Array  # [B, T, S] bool, over the cache's slots or, without a cache, over the T tokens
+    cache: PyTree = None
+
+
+class Given(NamedTuple):
+    """What one pass gives."""
+
+    logits: Array  # [B, T, columns]
+    cache: PyTree
+
+
+class Foreign(NamedTuple):
+    """A module as functions: what the strategies of this package work with."""
+
+    run: Callable[[PyTree, Feed], Given]  # (params, feed)
+    init_cache: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is none
+    takes: Takes
+
+
+def foreign(
+    function: Callable[..., Any], bind: Callable[[PyTree], Callable[..., Any]], takes: Takes, init_cache: Any
+) -> Foreign:
+    """`bind(params)` is the module's call, whose signature is `function`'s."""
+    known = set(inspect.signature(function).parameters)
+    open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
+    for role in ("tokens", "positions", "cache", "mask"):
+        name = getattr(takes, role)
+        if name is not None and name not in known and not open_ended:
+            raise ValueError(f"takes.{role} is {name!r}, but the module takes {', '.join(sorted(known)) or 'nothing'}.")
+
+    def run(params: PyTree, feed: Feed) -> Given:
+        named = {
+            takes.tokens: feed.tokens,
+            takes.positions: feed.positions,
+            takes.cache: feed.cache,
+            takes.mask: takes.mask_form(feed.visible),
+        }
+        named.pop(None, None)
+        return unpack(bind(params)(**named, **takes.fixed), feed.tokens.shape)
+
+    return Foreign(run, init_cache if takes.cache else None, takes)
+
+
+def guess_takes(function: Callable[..., Any], bound: int) -> Takes:
+    """From the names of a signature, less its `bound` first; what it asks for and nobody here fills is an error."""
+    parameters = list(inspect.signature(function).parameters.values())[bound:]
+    named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    if not named:
+        raise ValueError(
+            f"the module is called with {inspect.signature(function)}, which names no argument: pass "
+            "takes=adapters.Takes(tokens=..., positions=..., cache=..., mask=...), None for what it does not take."
+        )
+
+    def first(names: tuple[str, ...]) -> str | None:
+        return next((name for name in names if name in named), None)
+
+    takes = Takes(
+        tokens=next(iter(named)), positions=first(_POSITIONS), cache=first(_CACHE), mask=first(_MASK),
+        fixed={name: value for name, value in _FIXED.items() if name in named},
+    )  # fmt: skip
+    filled = {takes.tokens, takes.positions, takes.cache, takes.mask, *takes.fixed}
+    left = [name for name, p in named.items() if p.default is p.empty and name not in filled]
+    if left:
+        raise ValueError(
+            f"the module also wants {', '.join(left)}: pass takes=adapters.Takes(tokens={takes.tokens!r}, ..., "
+            f"fixed={{{left[0]!r}: ...}}) with the value to use in every pass."
+        )
+    return takes
+
+
+def mask_forms(function: Callable[..., Any], takes: Takes | None, bound: int = 1) -> list[Takes]:
+    """What is given, or what can be guessed: masks come in two forms, which only a trial tells apart."""
+    if takes is not None:
+        return [takes]
+    guess = guess_takes(function, bound)
+    return [guess] if guess.mask is None else [guess, guess._replace(mask_form=per_head)]
+
+
+def guess_init_cache(module: Any, dtype: Any) -> Callable[[int, int], PyTree] | None:
+    """The module's own `init_cache`, where it has one whose arguments can be told by their names."""
+    method = getattr(module, "init_cache", None)
+    if method is None:
+        return None
+    parameters = inspect.signature(method).parameters
+    batch_name = next((name for name in _BATCH if name in parameters), None)
+    slots_name = next((name for name in _SLOTS if name in parameters), None)
+    filled = {batch_name, slots_name, "dtype"}
+    left = [name for name, p in parameters.items() if p.default is p.empty and name not in filled]
+    if batch_name is None or slots_name is None or left:
+        raise ValueError(
+            f"the module's init_cache takes {', '.join(parameters)}, and which of them are rows and slots can't be "
+            "told: pass init_cache=lambda batch, slots: module.init_cache(...)."
+        )
+    extra = {"dtype": dtype} if "dtype" in parameters else {}
+    return lambda batch, slots: method(**{batch_name: batch, slots_name: slots}, **extra)
+
+
+def unpack(out: Any, shape: tuple[int, ...]) -> Given:
+    """Logits and cache, in whatever form: an array, a pair in either order, an object with `.logits` and `.cache`."""
+    if hasattr(out, "logits"):
+        return Given(out.logits, getattr(out, "cache", None))
+    if isinstance(out, Mapping) and "logits" in out:
+        return Given(out["logits"], out.get("cache"))
+    parts: list[Any] = list(out) if isinstance(out, (tuple, list)) else [out]
+    for index, part in enumerate(parts):
+        if getattr(part, "ndim", 0) == 3 and part.shape[:2] == shape and jnp.issubdtype(part.dtype, jnp.floating):
+            others = parts[:index] + parts[index + 1 :]
+            return Given(part, others[0] if others else None)
+    found = ", ".join(str(jax.tree.map(jnp.shape, part)) for part in parts)
+    raise ValueError(
+        f"the module returned no logits: expected an array [B, T, V] = [{shape[0]}, {shape[1]}, V], alone, in a pair "
+        f"with the cache, or as .logits; got {found}. Pass call=, a function of your own that returns (logits, cache)."
+    )

@@ -1,0 +1,148 @@
+"""A module's own cache as a Model's: the tokens of a round stand in some of its slots, and commit keeps a few.
+
+The module writes where its cursor points and looks where its mask lets it, so both say where a round stands:
+
+- at each row's own length, where the cache keeps one cursor a row: commit moves nothing;
+- in the cache's last slots, the same for all rows, where it keeps one cursor for all: commit moves what is kept to its
+  row's end. Rows stay without holes however their lengths differ, since the mask does the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax.adapters.foreign import Feed, Foreign
+from specjax.adapters.leaves import leaves_of, move, set_cursors, slots_of
+from specjax.types import Array, Model, Output, PyTree
+
+
+class HeldCache(NamedTuple):
+    """The module's own arrays. Slots past `lengths` hold leftovers that its mask or cursor keeps out of sight."""
+
+    own: PyTree
+    lengths: Array  # [B] int32
+
+
+class HeldBlock(NamedTuple):
+    """A round under way. The module has written it into `own`, which takes the cache's place from then on."""
+
+    own: PyTree  # None before the first tokens
+    room: Array  # [N] bool; only its shape says anything
+    filled: Array  # [] int32
+
+
+class Standing(NamedTuple):
+    """Where a round of N tokens stands in a cache of so many slots."""
+
+    start: Callable[[Array, int, int], Array]  # (lengths [B], N, slots) -> first slot [B]
+    is_in_place: bool  # whether a chain that is kept already stands where it belongs
+
+
+AT_LENGTH = Standing(lambda lengths, size, slots: lengths, is_in_place=True)
+AT_END = Standing(lambda lengths, size, slots: jnp.full_like(lengths, slots - size), is_in_place=False)
+
+
+def held(
+    foreign: Foreign, standing: Standing, vocab_size: int, *, trees: bool, max_positions: int | None = None
+) -> Model:
+    """The module with its own cache. `trees` needs a module that takes positions and mask."""
+    assert foreign.init_cache is not None
+    make, leaves = foreign.init_cache, leaves_of(foreign.init_cache)
+    if standing.is_in_place:
+        for leaf in leaves:
+            if leaf.slots is None and leaf.rows is None:
+                raise ValueError(f"its cache keeps one cursor for all rows ({leaf.path})")
+    last_position = None if max_positions is None else max_positions - 1
+
+    def init_cache(params: PyTree, batch: int, slots: int) -> HeldCache:
+        del params
+        cache = make(batch, slots)
+        slots_of(leaves, cache, slots)
+        return HeldCache(cache, jnp.zeros((batch,), jnp.int32))
+
+    def init_block(params: PyTree, batch: int, size: int) -> HeldBlock:
+        del params, batch
+        return HeldBlock(None, jnp.zeros((size,), bool), jnp.int32(0))
+
+    def apply(
+        params: PyTree, tokens: Array, cache: HeldCache, block: HeldBlock, *, depths: Array | None = None,
+        visible: Array | None = None, logits_at: Array | None = None, hidden_layers: tuple[int, ...] = (),
+    ) -> Output:  # fmt: skip
+        del hidden_layers  # validate.roles and check_model know that there are none
+        batch, width = tokens.shape
+        size = block.room.shape[0]
+        own = cache.own if block.own is None else block.own
+        slots = slots_of(leaves, own, 0)
+        start = standing.start(cache.lengths, size, slots)
+        order = block.filled + jnp.arange(width)
+        steps = order if depths is None else depths
+        positions = cache.lengths[:, None] + (steps[None] if steps.ndim == 1 else steps)
+        if visible is None:
+            visible = jnp.arange(size)[None, :] <= order[:, None]
+        visible = jnp.broadcast_to(visible if visible.ndim == 3 else visible[None], (batch, width, size))
+        out = foreign.run(
+            params,
+            Feed(
+                tokens,
+                jnp.minimum(positions, last_position) if last_position is not None else positions,
+                _over_slots(visible, cache.lengths, start, slots),
+                set_cursors(leaves, own, start + block.filled),
+            ),
+        )
+        logits = out.logits.astype(jnp.float32)
+        if logits_at is not None:
+            logits = jnp.take_along_axis(logits, logits_at[..., None], 1)
+        return Output(logits, (), HeldBlock(_like(out.cache, own), block.room, block.filled + width))
+
+    def commit(cache: HeldCache, block: HeldBlock, keep: Array, path: Array | None = None) -> HeldCache:
+        own = block.own
+        if path is not None or not standing.is_in_place:
+            size = block.room.shape[0]
+            start = standing.start(cache.lengths, size, slots_of(leaves, own, 0))
+            own = move(leaves, own, start, size, cache.lengths, path)
+        return HeldCache(own, cache.lengths + keep)
+
+    return Model(apply, init_cache, init_block, commit, vocab_size, max_positions, trees=trees, hidden=False)
+
+
+def rows_apart(foreign: Foreign) -> Foreign:
+    """The same module, each row by itself under vmap: what was one cursor for all rows becomes one a row."""
+    assert foreign.init_cache is not None
+    make = foreign.init_cache
+
+    def init_cache(batch: int, slots: int) -> PyTree:
+        return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), make(1, slots))
+
+    def run(params: PyTree, feed: Feed):
+        alone = feed._replace(
+            tokens=feed.tokens[:, None], positions=feed.positions[:, None], visible=feed.visible[:, None]
+        )
+        out = jax.vmap(foreign.run, (None, 0))(params, alone)
+        return out._replace(logits=out.logits[:, 0])
+
+    return foreign._replace(run=run, init_cache=init_cache)
+
+
+def _over_slots(visible: Array, lengths: Array, start: Array, slots: int) -> Array:
+    """What each token sees of the whole cache, [B, T, S]: the live slots, and those of the round as `visible` says."""
+    size = visible.shape[2]
+    slot = jnp.arange(slots)[None]
+    inside = slot - start[:, None]  # [B, S]
+    is_inside = (inside >= 0) & (inside < size)
+    at = jnp.broadcast_to(jnp.clip(inside, 0, size - 1)[:, None], (*visible.shape[:2], slots))
+    seen = jnp.take_along_axis(visible, at, 2) & is_inside[:, None]
+    return seen | (slot < lengths[:, None])[:, None]
+
+
+def _like(cache: PyTree, own: PyTree) -> PyTree:
+    """The cache that a pass gave, in the form of the one it was given: modules may change dtypes, dicts their order."""
+    if cache is None:
+        raise ValueError("it takes a cache and gives none back")
+    ours, theirs = jax.tree.structure(own), jax.tree.structure(cache)
+    if ours != theirs:
+        raise ValueError(f"the cache that it gives back has another form than the one it took: {theirs}, not {ours}")
+    return jax.tree.map(lambda new, old: new.astype(old.dtype), cache, own)

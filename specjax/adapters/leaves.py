@@ -1,0 +1,116 @@
+"""The leaves of someone else's cache: which axis is the rows', which the slots', which leaf is a cursor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specjax.types import Array, PyTree
+
+_ROWS, _SLOTS = (2, 3), (48, 64)
+
+
+class Leaf(NamedTuple):
+    """One array of a cache."""
+
+    path: str
+    rows: int | None  # the axis that counts rows
+    slots: int | None  # the axis that counts slots; None is a cursor
+
+
+def leaves_of(init_cache: Callable[[int, int], PyTree]) -> list[Leaf]:
+    """Read off the shapes of caches of different sizes; nothing is computed.
+
+    Raises:
+      ValueError: a leaf is neither kept per slot nor a cursor.
+    """
+    base, wider, longer = (
+        jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda rows=rows, slots=slots: init_cache(rows, slots)))
+        for rows, slots in ((_ROWS[0], _SLOTS[0]), (_ROWS[1], _SLOTS[0]), (_ROWS[0], _SLOTS[1]))
+    )
+    found = []
+    for (path, leaf), (_, more_rows), (_, more_slots) in zip(base, wider, longer, strict=True):
+        name = jax.tree_util.keystr(path)
+        rows, slots = _differing(leaf, more_rows, name), _differing(leaf, more_slots, name)
+        if slots is None and not jnp.issubdtype(leaf.dtype, jnp.integer):
+            raise ValueError(
+                f"the cache's {name} {leaf.dtype}{list(leaf.shape)} is kept neither per slot nor as a whole number: a "
+                "state that every token changes (recurrent) can't be rolled back from outside."
+            )
+        if slots is not None and rows is None:
+            raise ValueError(f"the cache's {name} {list(leaf.shape)} has slots but no axis for rows.")
+        found.append(Leaf(name, rows, slots))
+    if not any(leaf.slots is not None for leaf in found):
+        raise ValueError("no array of the cache grows with the number of slots that init_cache is asked for.")
+    return found
+
+
+def slots_of(leaves: list[Leaf], cache: PyTree, wanted: int) -> int:
+    """How many slots this cache has, the same in every leaf, at least as many as were asked for."""
+    sizes = {
+        leaf.path: array.shape[leaf.slots]
+        for leaf, array in zip(leaves, jax.tree.leaves(cache), strict=True)
+        if leaf.slots is not None
+    }
+    path, fewest = min(sizes.items(), key=lambda item: item[1])
+    if fewest < wanted or len(set(sizes.values())) > 1:
+        raise ValueError(
+            f"the cache's {path} has {fewest} slots where {wanted} were asked for, others {max(sizes.values())}: a "
+            "ring that forgets can't be used here. Let init_cache give every layer all slots, or adapt with "
+            "strategy='uncached'."
+        )
+    return fewest
+
+
+def set_cursors(leaves: list[Leaf], cache: PyTree, cursors: Array) -> PyTree:
+    """The cache with its cursors at `cursors` [B]; one that all rows share gets the first."""
+
+    def one(leaf: Leaf, array: Array) -> Array:
+        if leaf.slots is not None:
+            return array
+        if leaf.rows is None:
+            return jnp.full_like(array, cursors[0])
+        shape = [1] * array.ndim
+        shape[leaf.rows] = -1
+        return jnp.broadcast_to(cursors.reshape(shape), array.shape).astype(array.dtype)
+
+    return _map(one, leaves, cache)
+
+
+def move(leaves: list[Leaf], cache: PyTree, source: Array, size: int, target: Array, path: Array | None) -> PyTree:
+    """For each row, `size` slots from source[b] on (or those at source[b] + path[b]) copied to target[b] on."""
+
+    def one(leaf: Leaf, array: Array) -> Array:
+        if leaf.slots is None:
+            return array
+        rows_axis, slots_axis = leaf.rows, leaf.slots
+        assert rows_axis is not None  # leaves_of has seen to it
+
+        def row(index: Array, moved: Array) -> Array:
+            mine = lax.dynamic_slice_in_dim(moved, index, 1, rows_axis)
+            piece = lax.dynamic_slice_in_dim(mine, source[index], size, slots_axis)
+            if path is not None:
+                piece = jnp.take(piece, path[index], slots_axis)
+            starts: list[Any] = [0] * array.ndim
+            starts[rows_axis], starts[slots_axis] = index, target[index]
+            return lax.dynamic_update_slice(moved, piece, starts)
+
+        return lax.fori_loop(0, array.shape[rows_axis], row, array)
+
+    return _map(one, leaves, cache)
+
+
+def _differing(one: Any, other: Any, name: str) -> int | None:
+    axes = [axis for axis, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b]
+    if len(axes) > 1:
+        raise ValueError(f"the cache's {name} {list(one.shape)} grows along several axes at once.")
+    return axes[0] if axes else None
+
+
+def _map(function: Callable[[Leaf, Array], Array], leaves: list[Leaf], cache: PyTree) -> PyTree:
+    arrays, structure = jax.tree.flatten(cache)
+    return structure.unflatten([function(leaf, array) for leaf, array in zip(leaves, arrays, strict=True)])

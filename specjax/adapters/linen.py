@@ -1,0 +1,82 @@
+"""Your Flax Linen module as a Model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen
+
+from specjax.adapters.choose import Adapted, choose
+from specjax.adapters.foreign import Takes, foreign, guess_init_cache, mask_forms
+from specjax.types import PyTree
+
+
+def from_linen(
+    module: linen.Module,
+    variables: PyTree,
+    *,
+    takes: Takes | None = None,
+    call: Callable[..., Any] | None = None,
+    init_cache: Callable[[int, int], PyTree] | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    strategy: str | None = None,
+) -> Adapted:
+    """Makes a Model of someone else's Linen module, unmodified, with its own cache where that can be had.
+
+    See `from_nnx` for what is tried and chosen, and for the arguments that both take.
+
+    Args:
+      module: any causal language model.
+      variables: what `module.init` returned, {"params": ...} and further collections that it reads.
+      call: a function (module, variables, tokens, ...) to use in place of `module.apply(variables, ...)`.
+
+    Returns:
+      An Adapted, whose `.params` are these variables: pass later ones of the same form to generate as they are.
+
+    Raises:
+      ValueError: the module can't be used; what was seen, and what to do.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from flax import linen
+    >>> from specjax import adapters
+    >>> class Counts(linen.Module):
+    ...     @linen.compact
+    ...     def __call__(self, tokens):
+    ...         seen = jnp.cumsum(linen.Embed(8, 4)(tokens), axis=1)
+    ...         return linen.Dense(8)(jnp.tanh(seen))
+    >>> variables = Counts().init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    >>> adapters.from_linen(Counts(), variables).model.vocab_size
+    8
+    """
+    if not isinstance(module, linen.Module):
+        raise ValueError(
+            f"module must be a flax.linen.Module, got {type(module).__name__}: pass an instance. "
+            "For an NNX module use from_nnx(module)."
+        )
+    if not isinstance(variables, Mapping) or "params" not in variables:
+        raise ValueError(
+            "variables must be what module.init returned, a dict with 'params' in it; for the bare parameters pass "
+            "{'params': params}."
+        )
+
+    def bind(params: PyTree) -> Callable[..., Any]:
+        if call is not None:
+            return functools.partial(call, module, params)
+        return functools.partial(module.apply, params)
+
+    function = type(module).__call__ if call is None else call
+    if init_cache is None:
+        init_cache = guess_init_cache(module, _dtype(variables))
+    bound = 1 if call is None else 2  # self, or module and variables
+    forms = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes, bound)]
+    return choose(forms, variables, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
+
+
+def _dtype(variables: PyTree) -> Any:
+    floats = [leaf.dtype for leaf in jax.tree.leaves(variables["params"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return floats[0] if floats else jnp.float32

@@ -1,0 +1,99 @@
+"""Your Flax NNX module as a Model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from specjax.adapters.choose import Adapted, choose
+from specjax.adapters.foreign import Takes, foreign, guess_init_cache, mask_forms
+from specjax.types import PyTree
+
+
+def from_nnx(
+    module: nnx.Module,
+    *,
+    takes: Takes | None = None,
+    call: Callable[..., Any] | None = None,
+    init_cache: Callable[[int, int], PyTree] | None = None,
+    vocab_size: int | None = None,
+    max_positions: int | None = None,
+    strategy: str | None = None,
+) -> Adapted:
+    """Makes a Model of someone else's NNX module, unmodified, with its own cache where that can be had.
+
+    How the module is called is told by the names of its arguments, or said by `takes`. Then it is tried on a few
+    tokens: is it causal, are its rows independent, is dropout off, and does its cache give the logits of the whole text
+    when rows have different lengths and drop tokens? Of the ways to use the cache the first that is right is taken; the
+    result says which, and why none of the faster ones. Without a usable cache every pass reads the whole text.
+
+    Args:
+      module: any causal language model; runs in evaluation mode (`module.eval()` of a copy).
+      takes: which argument is what; None: guessed from names such as tokens, positions, cache, attention_mask.
+      call: a function (module, tokens, ...) to use in place of `module(...)`; the names of its arguments count, and it
+        returns logits or (logits, cache). For caches that live in the module's own Variables.
+      init_cache: (batch, slots) -> empty cache; None: the module's own `init_cache`, where it has one.
+      vocab_size: ids that may be emitted; None: all columns of the logits.
+      max_positions: the most tokens that a row may hold, where positions come from a table (no error would tell). A
+        module that takes no positions needs room for a round's draft tokens past it.
+      strategy: "per-row", "at-end", "row-by-row" or "uncached", to force one; it is tried all the same.
+
+    Returns:
+      An Adapted: `.model` and `.params` for generate, `.describe()` for you. In a training loop pass
+      `nnx.state(module)` in place of `.params`: nothing is compiled anew.
+
+    Raises:
+      ValueError: the module can't be used; what was seen, and what to do.
+
+    >>> import jax, jax.numpy as jnp, specjax
+    >>> from flax import nnx
+    >>> from specjax import adapters
+    >>> class Bigram(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.table, self.out = nnx.Embed(8, 4, rngs=rngs), nnx.Linear(4, 8, rngs=rngs)
+    ...     def __call__(self, tokens):
+    ...         seen = jnp.cumsum(self.table(tokens), axis=1)
+    ...         return self.out(jnp.tanh(seen))
+    >>> target = adapters.from_nnx(Bigram(nnx.Rngs(0)))
+    >>> print(target.describe().split(":")[0])
+    Runs without a cache
+    >>> draft = specjax.drafters.draft_model(target.model)
+    >>> out = specjax.generate(target.model, target.params, draft, target.params, jnp.array([[1, 2]]), max_new_tokens=4)
+    >>> out.new_tokens() == specjax.autoregressive(
+    ...     target.model, target.params, jnp.array([[1, 2]]), max_new_tokens=4
+    ... ).new_tokens()
+    True
+    """
+    if not isinstance(module, nnx.Module):
+        raise ValueError(
+            f"module must be a flax.nnx.Module, got {type(module).__name__}: pass an instance. "
+            "For a Linen module use from_linen(module, variables)."
+        )
+    graph, state = nnx.split(module)
+    num_leaves = len(jax.tree.leaves(state))
+
+    def bind(params: PyTree) -> Callable[..., Any]:
+        if len(jax.tree.leaves(params)) != num_leaves:
+            raise ValueError(
+                f"these parameters have {len(jax.tree.leaves(params))} arrays, the module has {num_leaves}: pass "
+                "nnx.state(module), all of it, or the state of the module that was adapted."
+            )
+        copy: Any = nnx.merge(graph, params)
+        copy.eval()
+        return copy if call is None else functools.partial(call, copy)
+
+    function = type(module).__call__ if call is None else call
+    if init_cache is None:
+        init_cache = guess_init_cache(module, _dtype(state))
+    forms = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes)]
+    return choose(forms, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
+
+
+def _dtype(state: PyTree) -> Any:
+    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+    return floats[0] if floats else jnp.float32
