@@ -40,7 +40,7 @@ class _Base(nnx.Module):
         return 2.0 * self.embed(tokens) + _sines(positions)
 
     def logits(self, x, keys, values, mask):
-        return 4.0 * self.out(x + _attend(_heads(2.0 * self.query(x)), keys, values, mask))
+        return 4.0 * self.out(jnp.sin(3.0 * x + 6.0 * _attend(_heads(2.0 * self.query(x)), keys, values, mask)))
 
     def new(self, x):
         return _heads(2.0 * self.key(x)), _heads(self.value(x))
@@ -134,14 +134,15 @@ class Stack(nnx.Module):
 class OwnVariables(RowCursors):
     """A cache kept in the module's own Variables, as Flax's decode mode does."""
 
-    def __init__(self, rngs, slots=1):
+    def __init__(self, rngs, rows=1, slots=1):
         super().__init__(rngs)
-        self.kept = nnx.Cache(super().init_cache(1, slots))
+        self.keys, self.values, self.ends = (nnx.Cache(array) for array in super().init_cache(rows, slots))
 
     init_cache = None
 
     def __call__(self, ids):
-        logits, self.kept[...] = super().__call__(ids, self.kept[...])
+        logits, new = super().__call__(ids, (self.keys[...], self.values[...], self.ends[...]))
+        self.keys[...], self.values[...], self.ends[...] = new
         return logits
 
 
@@ -175,4 +176,4 @@ class Held(linen.Module):
             cache = (keys, values, end + tokens.shape[1])
         query = _heads(2.0 * linen.Dense(WIDTH)(x))
         mixed = _attend(query, keys.swapaxes(1, 2), values.swapaxes(1, 2), attn_mask)
-        return cache, 4.0 * linen.Dense(VOCAB)(x + mixed)
+        return cache, 4.0 * linen.Dense(VOCAB)(jnp.sin(3.0 * x + 6.0 * mixed))

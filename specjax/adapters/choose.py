@@ -164,8 +164,10 @@ def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
     error = _error_of(foreign, params)
     if error is None:
         return foreign, None
-    if foreign.init_cache is not None and _error_of(afresh(foreign), params) is None:
-        return afresh(foreign), error
+    if foreign.init_cache is not None:
+        alone, error = error, _error_of(afresh(foreign), params)
+        if error is None:
+            return afresh(foreign), alone
     raise ValueError(
         f"the module could not be called on tokens [3, 12]: {error}. What it was given: {foreign.takes}. "
         "Say otherwise by takes=adapters.Takes(...), or by call=, a function of your own."

@@ -83,7 +83,7 @@ def from_nnx(
                 f"these parameters have {len(jax.tree.leaves(params))} arrays, the module has {num_leaves}: pass "
                 "nnx.state(module), all of it, or the state of the module that was adapted."
             )
-        copy: Any = nnx.merge(graph, params)
+        copy: Any = nnx.merge(graph, params, copy=True)  # Variables of its own: those given may be another trace's
         copy.eval()
         return copy if call is None else functools.partial(call, copy)
 
