@@ -169,7 +169,7 @@ def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
         if error is None:
             return afresh(foreign), alone
     raise ValueError(
-        f"the module could not be called on tokens [3, 12]: {error}. What it was given: {foreign.takes}. "
+        f"the module could not be called on tokens [3, 12]: {error}. It was called by {foreign.takes.describe()}. "
         "Say otherwise by takes=adapters.Takes(...), or by call=, a function of your own."
     )
 

@@ -50,6 +50,11 @@ class Takes(NamedTuple):
     mask_form: Callable[[Array], Array] = as_given  # from [B, T, S] bool to what the module wants
     fixed: Mapping[str, Any] = {}  # arguments that are always the same: {"deterministic": True}
 
+    def describe(self) -> str:
+        """The call, in words: "tokens=, cache=, deterministic=True"."""
+        named = (self.tokens, self.positions, self.cache, self.mask)
+        return ", ".join([f"{name}=" for name in named if name] + [f"{name}={x!r}" for name, x in self.fixed.items()])
+
 
 class Feed(NamedTuple):
     """What one pass is given."""
