@@ -33,7 +33,7 @@ WORDS = (
 PAGES = {
     "rounds in sight": (),
     "all rounds": (("const SPARE = 12", "const SPARE = 1e9"),),
-    "all rounds, content-visibility": (
+    "all, content-visibility": (
         ("const SPARE = 12", "const SPARE = 1e9"),
         (".row { position", ".row { content-visibility: auto; position"),
     ),
@@ -117,7 +117,11 @@ def _measure(html: str, steps: int, pixels: int) -> dict[str, str]:
         "frame, 95th of 100": f"{times[int(0.95 * len(times))]:.1f} ms",
         "frame, longest": f"{times[-1]:.1f} ms",
         "work per frame of scrolling": _work(scrolling, steps),
+        "  script": _work(scrolling, steps, "Script"),
+        "  style": _work(scrolling, steps, "RecalcStyle"),
+        "  layout": _work(scrolling, steps, "Layout"),
         "work per cell pointed at": _work(pointing, steps),
+        "  script, style, layout": ", ".join(_work(pointing, steps, of) for of in ("Script", "RecalcStyle", "Layout")),
         "layouts per cell pointed at": f"{pointing['LayoutCount'] / steps:.1f}",
     }
 
@@ -144,11 +148,8 @@ def _point(page: Page, steps: int) -> None:
         page.call("Input.dispatchMouseEvent", type="mouseMoved", **position)
 
 
-def _work(counters: dict[str, float], steps: int) -> str:
-    parts = {"script": "ScriptDuration", "style": "RecalcStyleDuration", "layout": "LayoutDuration"}
-    each = {name: 1e3 * counters[counter] / steps for name, counter in parts.items()}
-    whole = 1e3 * counters["TaskDuration"] / steps
-    return f"{whole:.2f} ms ({', '.join(f'{name} {value:.2f}' for name, value in each.items())})"
+def _work(counters: dict[str, float], steps: int, of: str = "Task") -> str:
+    return f"{1e3 * counters[f'{of}Duration'] / steps:.2f} ms"
 
 
 if __name__ == "__main__":

@@ -208,6 +208,10 @@ def test_two_thousand_rounds_keep_few_elements(show):
     page = show(row)
     table = page.box("#table")
     middle = (table["x"] + 200, table["y"] + 300)
+    page.hover('[data-round="5"] [data-column="1"]')
+    assert _tip(page) is not None
+    gone = "table.addEventListener('scroll', () => done(tip.hidden), {once: true}); table.scrollTop = 40"
+    assert page.evaluate(f"new Promise(done => {{{gone}}})")  # at once, as what was pointed at moves away
     for _ in range(5):
         page.wheel(*middle, 700)
     for _ in range(2):  # the wheel's own animation
