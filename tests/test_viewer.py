@@ -2,28 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
-import signal
-import subprocess
-import sys
-import time
 
 import chromium
+import hostile
 import pytest
 import viewer as synthetic
 
 from specjax import trace, viewer
-from specjax.trace import Kind, Token, Trace, TracedRound, TracedRow
+from specjax.trace import Kind, Trace, TracedRound, TracedRow
 from specjax.types import Status
 
 needs_browser = pytest.mark.skipif(chromium.find() is None, reason="no Chromium on the path")
-HOSTILE = [
-    "</script><script>document.title = 'broken'</script>", "<!--<script>", "\"'`${x}\\", "{{script}}", "&lt;b&gt;",
-    "\n", " ", "\t\t", "", "\ufffd", "🙂", "👩\u200d🔬", "\u202eabc", "\u200b", "\x00\x1b[31m", "\ud800", "\u2028",
-    "a" * 300, "日本語",
-]  # fmt: skip
 SIGNS = {
     "\n": "↵",
     " ": "·",
@@ -66,19 +56,6 @@ CONTRAST = """(() => {
   }
   return found.sort((one, other) => one[0] - other[0]);
 })()"""
-
-
-def _token(text, kind, draft_prob=None, *, place=0):
-    return Token(place, text, kind, 0.125, 0.25, draft_prob)
-
-
-def _hostile_row():
-    """Every hostile text as a drafted token, in the prompt and in the text."""
-    rounds = [
-        TracedRound([_token(text, Kind.ACCEPTED, 0.5, place=place)], _token(text, Kind.BONUS, place=place), text * 2)
-        for place, text in enumerate(HOSTILE)
-    ]
-    return TracedRow("".join(HOSTILE), TracedRound([], None, ""), rounds, Status.STOPPED)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +143,7 @@ def test_pointing_and_keys_show_the_probabilities_of_the_trace(show):
 @needs_browser
 def test_both_schemes_can_be_read(show):
     """Catches a toggle that does nothing, a scheme that ignores the system, and text too faint for its ground."""
-    page = show(synthetic.synthetic(30), _hostile_row(), temperature=0.8, device="cpu")
+    page = show(synthetic.synthetic(30), hostile.row(), temperature=0.8, device="cpu")
     grounds = set()
     for system, label in (("light", "Dark"), ("dark", "Light")):
         page.prefer(system)
@@ -242,14 +219,14 @@ def test_two_thousand_rounds_keep_few_elements(show):
 @needs_browser
 def test_hostile_text_is_only_text(show):
     """Catches a prompt that ends the script, runs one, is taken for a place of the template, or hides itself."""
-    page = show(_hostile_row(), note="</script>\"'", other=HOSTILE[0])
+    page = show(hostile.row(), note="</script>\"'", other=hostile.TEXTS[0])
     assert page.evaluate("document.title").startswith("specjax trace: </script><script>document.title")
     assert page.evaluate("document.scripts.length") == 2
     assert page.evaluate("settings.textContent").count("</script>") == 3
-    whole = "".join(HOSTILE) + "".join(text * 2 for text in HOSTILE)
+    whole = "".join(hostile.TEXTS) + "".join(text * 2 for text in hostile.TEXTS)
     read = page.evaluate("[...document.getElementById('text').textContent].map(part => part.codePointAt(0))")
     assert read == [ord(character) for character in whole]
-    for place, content in enumerate(HOSTILE, 1):
+    for place, content in enumerate(hostile.TEXTS, 1):
         page.evaluate(f"table.scrollTop = {30 * (place - 3)}")
         page.settle()
         cell = f'[data-round="{place}"] [data-column="1"]'
@@ -300,7 +277,7 @@ def test_a_trace_of_nothing_is_a_page(show):
 @needs_browser
 def test_a_notebook_s_picture_can_be_read_on_light_and_dark(browser, tmp_path):
     """Catches colours that only one of Colab's themes can carry."""
-    found = Trace([synthetic.synthetic(12), _hostile_row()], {})
+    found = Trace([synthetic.synthetic(12), hostile.row()], {})
     for ground, ink in (("#ffffff", "#212121"), ("#383838", "#d5d5d5"), ("#1f1f1f", "#e3e3e3"), ("#111111", "#ffffff")):
         path = tmp_path / "cell.html"
         style = f"background:{ground};color:{ink}"
@@ -313,112 +290,3 @@ def test_a_notebook_s_picture_can_be_read_on_light_and_dark(browser, tmp_path):
         titles = page.evaluate("[...document.querySelectorAll('[title]')].map(span => span.title)")
         token = found.rows[0].rounds[0].emitted()[0]
         assert f"{token.kind}, target {token.target_prob:.4g}, target, raw {token.model_prob:.4g}" in titles[1]
-
-
-def _page_data(path):
-    text = path.read_text(encoding="utf-8")
-    return json.loads(re.search(r'<script type="application/json" id="trace">(.*?)</script>', text, re.DOTALL)[1])
-
-
-def test_a_page_holds_the_trace_as_json():
-    """Catches data lost on its way into the page, and "<" that could end its element."""
-    given = Trace([_hostile_row()], {"temperature": 1 / 3, "none": None})
-    html = viewer.page(given)
-    html.encode()
-    assert html.count("</script>") == 2
-    assert "{{style}}" not in html
-    found = json.loads(re.search(r'id="trace">(.*?)</script>', html, re.DOTALL)[1])
-    wanted = trace.as_json(given)
-    assert found["settings"]["temperature"] == pytest.approx(1 / 3, rel=1e-5)
-    assert found["rows"] == json.loads(json.dumps(wanted["rows"]))
-
-
-def test_a_page_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """Catches half-written pages, leftovers, links replaced by files, and errors that come only at the end."""
-    given = Trace([_hostile_row()], {})
-    path = tmp_path / "trace.html"
-    link = tmp_path / "link.html"
-    link.symlink_to(path)
-    viewer.save(given, str(link))
-    assert link.is_symlink()
-    whole = path.read_text(encoding="utf-8")
-    assert whole == viewer.page(given)
-    write = viewer.writer(path)
-    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
-    with pytest.raises(KeyboardInterrupt):
-        write(Trace([], {}))
-    assert path.read_text(encoding="utf-8") == whole
-    assert sorted(tmp_path.iterdir()) == [link, path]
-    for wrong, message in (
-        (tmp_path, "is a folder"), (tmp_path / "no" / "t.html", "there is no folder"), ("/dev/null", "not a file"),
-        (path / "t.html", "there is no folder"), (tmp_path / ("x" * 300), "cannot be written"),
-    ):  # fmt: skip
-        with pytest.raises(ValueError, match=message):
-            viewer.writer(wrong)
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """`specjax generate`, with one compilation cache for the module."""
-    env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path_factory.mktemp("cache"))}
-    return lambda *args: subprocess.Popen(
-        [sys.executable, "-m", "specjax.cli", "generate", *map(str, args)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env,
-    )  # fmt: skip
-
-
-def test_the_command_writes_what_it_says(command, tmp_path):
-    """Catches a page of other tokens than those reported, settings left out, batches mixed up."""
-    (tmp_path / "prompts.txt").write_text("import numpy\nclass Foo:\n# naïve ✓")
-    path = tmp_path / "trace.html"
-    process = command(
-        "--prompt-file", tmp_path / "prompts.txt", "--batch", 2, "--max-new-tokens", 12, "--temperature", 0.8,
-        "--seed", 5, "--draft-len", 3, "--verifier", "block", "--json", "--trace", path,
-    )  # fmt: skip
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    reported, found = json.loads(out), _page_data(path)
-    for row, result in zip(found["rows"], reported["results"], strict=True):
-        assert (row["prompt"], row["text"]) == (result["prompt"], result["text"])
-        assert row["status"] == result["status"]
-        steps = [row["start"], *row["rounds"]]
-        tokens = [token for one in steps for token in (*one["draft"], one["target"]) if token]
-        emitted = [token["id"] for token in tokens if token["kind"] not in ("rejected", "unused")]
-        assert emitted == result["tokens"]
-    assert found["totals"]["tokens_per_round"] == pytest.approx(reported["tokens_per_round"], rel=1e-5)
-    assert found["totals"]["acceptance_rate"] == pytest.approx(reported["acceptance_rate"], rel=1e-5)
-    settings = found["settings"]
-    assert (settings["K"], settings["temperature"], settings["verifier"], settings["seed"]) == (3, 0.8, "block", 5)
-    assert settings["device"] == reported["device"]
-    assert settings["speed-up"] == pytest.approx(reported["speedup"], rel=1e-4)
-
-
-def test_a_bad_path_is_told_before_anything_is_loaded(command):
-    """Catches minutes of generation thrown away."""
-    process = command("x", "--trace", "/nowhere/trace.html", "--model", "/no/model", "--draft", "/no/model")
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 2
-    assert "there is no folder /nowhere" in err
-    assert "Traceback" not in err
-
-
-@pytest.mark.parametrize("phase", ["streaming", "baseline"])
-def test_ctrl_c_leaves_the_rounds_so_far(command, tmp_path, phase):
-    """Catches an interrupted run without its page, while tokens come or while plain decoding is measured after them."""
-    path = tmp_path / "trace.html"
-    if phase == "streaming":
-        process = command("import numpy", "--max-new-tokens", 100_000, "--no-baseline", "--trace", path)
-        assert process.stdout.read(20)
-        time.sleep(0.2)
-    else:
-        process = command("import numpy", "--max-new-tokens", 300, "--trace", path)
-        while process.poll() is None and not path.exists():
-            time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    row = _page_data(path)["rows"][0]
-    assert row["rounds"]
-    assert row["text"]
-    assert [entry.name for entry in tmp_path.iterdir()] == ["trace.html"]
