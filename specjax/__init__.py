@@ -1,6 +1,6 @@
 """specjax: exact speculative decoding for JAX models, one XLA program on TPU, GPU and CPU."""
 
-from specjax import controllers, drafters, stats, verify
+from specjax import controllers, drafters, stats, trace, verify, viewer
 from specjax.decode import autoregressive, generate
 from specjax.stream import Chunk, LogProb, Origin, stream
 from specjax.types import (
@@ -52,5 +52,7 @@ __all__ = [
     "generate",
     "stats",
     "stream",
+    "trace",
     "verify",
+    "viewer",
 ]

@@ -14,7 +14,7 @@ from typing import Annotated
 import jax
 import typer
 
-from specjax import Sampling, __version__, exactness, interrupts, report, runner, speed, verify
+from specjax import Sampling, __version__, exactness, interrupts, report, runner, speed, viewer
 from specjax.pair import in_int8, load_pair
 
 app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -101,6 +101,7 @@ def generate(
         Path | None, typer.Option(help="One prompt a line, instead of PROMPT; blank lines are skipped.")
     ] = None,
     batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    trace: Annotated[Path | None, typer.Option(help="Write every round to this HTML page, with probabilities.")] = None,
     json_output: Json = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
     cache: Cache = True,
@@ -110,6 +111,7 @@ def generate(
     Tokens are coloured by origin on a terminal; a pipe gets plain text. The summary goes to standard error.
     """
     texts = _prompts(prompt, prompt_file)
+    keep = None if trace is None else viewer.writer(trace)
     _quiet_platform()
     if cache:
         _keep_programs()
@@ -119,11 +121,11 @@ def generate(
             temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, min_new_tokens=min_new_tokens,
         ),
-        verifier=getattr(verify, verifier.name)(), seed=seed, batch=batch, baseline=baseline,
+        verifier=verifier.name, seed=seed, batch=batch, baseline=baseline,
     )  # fmt: skip
     display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output)
     interrupts.watch(lambda: display.is_busy)
-    summary = runner.run(task, texts, display)
+    summary = runner.run(task, texts, display, keep)
     if json_output:
         typer.echo(json.dumps(report.as_json(summary)))
     else:

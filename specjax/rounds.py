@@ -22,6 +22,7 @@ from specjax.types import (
     Draft,
     Drafter,
     DraftPlan,
+    LogProbs,
     Model,
     Processor,
     PyTree,
@@ -33,6 +34,7 @@ from specjax.types import (
     Verifier,
 )
 from specjax.validate import Request
+from specjax.verify.prefix import at_tokens
 
 
 class Roles(NamedTuple):
@@ -115,6 +117,7 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     draft = _match_width(draft, processed.shape[-1])
     draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
     verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
+    target_log_probs = _of_draft(draft, out.logits, processed, model.vocab_size)
 
     path, drafted, logits = verdict.path, draft.tokens, out.logits
     if path is not None:
@@ -152,6 +155,8 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
         num_accepted=jnp.minimum(num_accepted, moved.num_emitted),
         draft_tokens=jnp.where(place < draft_lengths[:, None], draft.tokens, -1),
         draft_lengths=draft_lengths,
+        draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(draft.probs, draft.tokens),
+        target_log_probs=target_log_probs,
         log_probs=scored,
         hidden=out.hidden,
         path=path,
@@ -222,6 +227,17 @@ def _match_width(draft: Draft, width: int) -> Draft:
         return draft
     probs = draft.probs[..., :width]
     return draft._replace(probs=jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1]))))
+
+
+def _of_draft(draft: Draft, logits: Array, processed: Array, vocab_size: int) -> LogProbs:
+    """The target's log-probabilities [B, K] of the draft tokens, each at its parent's place."""
+    if draft.parents is not None:
+        parents = jnp.broadcast_to(jnp.atleast_2d(draft.parents), draft.tokens.shape)
+        logits, processed = (jnp.take_along_axis(x, parents[..., None] + 1, 1) for x in (logits, processed))
+        return log_probs.of_tokens(logits, processed, draft.tokens, vocab_size)
+    # The last place holds no draft token; with it, these are the sums over the vocabulary that the emitted tokens need.
+    scored = log_probs.of_tokens(logits, processed, jnp.pad(draft.tokens, ((0, 0), (0, 1))), vocab_size)
+    return LogProbs(*(values[:, :-1] for values in scored))
 
 
 def _fault(logits: Array, processed: Array, vocab_size: int) -> Array:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from specjax import controllers, drafters, stats, text
+from specjax import controllers, drafters, stats, text, trace, verify
 from specjax.decode import autoregressive
 from specjax.pair import Pair, load_pair
 from specjax.stream import Chunk, stream
-from specjax.types import Generation, Sampling, Stats, Status, Verifier
+from specjax.trace import Setting, Trace, TracedRow
+from specjax.types import Generation, Sampling, Stats, Status
 
 CAPACITY_STEP = 128
 
@@ -29,7 +30,7 @@ class Task(NamedTuple):
     draft_len: int
     max_new_tokens: int
     sampling: Sampling
-    verifier: Verifier
+    verifier: str  # its maker's name in `specjax.verify`
     seed: int
     batch: int
     baseline: bool
@@ -74,14 +75,18 @@ class Display(Protocol):
     def note(self, text: str) -> None: ...
 
 
-def run(task: Task, texts: list[str], display: Display) -> Summary:
-    """Runs the task; Ctrl-C while tokens stream ends it early with what there is."""
+def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], None] | None = None) -> Summary:
+    """Runs the task; Ctrl-C while tokens stream ends it early with what there is.
+
+    `keep` is given the trace so far after each batch, as what comes next may end the process, and the whole at the end.
+    """
     with display.busy("loading the models"):
         pair = load_pair(task.model, task.draft, task.tokenizer, task.dtype)
     rows: list[Row] = []
     parts: list[Stats] = []
     seconds = baseline_seconds = 0.0
     plain: list[list[int]] = []
+    traced: list[TracedRow] = []
     interrupted = False
     # Every batch has the width and capacity of the longest prompt, and the last one is filled up: one program for all.
     prompts = text.encode(pair.tokenizer, texts)
@@ -100,6 +105,9 @@ def run(task: Task, texts: list[str], display: Display) -> Summary:
         part, interrupted = _stream(batch, texts[start : start + size], rows, display)
         seconds += time.perf_counter() - began
         parts.append(part)
+        if keep is not None:
+            traced += batch.traced()
+            keep(Trace(traced, _settings(task, pair, sum(len(row.tokens) for row in rows), seconds)))
         if interrupted:
             break
         if task.baseline:
@@ -111,7 +119,7 @@ def run(task: Task, texts: list[str], display: Display) -> Summary:
             plain += out[: len(texts[start : start + size])]
     total = _join(parts, task.draft_len)
     measured = task.baseline and not interrupted
-    return Summary(
+    summary = Summary(
         rows=rows,
         stats=total,
         draft_len=task.draft_len,
@@ -123,6 +131,35 @@ def run(task: Task, texts: list[str], display: Display) -> Summary:
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )
+    if keep is not None and measured:
+        num_tokens, num_plain = sum(len(row.tokens) for row in rows), summary.baseline_tokens
+        gain = num_tokens / seconds * baseline_seconds / num_plain if num_plain else None
+        plainly = {"plain decoding": _pace(num_plain, baseline_seconds), "speed-up": gain}
+        keep(Trace(traced, {**_settings(task, pair, num_tokens, seconds), **plainly}))
+    return summary
+
+
+def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[str, Setting]:
+    """What the text was made with, and how fast."""
+    plain = Sampling()._asdict()
+    sampling = {
+        name.replace("_", "-"): value for name, value in task.sampling._asdict().items() if value != plain[name]
+    }
+    return {
+        "target": task.model or "shipped",
+        "draft": task.draft or "shipped",
+        "dtype": ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(pair.target.params)})),
+        "K": task.draft_len,
+        "verifier": task.verifier,
+        **{"temperature": 0, **sampling},
+        "seed": task.seed,
+        "device": jax.devices()[0].device_kind,
+        "speculative": _pace(num_tokens, seconds),
+    }
+
+
+def _pace(num_tokens: int, seconds: float) -> str:
+    return f"{num_tokens / seconds:.0f} tokens/s in {seconds:.3g} s"
 
 
 class _Batch:
@@ -141,12 +178,14 @@ class _Batch:
             # In steps, so that runs of similar length find each other's compiled programs.
             "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP,
         }
+        self.chunks: list[Chunk] = []  # of the run that is shown
 
     def stream(self, limit: int) -> Iterator[Chunk]:
         pair = self.pair
+        rule = getattr(verify, self.task.verifier)()
         return stream(
             pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-            *self.prompts, verifier=self.task.verifier, controller=controllers.fixed(self.task.draft_len),
+            *self.prompts, verifier=rule, controller=controllers.fixed(self.task.draft_len),
             max_new_tokens=self._limits(limit),
             **self.options,
         )  # fmt: skip
@@ -160,6 +199,11 @@ class _Batch:
         """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs."""
         for _ in self.stream(limit=2):
             pass
+
+    def traced(self) -> list[TracedRow]:
+        """The rounds of each row."""
+        tokenizer, prompts = self.pair.tokenizer, self.prompts.ids()[: self.count]
+        return trace.collect(self.chunks, prompts, tokenizer.decode, name=tokenizer.id_to_token).rows
 
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.
@@ -181,6 +225,7 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
         display.prompt(0, texts[0], several)
     try:
         for chunk in batch.stream(batch.task.max_new_tokens):
+            batch.chunks.append(chunk)
             latest = chunk.stats
             status = [Status(value) for value in chunk.status[: len(texts)]]
             for piece in printer.pieces(chunk):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 import functools
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from specjax.types import (
     Array,
     Controller,
     Drafter,
+    LogProbs,
     Model,
     Processor,
     PyTree,
@@ -48,25 +49,40 @@ class LogProb(NamedTuple):
     processed: float
 
 
+class Drafted(NamedTuple):
+    """What one round drafted for one row, and what became of it."""
+
+    tokens: list[int]  # the draft, in order
+    draft_probs: list[float]  # of each, under the law it was drawn from; 1 for an argmax
+    target: list[LogProb]  # how likely the target found each, after the draft tokens before it
+    accepted: list[int]  # which of them were emitted: 0, 1, ... of a chain, the path of a tree
+    num_emitted: int  # those, and the corrected or bonus token; without it the row ended on the last of them
+
+
 class Chunk(NamedTuple):
     """What one dispatch brought."""
 
     tokens: list[list[int]]  # new tokens of each row
     origins: list[list[Origin]]  # where each of them came from
     log_probs: list[list[LogProb]]  # how likely the target found each of them
+    rounds: list[list[Drafted]]  # the rounds that each row took part in
     status: np.ndarray  # [B] int32, a `Status`
     stats: Stats  # since the start, NumPy arrays
 
 
 class _Log(NamedTuple):
-    """The rounds of one dispatch, [n, B, ...]; unused rounds emit nothing."""
+    """The rounds of one dispatch, [n, B, ...]: whether the row took part, then fields of `Round`."""
 
+    took_part: Array
     tokens: Array
     num_emitted: Array
     num_accepted: Array
+    log_probs: LogProbs
+    draft_tokens: Array
     draft_lengths: Array
-    raw: Array
-    processed: Array
+    draft_probs: Array
+    target_log_probs: LogProbs
+    path: Array | None
 
 
 def stream(
@@ -126,9 +142,11 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
     rows, stats = jax.device_get(_copies(layout, (state.rows._replace(keys=None), state.stats)))
     spans = [slice(start, end) for start, end in zip(rows.prompt_lengths, rows.lengths, strict=True)]
     head = [row[span].tolist() for row, span in zip(rows.tokens, spans, strict=True)]
-    scores = [_pairs(raw[span], own[span]) for raw, own, span in zip(*rows.log_probs, spans, strict=True)]
+    scores = [
+        _pairs(raw[span].tolist(), own[span].tolist()) for raw, own, span in zip(*rows.log_probs, spans, strict=True)
+    ]
     status = rows.status
-    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], scores, status, stats)
+    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], scores, [[] for _ in head], status, stats)
 
     pending = None
     while (status == Status.ACTIVE).any():
@@ -146,22 +164,32 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
 
 def _read(sent) -> tuple[np.ndarray, Chunk]:
     log, status, stats = jax.device_get(sent)
-    tokens: list[list[int]] = [[] for _ in status]
-    origins: list[list[Origin]] = [[] for _ in status]
-    scores: list[list[LogProb]] = [[] for _ in status]
-    for emitted, num_emitted, num_accepted, draft_lengths, raw, processed in zip(*log, strict=True):
-        for row, count in enumerate(num_emitted):
-            accepted = num_accepted[row]
-            tokens[row] += emitted[row, :count].tolist()
-            scores[row] += _pairs(raw[row, :count], processed[row, :count])
+    tokens, origins, scores, rounds = ([[] for _ in status] for _ in range(4))
+    for index in range(len(log.took_part)):
+        entry: Any = jax.tree.map(lambda leaf: leaf[index].tolist(), log)  # a _Log of lists  # noqa: B023
+        for row in (row for row, took_part in enumerate(entry.took_part) if took_part):
+            count, accepted, drafted = (
+                values[row] for values in (entry.num_emitted, entry.num_accepted, entry.draft_lengths)
+            )
+            tokens[row] += entry.tokens[row][:count]
+            scores[row] += _pairs(*(values[row][:count] for values in entry.log_probs))
             origins[row] += [Origin.ACCEPTED] * accepted
             if count > accepted:
-                origins[row].append(Origin.CORRECTED if accepted < draft_lengths[row] else Origin.BONUS)
-    return status, Chunk(tokens, origins, scores, status, stats)
+                origins[row].append(Origin.CORRECTED if accepted < drafted else Origin.BONUS)
+            rounds[row].append(
+                Drafted(
+                    tokens=entry.draft_tokens[row][:drafted],
+                    draft_probs=entry.draft_probs[row][:drafted],
+                    target=_pairs(*(values[row][:drafted] for values in entry.target_log_probs)),
+                    accepted=list(range(accepted)) if entry.path is None else entry.path[row][:accepted],
+                    num_emitted=count,
+                )
+            )
+    return status, Chunk(tokens, origins, scores, rounds, status, stats)
 
 
-def _pairs(raw: np.ndarray, processed: np.ndarray) -> list[LogProb]:
-    return [LogProb(*both) for both in zip(raw.tolist(), processed.tolist(), strict=True)]
+def _pairs(raw: list[float], processed: list[float]) -> list[LogProb]:
+    return [LogProb(*both) for both in zip(raw, processed, strict=True)]
 
 
 _start = jax.jit(start, static_argnums=(0, 1))
@@ -176,17 +204,18 @@ def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
     """Rounds in one loop on the device until all rows end, `num_rounds` at most; the state is donated."""
-    batch = state.rows.status.shape[0]
-    shape = jax.eval_shape(lambda state: speculate(roles, capacity, params, drafter_params, state)[1], state)
-    none = jnp.zeros((num_rounds, batch), jnp.int32)
-    tokens = jnp.zeros((num_rounds, *shape.tokens.shape), jnp.int32)
-    scores = jnp.zeros(tokens.shape, jnp.float32)
-    log = _Log(tokens, none, none, none, scores, scores)
+
+    def one(state: State) -> tuple[State, _Log]:
+        took_part = is_active(state.rows)
+        state, info = speculate(roles, capacity, params, drafter_params, state)
+        return state, _entry(info, took_part)
+
+    shape = jax.eval_shape(one, state)[1]
+    log = jax.tree.map(lambda leaf: jnp.zeros((num_rounds, *leaf.shape), leaf.dtype), shape)
 
     def body(carry):
         index, state, log = carry
-        state, info = speculate(roles, capacity, params, drafter_params, state)
-        entry = _entry(info)
+        state, entry = one(state)
         log = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), log, entry)
         return index + 1, state, log
 
@@ -198,5 +227,5 @@ def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tupl
     return state, log
 
 
-def _entry(info: Round) -> _Log:
-    return _Log(info.tokens, info.num_emitted, info.num_accepted, info.draft_lengths, *info.log_probs)
+def _entry(info: Round, took_part: Array) -> _Log:
+    return _Log(took_part, *(getattr(info, name) for name in _Log._fields[1:]))

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from specjax import trace
 from specjax.decode import generate
 from specjax.stream import Chunk, Origin, stream
+from specjax.trace import Trace
 from specjax.types import Drafter, Model, PyTree
 
 if TYPE_CHECKING:
@@ -23,6 +25,10 @@ class Prompts(NamedTuple):
 
     tokens: np.ndarray  # [B, P] int32
     lengths: np.ndarray  # [B] int32
+
+    def ids(self) -> list[list[int]]:
+        """Those of each prompt, without padding."""
+        return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
 class Piece(NamedTuple):
@@ -123,6 +129,25 @@ def stream_text(
     printer = Printer(tokenizer, prompts)
     for chunk in stream(model, params, drafter, drafter_params, *prompts, **options):
         yield from printer.pieces(chunk)
+
+
+def trace_text(
+    model: Model,
+    params: PyTree,
+    drafter: Drafter,
+    drafter_params: PyTree,
+    tokenizer: Tokenizer,
+    texts: Sequence[str],
+    **options: Any,
+) -> Trace:
+    """Generates, and keeps every round: shown in a notebook, each token says where it came from and how likely it was.
+
+    `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. Options as for
+    `specjax.stream`.
+    """
+    prompts = encode(tokenizer, texts)
+    chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
+    return trace.collect(chunks, prompts.ids(), tokenizer.decode, name=tokenizer.id_to_token)
 
 
 class Printer:

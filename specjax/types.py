@@ -270,6 +270,8 @@ class Round(NamedTuple):
     num_accepted: Array  # [B] int32, emitted tokens that were drafted
     draft_tokens: Array  # [B, K] int32, pad -1
     draft_lengths: Array  # [B] int32
+    draft_probs: Array  # [B, K] float32, of each draft token under the law it was drawn from; arbitrary past the draft
+    target_log_probs: LogProbs  # [B, K] each, the target's of the draft tokens; arbitrary past the draft
     log_probs: LogProbs  # [B, K+1] each, of the emitted tokens; arbitrary past num_emitted
     hidden: tuple[Array, ...]  # the target's hidden states of the block [B, K+1, D], per layer the drafter asked for
     path: Array | None = None  # [B, depth] int32, for a tree

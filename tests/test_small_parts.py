@@ -19,7 +19,7 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
     {"sharding"},
-    {"types", "noise", "hlo"},
+    {"types", "noise", "hlo", "markup"},
     {"tpu"},
     {"cache", "tree", "processors", "log_probs"},
     {"sampling"},
@@ -29,8 +29,8 @@ LAYERS = [
     {"rounds"},
     {"decode"},
     {"stream", "stats", "testing", "machine"},
-    {"limits", "adapters"},
-    {"text"},
+    {"limits", "adapters", "trace"},
+    {"text", "viewer"},
     {"pair", "shapes"},
     {"aot"},
     {"runner", "exactness", "interrupts", "speed"},
