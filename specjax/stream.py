@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, validate, verify
+from specjax import controllers, logs, validate, verify
 from specjax.rounds import Roles, State, speculate, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
@@ -30,6 +31,8 @@ from specjax.types import (
     Status,
     Verifier,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Origin(enum.IntEnum):
@@ -139,9 +142,17 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
             yield chunk
         pending = sent
     if pending is not None:
-        _, chunk = _read(pending)
+        status, chunk = _read(pending)
         if any(chunk.tokens):
             yield chunk
+    warn_of_troubles(status)
+
+
+def warn_of_troubles(status: np.ndarray) -> None:
+    """Logs the rows that ended for a reason that nobody asked for."""
+    for row, value in enumerate(status.tolist()):
+        if Status(value).is_trouble:
+            _log.warning("row %d: %s", row, Status(value).describe())
 
 
 def _read(sent) -> tuple[np.ndarray, Chunk]:
@@ -164,7 +175,12 @@ def _pairs(raw: np.ndarray, processed: np.ndarray) -> list[LogProb]:
     return [LogProb(*both) for both in zip(raw.tolist(), processed.tolist(), strict=True)]
 
 
-_start = jax.jit(start, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(roles, capacity, params, drafter_params, request, controller_state) -> State:
+    batch, width = request.prompts.shape
+    longest = roles.controller.longest
+    logs.tracing("stream's prompts", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
+    return start(roles, capacity, params, drafter_params, request, controller_state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -177,6 +193,8 @@ def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
 def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
     """Rounds in one loop on the device until all rows end, `num_rounds` at most; the state is donated."""
     batch = state.rows.status.shape[0]
+    longest = roles.controller.longest
+    logs.tracing("stream's rounds", rows=batch, capacity=capacity, draft_len=longest, rounds_per_dispatch=num_rounds)
     shape = jax.eval_shape(lambda state: speculate(roles, capacity, params, drafter_params, state)[1], state)
     none = jnp.zeros((num_rounds, batch), jnp.int32)
     tokens = jnp.zeros((num_rounds, *shape.tokens.shape), jnp.int32)

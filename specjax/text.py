@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from specjax.decode import generate
-from specjax.stream import Chunk, Origin, stream
+from specjax.stream import Chunk, Origin, stream, warn_of_troubles
 from specjax.types import Drafter, Model, PyTree
 
 if TYPE_CHECKING:
@@ -105,6 +105,7 @@ def generate_text(
     """
     prompts = encode(tokenizer, texts)
     out = generate(model, params, drafter, drafter_params, *prompts, **options)
+    warn_of_troubles(np.asarray(out.status))
     decoded = zip(prompts.tokens, prompts.lengths, out.new_tokens(), strict=True)
     return [_continuation(tokenizer, tokens[:length].tolist(), new) for tokens, length, new in decoded]
 

@@ -1,0 +1,219 @@
+"""Seconds of checking on this machine: is speculation exact here, and does it pay? `bench` measures both in depth."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+
+from specjax import controllers, drafters, passes, speed, testing
+from specjax.decode import generate
+from specjax.exactness import Finding
+from specjax.pair import Pair
+from specjax.types import Sampling
+
+Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
+
+DRAFT_LEN = 3
+SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=4, max_new_tokens=96, repeats=3)
+_SAMPLES, _LENGTH, _PROMPT = 20_000, 4, [1, 2]
+_FALSE_ALARM = 1e-6
+_EVEN = 0.05  # less than this is no difference: the measurement is not better
+
+
+class Pace(NamedTuple):
+    """How fast a pair decodes here."""
+
+    draft_len: int
+    step_seconds: float  # of plain decoding
+    round_seconds: float
+    round_cost: float  # a round in steps, the median of pairs
+    pass_cost: float  # a pass over K + 1 tokens in passes over one, the same way
+    tokens_per_round: float
+    acceptance: float
+    dtype: str
+
+    @property
+    def speedup(self) -> float:
+        """Over plain decoding."""
+        return self.tokens_per_round / self.round_cost
+
+    @property
+    def pays(self) -> bool:
+        """Whether that is worth it."""
+        return self.speedup > 1 + _EVEN
+
+
+class SelfCheck(NamedTuple):
+    """What the self-check found."""
+
+    findings: list[Finding]
+    pace: Pace | None  # None: something before it failed, or the machine was too busy
+    compiling: float  # seconds of tracing and compiling, or of loading what was compiled before
+    measuring: float  # seconds of all the rest
+
+    @property
+    def passed(self) -> bool:
+        """Whether everything was exact; slow is no failure."""
+        return all(finding.passed for finding in self.findings)
+
+
+class _Clock:
+    """Tells seconds of compiling from all others, and says what goes on."""
+
+    def __init__(self, busy: Busy):
+        self.busy = busy
+        self.began = time.perf_counter()
+        self.compiling = 0.0
+
+    @contextmanager
+    def compile(self, what: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            with self.busy(f"self-check: compiling {what} (once for this machine)"):
+                yield
+        finally:
+            self.compiling += time.perf_counter() - began
+
+    def measuring(self) -> float:
+        return time.perf_counter() - self.began - self.compiling
+
+
+def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
+    """Checks that speculation changes nothing, then measures what it brings.
+
+    Args:
+      pair: target, draft and tokenizer; the command line's is the shipped one.
+      busy: called with what is going on, for a spinner.
+      setting: prompts, tokens and repetitions, with one draft length.
+    """
+    clock = _Clock(busy)
+    wide = _in_float32(pair)
+    contest = speed.prepare(wide, setting)
+    findings = [
+        _finding("greedy speculation against plain decoding, float32", lambda: _same_tokens(contest, clock)),
+        _finding("sampled speculation against its exact law", lambda: _same_law(clock)),
+    ]
+    paces: list[Pace] = []
+
+    def measure() -> str:
+        pace = _pace(pair, contest if wide is pair else speed.prepare(pair, setting), clock)
+        if min(pace.round_cost, pace.pass_cost) <= 0:
+            return "times differ so much that they say nothing: is the machine busy?"
+        paces.append(pace)
+        return (
+            f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; "
+            f"{pace.acceptance:.0%} of the drafted tokens accepted"
+        )
+
+    if all(finding.passed for finding in findings):  # the speed of wrong tokens is nobody's concern
+        findings.append(_finding("time of steps and rounds", measure))
+    return SelfCheck(findings, paces[0] if paces else None, clock.compiling, clock.measuring())
+
+
+def verdict(pace: Pace) -> str:
+    """Whether speculation pays, and why not where it does not; one sentence."""
+    times = f"{pace.speedup:.2f} times plain decoding at K = {pace.draft_len}"
+    if pace.pays:
+        return (
+            f"Speculation pays here: {times}. A round brings {pace.tokens_per_round:.1f} tokens and costs "
+            f"{pace.round_cost:.1f} steps."
+        )
+    says = "does not pay" if pace.speedup < 1 - _EVEN else "makes no difference"
+    return f"Speculation {says} here: {times}, because {_cause(pace)}."
+
+
+def _cause(pace: Pace) -> str:
+    """The largest of the three factors between K + 1 times plain decoding, the most there is, and what came."""
+    width = pace.draft_len + 1
+    rest = pace.round_cost / pace.pass_cost
+    factors = {
+        pace.pass_cost: f"a pass over {width} tokens costs {pace.pass_cost:.1f} passes over one",
+        rest: f"drafting and judging make a round {rest:.1f} times as long as its pass over {width} tokens",
+        width / pace.tokens_per_round: f"a round brings {pace.tokens_per_round:.1f} tokens of at most {width}",
+    }
+    return factors[max(factors)]
+
+
+def _finding(check: str, run: Callable[[], str]) -> Finding:
+    began = time.perf_counter()
+    try:
+        detail, passed = run(), True
+    except (AssertionError, RuntimeError, ValueError) as error:  # a device that fails is a finding as well
+        detail, passed = str(error) or type(error).__name__, False
+    return Finding(check, passed, detail, time.perf_counter() - began)
+
+
+def _in_float32(pair: Pair) -> Pair:
+    """Where nothing may differ: in bfloat16 near-ties may. The pair itself where it is in float32 already."""
+    if speed.floating_dtype(pair) == jnp.float32:
+        return pair
+
+    def widened(loaded):
+        return loaded._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params))
+
+    return pair._replace(target=widened(pair.target), draft=widened(pair.draft))
+
+
+def _same_tokens(contest: speed.Contest, clock: _Clock) -> str:
+    with clock.compile("plain decoding and speculation"):
+        speed.compile_all(contest, clock.busy)
+    limit, count = contest.setting.max_new_tokens, 0
+    for prompts in contest.prompts:
+        plain, ours = (run(limit, prompts).new_tokens() for run in contest.runs.values())
+        for wanted, got in zip(plain, ours, strict=True):
+            count += len(wanted)
+            if got != wanted:
+                place = next(i for i, (a, b) in enumerate(zip([*got, -1], [*wanted, -1], strict=False)) if a != b)
+                raise AssertionError(
+                    f"token {place} of a text is {[*got, None][place]} by speculation and {[*wanted, None][place]} by "
+                    "plain decoding"
+                )
+    return f"{count} tokens of {len(contest.prompts)} texts, all the same"
+
+
+def _same_law(clock: _Clock) -> str:
+    """A target small enough to enumerate, a draft model that is often wrong, and every text counted."""
+    model = testing.table_model(2, 3)
+    table = testing.random_table(jax.random.key(11), order=2, vocab_size=3, sharpness=1.5)
+    prompts = jnp.tile(jnp.array([_PROMPT]), (_SAMPLES, 1))
+
+    def draw():
+        return generate(
+            model, table, drafters.draft_model(model), -table, prompts, key=jax.random.key(7), max_new_tokens=_LENGTH,
+            sampling=Sampling(1.0), controller=controllers.fixed(DRAFT_LEN),
+        ).tokens  # fmt: skip
+
+    with clock.compile("a model small enough to enumerate"):
+        law = testing.exact_sequence_law(model, table, _PROMPT, _LENGTH, sampling=Sampling(1.0))
+        jax.block_until_ready(draw())
+    counts = testing.count_sequences(draw(), len(_PROMPT), _LENGTH, 3)
+    testing.assert_same_law(counts, law, false_alarm=_FALSE_ALARM)
+    return f"{_SAMPLES:,} texts of {_LENGTH} tokens (chi-square, false alarms at most {_FALSE_ALARM:g})"
+
+
+def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
+    target, (draft_len,) = pair.target, contest.setting.draft_lens
+    widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": contest.setting.context, "passes": 8}
+    with clock.compile("what is timed"):
+        speed.compile_all(contest, clock.busy)
+        passes.time_passes(target.model, target.params, **widths, repeats=0)
+    timed = speed.time_all(contest, clock.busy)
+    with clock.busy("measuring single passes"):
+        one, several = passes.time_passes(target.model, target.params, **widths, repeats=3)
+    plain, ours = timed[None], timed[draft_len]
+    return Pace(
+        draft_len=draft_len,
+        step_seconds=statistics.median(run.seconds for run in plain),
+        round_seconds=statistics.median(run.seconds for run in ours),
+        round_cost=speed.paired_ratio(ours, plain),
+        pass_cost=statistics.median(b / a for a, b in zip(one, several, strict=True)),
+        tokens_per_round=ours[0].tokens_per_pass,
+        acceptance=ours[0].acceptance,
+        dtype=str(speed.floating_dtype(pair)),
+    )
