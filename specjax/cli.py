@@ -29,7 +29,7 @@ from specjax import (
 )
 from specjax.pair import in_int8, load_pair
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 class Rule(enum.StrEnum):
@@ -63,7 +63,10 @@ Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default:
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
 Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, help="Log to standard error what is loaded and traced; -vv: more.")
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, show_default=False, metavar="", help="Log what is loaded and traced; -vv: more."
+    ),
 ]
 _SPEED, _EXACTNESS = "Speed", "Exactness"  # panels of bench's help
 

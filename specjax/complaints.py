@@ -20,14 +20,14 @@ def explain(error: BaseException) -> str | None:
     failure = environment.devices().failure
     if failure is None:
         return None
-    return f"JAX has no device to run on ({failure}). {device_cure(failure)} `specjax doctor` says what is here."
+    cure = device_cure(failure, environment.settings()["JAX_PLATFORMS"])
+    return f"JAX has no device to run on ({failure}). {cure} `specjax doctor` says what is here."
 
 
-def device_cure(failure: str) -> str:
-    """What to do where JAX does not start."""
+def device_cure(failure: str, asked: str | None) -> str:
+    """What to do where JAX does not start; `asked` is JAX_PLATFORMS."""
     if IS_BUSY.search(failure):
         return BUSY_CURE
-    asked = environment.settings()["JAX_PLATFORMS"]
     if asked:
         return f"JAX_PLATFORMS={asked} asks for what is not here: unset it, or set it to cpu."
     return "JAX's own account: python -c 'import jax; jax.devices()'."

@@ -71,7 +71,8 @@ def problems(found: Environment) -> list[Problem]:
 def _no_devices(found: Environment) -> Iterator[Problem]:
     failure = found.devices.failure
     if failure is not None:
-        yield Problem(Severity.error, f"JAX has no device to run on: {failure}", device_cure(failure))
+        cure = device_cure(failure, found.settings["JAX_PLATFORMS"])
+        yield Problem(Severity.error, f"JAX has no device to run on: {failure}", cure)
 
 
 def _idle_hardware(found: Environment) -> Iterator[Problem]:

@@ -14,7 +14,7 @@ from rich.text import Text
 from specjax import machine
 from specjax.doctor import MEANING, Problem, Report, Severity
 from specjax.environment import Device, Environment
-from specjax.self_check import SelfCheck, verdict
+from specjax.self_check import Pace, SelfCheck, verdict
 
 _STYLES = {Severity.error: "bold red", Severity.warning: "yellow", Severity.note: "cyan"}
 
@@ -25,17 +25,21 @@ def facts(found: Environment) -> Table:
     table.add_column(style="bold", no_wrap=True)
     table.add_column(overflow="fold")
     host = found.host
+
+    def row(name: str, said: str) -> None:
+        table.add_row(name, Text(said))  # a plain string would be read as markup: [cuda12] would be gone
+
     versions = [f"{package.name} {package.version}" for package in found.packages if package.version]
-    table.add_row("specjax", f"{found.version} from {_at_home(found.folder)}")
-    table.add_row("packages", ", ".join([f"python {host.python}", *versions]))
+    row("specjax", f"{found.version} from {_at_home(found.folder)}")
+    row("packages", ", ".join([f"python {host.python}", *versions]))
     memory = "" if host.memory is None else f", {_bytes(host.memory)}"
-    table.add_row("machine", f"{host.system}; {host.processor}, {_count(host.cores, 'core')}{memory}")
-    table.add_row("devices", "\n".join(map(_device, found.devices.found)) or "none")
-    table.add_row("backend", MEANING.get(found.devices.backend, found.devices.backend or ""))
+    row("machine", f"{host.system}; {host.processor}, {_count(host.cores, 'core')}{memory}")
+    row("devices", "\n".join(map(_device, found.devices.found)) or "none")
+    row("backend", MEANING.get(found.devices.backend, found.devices.backend or ""))
     given = [f"{name}={value}" for name, value in found.settings.items() if value is not None]
     unset = [name for name, value in found.settings.items() if value is None]
-    table.add_row("settings", Group(*given, Text(f"not set: {', '.join(unset)}", "dim")))
-    table.add_row("programs", _programs(found))
+    table.add_row("settings", Group(*map(Text, given), Text(f"not set: {', '.join(unset)}", "dim")))
+    row("programs", _programs(found))
     return table
 
 
@@ -93,10 +97,14 @@ def _check(check: SelfCheck) -> dict[str, Any]:
     return {
         "passed": check.passed,
         "findings": [finding._asdict() for finding in check.findings],
-        "speed": None if pace is None else {**pace._asdict(), "speedup": pace.speedup, "verdict": verdict(pace)},
+        "speed": None if pace is None else _pace(pace),
         "compiling_seconds": check.compiling,
         "measuring_seconds": check.measuring,
     }
+
+
+def _pace(pace: Pace) -> dict[str, Any]:
+    return {**pace._asdict(), "speedup": pace.speedup, "pays": pace.pays, "verdict": verdict(pace)}
 
 
 def _device(device: Device) -> str:
