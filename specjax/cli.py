@@ -296,8 +296,6 @@ def examine(
     if json_output:
         typer.echo(json.dumps(doctor_report.as_json(result)))
     elif check:
-        for finding in result.check.findings if result.check else ():
-            display.finding(finding)
         display.show(doctor_report.result(result.check))
     if not result.is_healthy:
         raise typer.Exit(1)

@@ -110,9 +110,9 @@ def _libtpu_alone(found: Environment) -> Iterator[Problem]:
     if _installed(found, "libtpu") and "tpu" not in found.hardware and not found.settings["JAX_PLATFORMS"]:
         yield Problem(
             Severity.note,
-            "libtpu is installed and there is no TPU: `specjax compile` needs it, but in your own programs JAX looks "
-            "for a TPU at the start, and complains",
-            "JAX_PLATFORMS=cpu (or cuda) in the environment spares that; this command line does it by itself.",
+            "libtpu is installed and there is no TPU: your own programs look for one at their start, and complain",
+            "JAX_PLATFORMS=cpu in the environment spares that (the command line does so by itself); keep libtpu for "
+            "specjax compile.",
         )
 
 

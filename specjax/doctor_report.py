@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Group
-from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from specjax import machine
 from specjax.doctor import MEANING, Problem, Report, Severity
 from specjax.environment import Device, Environment
+from specjax.report import finding_lines
 from specjax.self_check import Pace, SelfCheck, verdict
 
 _STYLES = {Severity.error: "bold red", Severity.warning: "yellow", Severity.note: "cyan"}
@@ -21,9 +21,7 @@ _STYLES = {Severity.error: "bold red", Severity.warning: "yellow", Severity.note
 
 def facts(found: Environment) -> Table:
     """The machine."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
-    table.add_column(style="bold", no_wrap=True)
-    table.add_column(overflow="fold")
+    table = _columns()
     host = found.host
 
     def row(name: str, said: str) -> None:
@@ -43,21 +41,34 @@ def facts(found: Environment) -> Table:
     return table
 
 
-def problems(found: list[Problem]) -> Iterator[Text | Padding]:
+def _columns() -> Table:
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="bold", no_wrap=True, min_width=8)
+    table.add_column(overflow="fold")
+    return table
+
+
+def problems(found: list[Problem]) -> Iterator[Text | Table]:
     """What is wrong and what to do, or that nothing is."""
     yield Text()
     if not found:
         yield Text("no problems found", "green")
+    table = _columns()
     for problem in found:
-        yield Text(f"{problem.severity.value}  ", _STYLES[problem.severity]) + Text(problem.what, "")
-        yield Padding(Text(problem.cure, "dim"), (0, 0, 0, 4))
+        said = Group(Text(problem.what), Text(problem.cure, "dim"))
+        table.add_row(Text(problem.severity.value, _STYLES[problem.severity]), said)
+    yield table
 
 
 def result(check: SelfCheck | None) -> Iterator[Text]:
-    """What the self-check said, after its findings; None where it could not begin."""
+    """What the self-check said; None where it could not begin."""
+    yield Text()
     if check is None:
         yield Text("The self-check was not run: first the errors above.", "bold red")
         return
+    for finding in check.findings:
+        yield from finding_lines(finding)
+    yield Text()
     if not check.passed:
         yield Text("Something is broken here: trust no output of this machine, and report the lines above.", "bold red")
     elif check.pace is None:

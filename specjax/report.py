@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
+from rich.highlighter import NullHighlighter
 from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
@@ -91,10 +92,8 @@ class Display:
 
     def finding(self, finding: Finding) -> None:
         """One check of the exactness suite, to standard output."""
-        mark, style = ("passed", "green") if finding.passed else ("FAILED", "bold red")
-        self._out.print(Text(mark, style) + Text(f"  {finding.check} ({finding.seconds:.0f} s)", ""))
-        for line in finding.detail.splitlines():
-            self._out.print(Text(f"        {line}", "dim"))
+        for line in finding_lines(finding):
+            self._out.print(line)
 
     def verdict(self, findings: list[Finding], pair: Pair) -> None:
         """All checks together."""
@@ -140,12 +139,23 @@ class Display:
             self._out.print(Text(text, style=style), end="")
 
 
+def finding_lines(finding: Finding) -> Iterator[Text]:
+    """One check, as lines."""
+    mark = ("passed", "green") if finding.passed else ("FAILED", "bold red")
+    yield Text.assemble(mark, f"  {finding.check} ({finding.seconds:.0f} s)")
+    for line in finding.detail.splitlines():
+        yield Text(f"        {line}", "dim")
+
+
 def _log_to(console: Console, level: int) -> None:
     """Shows what the library logs, on the console that also spins."""
     log = logging.getLogger("specjax")
     for handler in [handler for handler in log.handlers if handler.get_name() == _HANDLER]:
         log.removeHandler(handler)
-    shown = RichHandler(console=console, show_path=False, omit_repeated_times=False, log_time_format="%H:%M:%S")
+    shown = RichHandler(
+        console=console, highlighter=NullHighlighter(), show_path=False, omit_repeated_times=False,
+        log_time_format="%H:%M:%S",
+    )  # fmt: skip
     shown.set_name(_HANDLER)
     log.addHandler(shown)
     log.setLevel(level)

@@ -20,7 +20,8 @@ from specjax.types import Sampling
 Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 
 DRAFT_LEN = 3
-SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=4, max_new_tokens=96, repeats=3)
+SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=4, max_new_tokens=96, repeats=5)
+_SECONDS = 3.5  # for all repetitions: a slow machine gets fewer of them
 _SAMPLES, _LENGTH, _PROMPT = 20_000, 4, [1, 2]
 _FALSE_ALARM = 1e-6
 _EVEN = 0.05  # less than this is no difference: the measurement is not better
@@ -70,6 +71,7 @@ class _Clock:
         self.busy = busy
         self.began = time.perf_counter()
         self.compiling = 0.0
+        self.repetition = 0.0  # seconds that one of the timed repetitions will take
 
     @contextmanager
     def compile(self, what: str) -> Iterator[None]:
@@ -163,6 +165,7 @@ def _in_float32(pair: Pair) -> Pair:
 def _same_tokens(contest: speed.Contest, clock: _Clock) -> str:
     with clock.compile("plain decoding and speculation"):
         speed.compile_all(contest, clock.busy)
+    began = time.perf_counter()
     limit, count = contest.setting.max_new_tokens, 0
     for prompts in contest.prompts:
         plain, ours = (run(limit, prompts).new_tokens() for run in contest.runs.values())
@@ -174,6 +177,7 @@ def _same_tokens(contest: speed.Contest, clock: _Clock) -> str:
                     f"token {place} of a text is {[*got, None][place]} by speculation and {[*wanted, None][place]} by "
                     "plain decoding"
                 )
+    clock.repetition = (1 + 1 / speed.SHORTER) * (time.perf_counter() - began)
     return f"{count} tokens of {len(contest.prompts)} texts, all the same"
 
 
@@ -203,7 +207,8 @@ def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
     with clock.compile("what is timed"):
         speed.compile_all(contest, clock.busy)
         passes.time_passes(target.model, target.params, **widths, repeats=0)
-    timed = speed.time_all(contest, clock.busy)
+    repeats = max(1, min(contest.setting.repeats, int(_SECONDS / clock.repetition)))
+    timed = speed.time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
     with clock.busy("measuring single passes"):
         one, several = passes.time_passes(target.model, target.params, **widths, repeats=3)
     plain, ours = timed[None], timed[draft_len]

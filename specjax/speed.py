@@ -27,7 +27,7 @@ _MODULES = (
     "argparse", "tarfile", "inspect", "subprocess", "pickle", "socket", "zipfile", "doctest", "difflib", "logging",
     "threading", "mailbox",
 )  # fmt: skip
-_SHORTER = 4  # the short generation is a quarter of the long one
+SHORTER = 4  # the short generation is a quarter of the long one
 
 
 Run: TypeAlias = Callable[[int, text.Prompts], Generation]  # (tokens to generate, one batch)
@@ -112,7 +112,7 @@ def measure(
     with busy("what this machine can do"):
         machine = machine or this_machine(dtype)
     timed = time_all(contest, busy)
-    live = setting.context + (1 + 1 / _SHORTER) * setting.max_new_tokens / 2
+    live = setting.context + (1 + 1 / SHORTER) * setting.max_new_tokens / 2
     with busy("counting bytes and operations"):
         lines = [_line(pair, setting, machine, live, draft_len, timed) for draft_len in contest.runs]
     return Speed(lines, setting, machine, live, str(dtype))
@@ -120,7 +120,7 @@ def measure(
 
 def prepare(pair: Pair, setting: Setting) -> Contest:
     """Prompts, and plain decoding and speculation for each K; nothing is compiled yet. Errors as for `measure`."""
-    least = _SHORTER * (max(setting.draft_lens) + 1)
+    least = SHORTER * (max(setting.draft_lens) + 1)
     if setting.max_new_tokens < least:
         raise ValueError(
             f"max_new_tokens must be at least {least} to measure rounds of K = {max(setting.draft_lens)}, "
@@ -167,7 +167,7 @@ def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int)
       ValueError: no more passes for the longer ones than for the shorter.
     """
     times, passes, counts = [], [], []
-    for limit in (max_new_tokens // _SHORTER, max_new_tokens):
+    for limit in (max_new_tokens // SHORTER, max_new_tokens):
         start = time.perf_counter()
         parts = [jax.block_until_ready(run(limit, batch)).stats for batch in batches]
         times.append(time.perf_counter() - start)
