@@ -194,8 +194,8 @@ def _refuse_unless_tied(pair: Pair, text: list[int], wanted: list[int], got: lis
         gap = abs(float(scores[wanted[0]] - scores[got[0]]))
     if not gap <= _TIE:
         raise AssertionError(
-            f"after {len(text)} tokens speculation goes on with {got[:3]} and plain decoding with {wanted[:3]}: that is "
-            f"no near-tie, their logits differ by {gap:.3g}"
+            f"after {len(text)} tokens speculation goes on with {got[:3]} and plain decoding with {wanted[:3]}: that "
+            f"is no near-tie, their logits differ by {gap:.3g}"
         )
 
 
@@ -221,14 +221,14 @@ def _same_law(clock: _Clock) -> str:
 
 def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
     target, (draft_len,) = pair.target, contest.setting.draft_lens
-    widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": contest.setting.context, "passes": 8}
+    widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": contest.setting.context, "passes": 16}
     with clock.compile("what is timed"):
         speed.compile_all(contest, clock.busy)
         passes.time_passes(target.model, target.params, **widths, repeats=0)
     repeats = max(1, min(contest.setting.repeats, int(_SECONDS / clock.repetition)))
     timed = speed.time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
     with clock.busy("measuring single passes"):
-        one, several = passes.time_passes(target.model, target.params, **widths, repeats=3)
+        one, several = passes.time_passes(target.model, target.params, **widths, repeats=5)
     plain, ours = timed[None], timed[draft_len]
     return Pace(
         draft_len=draft_len,
