@@ -39,6 +39,7 @@ class Pace(NamedTuple):
     pass_cost: float  # a pass over K + 1 tokens in passes over one, the same way
     tokens_per_round: float
     acceptance: float
+    speedups: list[float]  # of each repetition
     dtype: str
 
     @property
@@ -111,8 +112,8 @@ def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
             return "times differ so much that they say nothing: is the machine busy?"
         paces.append(pace)
         return (
-            f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; "
-            f"{pace.acceptance:.0%} of the drafted tokens accepted"
+            f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; {pace.acceptance:.0%} "
+            f"of the drafted tokens accepted\n{_spread(pace.speedups)}"
         )
 
     if all(finding.passed for finding in findings):  # the speed of wrong tokens is nobody's concern
@@ -130,6 +131,15 @@ def verdict(pace: Pace) -> str:
         )
     says = "does not pay" if pace.speedup < 1 - _EVEN else "makes no difference"
     return f"Speculation {says} here: {times}, because {_cause(pace)}."
+
+
+def _spread(speedups: list[float]) -> str:
+    """How much a verdict is worth on a machine that others use as well."""
+    if len(speedups) == 1:
+        return "speed-up of 1 repetition"
+    return (
+        f"speed-ups from {min(speedups):.2f} to {max(speedups):.2f} in {len(speedups)} repetitions; the median counts"
+    )
 
 
 def _cause(pace: Pace) -> str:
@@ -238,5 +248,6 @@ def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
         pass_cost=statistics.median(b / a for a, b in zip(one, several, strict=True)),
         tokens_per_round=ours[0].tokens_per_pass,
         acceptance=ours[0].acceptance,
+        speedups=[ours[0].tokens_per_pass * a.seconds / b.seconds for a, b in zip(plain, ours, strict=True)],
         dtype=str(speed.floating_dtype(pair)),
     )

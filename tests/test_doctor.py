@@ -196,7 +196,7 @@ def test_bounds_are_read_from_the_package(monkeypatch):
 
 PACE = Pace(
     draft_len=3, step_seconds=1e-3, round_seconds=2e-3, round_cost=2.0, pass_cost=1.5, tokens_per_round=3.0,
-    acceptance=0.7, dtype="float32",
+    acceptance=0.7, speedups=[1.4, 1.5, 1.6], dtype="float32",
 )  # fmt: skip
 
 
