@@ -112,8 +112,8 @@ def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
             return "times differ so much that they say nothing: is the machine busy?"
         paces.append(pace)
         return (
-            f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; {pace.acceptance:.0%} "
-            f"of the drafted tokens accepted\n{_spread(pace.speedups)}"
+            f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; "
+            f"{pace.acceptance:.0%} of the drafted tokens accepted\n{_spread(pace.speedups)}"
         )
 
     if all(finding.passed for finding in findings):  # the speed of wrong tokens is nobody's concern
