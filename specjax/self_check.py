@@ -21,8 +21,8 @@ from specjax.types import Sampling
 Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 
 DRAFT_LEN = 3
-SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=4, max_new_tokens=96, repeats=5)
-_SECONDS = 3.5  # for all repetitions: a slow machine gets fewer of them
+SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=3, max_new_tokens=96, repeats=5)
+_SECONDS, _LEAST = 3.5, 3  # for all repetitions: a slow machine gets fewer of them, but not fewer than 3
 _SAMPLES, _LENGTH, _PROMPT = 20_000, 4, [1, 2]
 _FALSE_ALARM = 1e-6
 _TIE = 1e-3  # of two logits in float32; rounding moves them by a hundredth of it
@@ -235,7 +235,8 @@ def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
     with clock.compile("what is timed"):
         speed.compile_all(contest, clock.busy)
         passes.time_passes(target.model, target.params, **widths, repeats=0)
-    repeats = max(1, min(contest.setting.repeats, int(_SECONDS / clock.repetition)))
+    most = contest.setting.repeats
+    repeats = min(most, max(_LEAST, int(_SECONDS / clock.repetition)))
     timed = speed.time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
     with clock.busy("measuring single passes"):
         one, several = passes.time_passes(target.model, target.params, **widths, repeats=5)
