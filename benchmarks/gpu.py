@@ -29,7 +29,6 @@ import jax.numpy as jnp
 import numpy as np
 import synthetic
 import typer
-from passes import time_pass
 from rich.console import Console
 from rich.table import Table
 
@@ -37,6 +36,7 @@ import specjax
 from specjax import limits, report, speed, text
 from specjax.machine import Machine, this_machine
 from specjax.pair import load_pair
+from specjax.passes import time_pass
 from specjax.types import Generation
 
 _LLAMA = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "model_type": "llama"}

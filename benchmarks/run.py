@@ -25,7 +25,6 @@ import jax
 import jax.numpy as jnp
 import peers
 import typer
-from passes import time_pass
 from peers import Contender, Outcome
 from prompts import Prompts, code_prompts
 from rich.console import Console
@@ -35,6 +34,7 @@ from tokenizers import Tokenizer
 import specjax
 from specjax import limits, models
 from specjax.machine import Machine, this_machine
+from specjax.passes import time_pass
 from specjax.types import Generation
 
 

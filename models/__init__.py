@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from specjax.sharding import Layout, Rules
 from specjax.types import PyTree
 
 FAMILIES = {kind: family for family in (llama, gpt2) for kind in family.MODEL_TYPES}
+_log = logging.getLogger(__name__)
 PRETRAINED = Path(__file__).resolve().parent / "pretrained"  # the shipped pair: target and draft
 
 
@@ -93,7 +96,9 @@ def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
     model = loaded.model
     built = build(loaded.config, vocab_size=model.vocab_size, layout=model.layout, rules=rules, kinds=INT8)
     config = {**loaded.config, "quantization_config": {"quant_method": "specjax-int8"}}
-    return Loaded(built.model, int8.rounded_params(built, loaded.params), config, loaded.path)
+    rounded = Loaded(built.model, int8.rounded_params(built, loaded.params), config, loaded.path)
+    _log.info("quantised %s: now %s", checkpoint.describe(loaded), checkpoint.describe(rounded))
+    return rounded
 
 
 def load(
@@ -123,13 +128,20 @@ def load(
     2
     """
     path = Path(path_or_hub_id)
-    if path.is_file() and path.suffix == ".bin":
-        return llama2c.load(path, dtype, layout, rules)
-    folder = path if path.is_dir() else _fetch(path_or_hub_id)
+    is_llama2c = path.is_file() and path.suffix == ".bin"
+    source = path if is_llama2c or path.is_dir() else _fetch(path_or_hub_id)
+    began = time.perf_counter()
+    loaded = (llama2c.load if is_llama2c else _load_folder)(source, dtype, layout, rules)
+    _log.info("loaded %s from %s in %.2f s", checkpoint.describe(loaded), source, time.perf_counter() - began)
+    model = loaded.model
+    _log.debug("ids below %d may be emitted; at most %s positions", model.vocab_size, model.max_positions or "any")
+    return loaded
+
+
+def _load_folder(folder: Path, dtype: Any, layout: Layout | None, rules: Rules | None) -> Loaded:
     config = checkpoint.read_config(folder)
     built = build(config, vocab_size=_tokenizer_size(folder), layout=layout, rules=rules)
-    params = checkpoint.read_params(folder, built, dtype)
-    return Loaded(built.model, params, config, folder)
+    return Loaded(built.model, checkpoint.read_params(folder, built, dtype), config, folder)
 
 
 def _tokenizer_size(folder: Path) -> int | None:
@@ -152,6 +164,7 @@ def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
         from huggingface_hub import snapshot_download
     except ImportError as error:
         raise ImportError("fetching from the hub needs huggingface_hub: pip install 'specjax[hf]'.") from error
+    _log.info("fetching %s from the hub", name)
     patterns = ["config.json", "*.safetensors", checkpoint.INDEX, *checkpoint.TOKENIZER_FILES]
     try:
         return Path(snapshot_download(name, allow_patterns=patterns))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax.logs import in_short
 from specjax.models.family import Architecture, assemble, tensor_name
 from specjax.types import Model, PyTree
 
@@ -22,6 +25,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
+_log = logging.getLogger(__name__)
 
 
 class Loaded(NamedTuple):
@@ -31,6 +35,14 @@ class Loaded(NamedTuple):
     params: PyTree
     config: dict[str, Any]  # the contents of config.json
     path: Path | None  # where it came from
+
+
+def describe(loaded: Loaded) -> str:
+    """Family, parameters, dtypes and bytes, for a log."""
+    leaves = jax.tree.leaves(loaded.params)
+    count, size = (sum(sizes) for sizes in zip(*((leaf.size, leaf.nbytes) for leaf in leaves), strict=True))
+    dtypes = ", ".join(sorted({str(leaf.dtype) for leaf in leaves}))
+    return f"{loaded.config['model_type']}, {in_short(count)} parameters, {dtypes}, {size / 1e6:.4g} MB"
 
 
 class _Tensor(NamedTuple):
@@ -120,12 +132,14 @@ def save(loaded: Loaded, folder: str | os.PathLike[str], *, max_shard_bytes: int
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     partial.mkdir()
+    began = time.perf_counter()
     try:
         _write(loaded, partial, max_shard_bytes)
         os.replace(partial, target)
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
+    _log.info("saved %s to %s in %.2f s", describe(loaded), target, time.perf_counter() - began)
 
 
 def _write(loaded: Loaded, folder: Path, max_shard_bytes: int) -> None:

@@ -1,10 +1,8 @@
-"""The command line: `specjax generate`, `specjax bench` and `specjax compile`."""
+"""The command line: `specjax generate`, `specjax bench`, `specjax compile` and `specjax doctor`."""
 
 from __future__ import annotations
 
 import enum
-import glob
-import importlib.util
 import json
 import os
 import sys
@@ -14,12 +12,24 @@ from typing import Annotated
 import jax
 import typer
 
-from specjax import Sampling, __version__, exactness, interrupts, report, runner, speed, viewer
+from specjax import (
+    Sampling,
+    __version__,
+    complaints,
+    doctor,
+    doctor_report,
+    environment,
+    exactness,
+    interrupts,
+    report,
+    runner,
+    self_check,
+    speed,
+    viewer,
+)
 from specjax.pair import in_int8, load_pair
 
-app = typer.Typer(add_completion=True, no_args_is_help=True, pretty_exceptions_enable=False)
-
-_ACCELERATORS = ("/dev/accel*", "/dev/vfio/[0-9]*", "/dev/nvidia[0-9]*", "/dev/kfd")
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
 
 class Rule(enum.StrEnum):
@@ -52,17 +62,29 @@ Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the t
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
 Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, show_default=False, metavar="", help="Log what is loaded and traced; -vv: more."
+    ),
+]
 _SPEED, _EXACTNESS = "Speed", "Exactness"  # panels of bench's help
 
 
 def main() -> None:
     """Entry point: bad input ends with a message and status 2, Ctrl-C with status 130; no traceback for either."""
     try:
-        app()
+        app(prog_name="specjax")  # `python -m` would complete and explain another command
     except KeyboardInterrupt:
         interrupts.leave("interrupted")
     except (ValueError, OSError, ImportError) as error:
         typer.echo(f"specjax: {error}", err=True)
+        raise SystemExit(2) from None
+    except (RuntimeError, AssertionError) as error:
+        explained = complaints.explain(error)
+        if explained is None:
+            raise
+        typer.echo(f"specjax: {explained}", err=True)
         raise SystemExit(2) from None
 
 
@@ -105,6 +127,7 @@ def generate(
     json_output: Json = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
     cache: Cache = True,
+    verbose: Verbose = 0,
 ) -> None:
     """Continue a text, and say what speculation brought.
 
@@ -112,9 +135,9 @@ def generate(
     """
     texts = _prompts(prompt, prompt_file)
     keep = None if trace is None else viewer.writer(trace)
-    _quiet_platform()
+    environment.quiet_platform()
     if cache:
-        _keep_programs()
+        environment.keep_programs()
     task = runner.Task(
         model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, max_new_tokens=max_new_tokens,
         sampling=Sampling(
@@ -123,7 +146,7 @@ def generate(
         ),
         verifier=verifier.name, seed=seed, batch=batch, baseline=baseline,
     )  # fmt: skip
-    display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output)
+    display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output, verbose=verbose)
     interrupts.watch(lambda: display.is_busy)
     summary = runner.run(task, texts, display, keep)
     if json_output:
@@ -162,6 +185,7 @@ def bench(
     ] = 20_000,
     json_output: Json = False,
     cache: Cache = True,
+    verbose: Verbose = 0,
 ) -> None:
     """Measure on this machine what speculation brings, beside what the machine allows at most.
 
@@ -169,10 +193,10 @@ def bench(
     that can be enumerated, the contracts of both models and of the drafter, then speculation against plain decoding,
     token for token, where near-ties that bfloat16 turns the other way are counted.
     """
-    _quiet_platform()
+    environment.quiet_platform()
     if cache:
-        _keep_programs()
-    display = report.Display(plain=False, silent=json_output)
+        environment.keep_programs()
+    display = report.Display(plain=False, silent=json_output, verbose=verbose)
     interrupts.watch(lambda: display.is_busy)
     with display.busy("loading the models"):
         pair = in_int8(load_pair(model, draft, tokenizer, dtype), int8)
@@ -216,6 +240,7 @@ def plan_pod(
     prompt_width: Annotated[int, typer.Option(min=1, help="Of the padded prompts.")] = 128,
     prefill: Annotated[bool, typer.Option(help="Compile the reading of prompts too.")] = True,
     json_output: Json = False,
+    verbose: Verbose = 0,
 ) -> None:
     """Plan a TPU pod before you rent it: compile the whole generation for it, with no TPU at hand.
 
@@ -229,7 +254,7 @@ def plan_pod(
         os.environ.setdefault(name, value)
     if not jax.config.values["jax_platforms"]:
         jax.config.update("jax_platforms", "cpu")
-    display = report.Display(plain=False, silent=json_output)
+    display = report.Display(plain=False, silent=json_output, verbose=verbose)
     interrupts.watch(lambda: display.is_busy)
     target, drafting = shapes.shaped(model), shapes.shaped(draft)
     with display.busy(f"compiling for {topology}, minutes for a large model"):
@@ -242,6 +267,39 @@ def plan_pod(
     else:
         display.show(show.tables(found))
     if not found.fits:
+        raise typer.Exit(1)
+
+
+@app.command("doctor")
+def examine(
+    check: Annotated[bool, typer.Option(help="Run the self-check.")] = True,
+    json_output: Json = False,
+    cache: Cache = True,
+    verbose: Verbose = 0,
+) -> None:
+    """Say what is installed here, what is wrong with it, and whether speculation is exact and pays on this machine.
+
+    The self-check measures for about five seconds; compiling comes on top, half a minute the first time. Status 1 if
+    something does not work or is not exact; slow is no failure.
+    """
+    display = report.Display(plain=False, silent=json_output, verbose=verbose)
+    interrupts.watch(lambda: display.is_busy)
+    with display.busy("looking for devices"):
+        found = environment.look()
+    result = doctor.Report(found, doctor.problems(found), None)
+    if not json_output:
+        display.show([doctor_report.facts(found), *doctor_report.problems(result.problems)])
+    if check and result.is_healthy:
+        if cache:
+            environment.keep_programs()
+        with display.busy("loading the models"):
+            pair = load_pair(None, None, None, None)
+        result = result._replace(check=self_check.run(pair, display.busy))
+    if json_output:
+        typer.echo(json.dumps(doctor_report.as_json(result)))
+    elif check:
+        display.show(doctor_report.result(result.check))
+    if not result.is_healthy:
         raise typer.Exit(1)
 
 
@@ -267,20 +325,6 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
     if not lines:
         raise ValueError(f"{prompt_file} holds no prompt: one a line is expected.")
     return lines
-
-
-def _quiet_platform() -> None:
-    """With libtpu installed and no accelerator at hand, JAX looks for a TPU and prints its disappointment."""
-    is_bare = not any(glob.glob(pattern) for pattern in _ACCELERATORS)
-    if is_bare and not jax.config.values["jax_platforms"] and importlib.util.find_spec("libtpu") is not None:
-        jax.config.update("jax_platforms", "cpu")
-
-
-def _keep_programs() -> None:
-    if jax.config.values["jax_compilation_cache_dir"] is None:
-        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        jax.config.update("jax_compilation_cache_dir", str(home / "specjax" / "xla"))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, validate, verify
+from specjax import controllers, logs, validate, verify
 from specjax.prefill import prefill
 from specjax.rounds import Roles, State, emit_one, first_token, open_request, speculate, start
 from specjax.rows import is_active, last_tokens
@@ -157,6 +157,9 @@ def autoregressive(
 def _generate(
     roles: Roles, capacity, rounds_per_test, params, drafter_params, request, controller_state, pad_token
 ) -> Generation:
+    batch, width = request.prompts.shape
+    longest = roles.controller.longest
+    logs.tracing("generate", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
     state = start(roles, capacity, params, drafter_params, request, controller_state)
 
     def body(state: State) -> State:
@@ -171,6 +174,7 @@ def _autoregressive(
     model: Model, processor, capacity, rounds_per_test, params, request: Request, pad_token
 ) -> Generation:
     batch, width = request.prompts.shape
+    logs.tracing("autoregressive", rows=batch, prompt_width=width, capacity=capacity)
     rows = open_request(model, request, capacity + 1)
     cache = model.init_cache(params, batch, capacity + 1)
     prompt = prefill(model, params, rows.tokens[:, :width], rows.lengths, cache)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import text
+from specjax.logs import in_short
+
+_log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
@@ -43,6 +47,12 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     chosen = _dtype(dtype)
     target = models.load(model or models.PRETRAINED / "target", dtype=chosen)
     drafting = models.load(draft or models.PRETRAINED / "draft", dtype=chosen)
+    sizes = [sum(leaf.size for leaf in jax.tree.leaves(loaded.params)) for loaded in (target, drafting)]
+    if sizes[1] >= sizes[0]:
+        _log.warning(
+            "the draft has %s parameters, the target %s: speculation cannot pay. Are --model and --draft exchanged?",
+            in_short(sizes[1]), in_short(sizes[0]),
+        )  # fmt: skip
     return Pair(target, drafting, _tokenizer(tokenizer, target))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -9,6 +10,8 @@ from typing import Any
 
 import jax
 from rich.console import Console, RenderableType
+from rich.highlighter import NullHighlighter
+from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
@@ -19,7 +22,6 @@ from specjax.runner import Summary, predicted_speedup
 from specjax.speed import Line, Speed
 from specjax.stream import Origin
 from specjax.text import Piece
-from specjax.types import Status
 
 STYLES = {
     Origin.PROMPT_END: "cyan",
@@ -28,20 +30,24 @@ STYLES = {
     Origin.BONUS: "cyan",
 }
 
+_HANDLER = "specjax command line"
+
 
 class Display:
     """Text to standard output; everything else to standard error."""
 
-    def __init__(self, *, plain: bool, silent: bool):
+    def __init__(self, *, plain: bool, silent: bool, verbose: int = 0):
         self._out = Console(highlight=False, soft_wrap=True)
         self._err = Console(stderr=True, highlight=False)
         self._plain, self._silent = plain, silent
         self.is_busy = False  # read by another thread
+        if verbose:
+            _log_to(self._err, logging.INFO if verbose == 1 else logging.DEBUG)
 
     @contextmanager
     def busy(self, what: str) -> Iterator[None]:
-        """A spinner, on a terminal."""
-        shows = self._err.is_terminal and not self._silent
+        """A spinner, where standard error is a terminal."""
+        shows = self._err.is_terminal
         self.is_busy = True
         try:
             with self._err.status(f"{what} ...") if shows else nullcontext():
@@ -81,15 +87,13 @@ class Display:
             table.add_row(name, value)
         self._err.print(table)
         for index, row in enumerate(summary.rows):
-            if row.status in (Status.CACHE_FULL, Status.NON_FINITE, Status.BAD_PROMPT):
+            if row.status.is_trouble:
                 self._err.print(f"prompt {index}: {row.status.describe()}", style="yellow")
 
     def finding(self, finding: Finding) -> None:
         """One check of the exactness suite, to standard output."""
-        mark, style = ("passed", "green") if finding.passed else ("FAILED", "bold red")
-        self._out.print(Text(mark, style) + Text(f"  {finding.check} ({finding.seconds:.0f} s)", ""))
-        for line in finding.detail.splitlines():
-            self._out.print(Text(f"        {line}", "dim"))
+        for line in finding_lines(finding):
+            self._out.print(line)
 
     def verdict(self, findings: list[Finding], pair: Pair) -> None:
         """All checks together."""
@@ -125,7 +129,7 @@ class Display:
     def show(self, parts: Iterable[RenderableType]) -> None:
         """Tables and the like, to standard output."""
         for part in parts:
-            self._out.print(part)
+            self._out.print(part, soft_wrap=False)
 
     def _write(self, text: str, style: str) -> None:
         if self._plain:
@@ -133,6 +137,28 @@ class Display:
             self._out.file.flush()
         else:
             self._out.print(Text(text, style=style), end="")
+
+
+def finding_lines(finding: Finding) -> Iterator[Text]:
+    """One check, as lines."""
+    mark = ("passed", "green") if finding.passed else ("FAILED", "bold red")
+    yield Text.assemble(mark, f"  {finding.check} ({finding.seconds:.0f} s)")
+    for line in finding.detail.splitlines():
+        yield Text(f"        {line}", "dim")
+
+
+def _log_to(console: Console, level: int) -> None:
+    """Shows what the library logs, on the console that also spins."""
+    log = logging.getLogger("specjax")
+    for handler in [handler for handler in log.handlers if handler.get_name() == _HANDLER]:
+        log.removeHandler(handler)
+    shown = RichHandler(
+        console=console, highlighter=NullHighlighter(), show_path=False, omit_repeated_times=False,
+        log_time_format="%H:%M:%S",
+    )  # fmt: skip
+    shown.set_name(_HANDLER)
+    log.addHandler(shown)
+    log.setLevel(level)
 
 
 def findings_as_json(findings: list[Finding], pair: Pair) -> dict[str, Any]:

@@ -7,6 +7,7 @@ over the vocabulary from the last product to the drawn token.
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -17,6 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+_log = logging.getLogger(__name__)
 
 # What a dimension may be cut over: a field of Layout by name, or None for not at all.
 Role: TypeAlias = str | None
@@ -92,6 +95,8 @@ def fit(given: Layout | None, *, heads: int, query_heads: int) -> Layout | None:
     # Queries may be cut further than keys only where a device has one key head: all its queries belong to it.
     one_each = heads == _size(given.mesh, by_heads)
     is_further = by_query[: len(by_heads)] == by_heads
+    if by_heads != given.width:
+        _log.info("%d key/value heads are cut over %s of the mesh axes %s", heads, by_heads or "none", given.width)
     return given._replace(heads=by_heads, query=by_query if one_each and is_further else by_heads)
 
 

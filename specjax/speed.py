@@ -27,7 +27,7 @@ _MODULES = (
     "argparse", "tarfile", "inspect", "subprocess", "pickle", "socket", "zipfile", "doctest", "difflib", "logging",
     "threading", "mailbox",
 )  # fmt: skip
-_SHORTER = 4  # the short generation is a quarter of the long one
+SHORTER = 4  # the short generation is a quarter of the long one
 
 
 Run: TypeAlias = Callable[[int, text.Prompts], Generation]  # (tokens to generate, one batch)
@@ -69,6 +69,14 @@ class Timed(NamedTuple):
     call_seconds: float  # of the long generation, whole
 
 
+class Contest(NamedTuple):
+    """The ways to decode, and what all of them are given."""
+
+    runs: dict[int | None, Run]  # by draft length; None is plain decoding
+    prompts: list[text.Prompts]
+    setting: Setting
+
+
 class Speed(NamedTuple):
     """What was found."""
 
@@ -97,31 +105,54 @@ def measure(
     Raises:
       ValueError: max_new_tokens below 4 * (K + 1): too few rounds to tell them from the rest.
     """
-    least = _SHORTER * (max(setting.draft_lens) + 1)
+    contest = prepare(pair, setting)
+    setting = contest.setting
+    dtype = floating_dtype(pair)
+    compile_all(contest, busy)
+    with busy("what this machine can do"):
+        machine = machine or this_machine(dtype)
+    timed = time_all(contest, busy)
+    live = setting.context + (1 + 1 / SHORTER) * setting.max_new_tokens / 2
+    with busy("counting bytes and operations"):
+        lines = [_line(pair, setting, machine, live, draft_len, timed) for draft_len in contest.runs]
+    return Speed(lines, setting, machine, live, str(dtype))
+
+
+def prepare(pair: Pair, setting: Setting) -> Contest:
+    """Prompts, and plain decoding and speculation for each K; nothing is compiled yet. Errors as for `measure`."""
+    least = SHORTER * (max(setting.draft_lens) + 1)
     if setting.max_new_tokens < least:
         raise ValueError(
             f"max_new_tokens must be at least {least} to measure rounds of K = {max(setting.draft_lens)}, "
             f"got {setting.max_new_tokens}."
         )
     setting = setting._replace(prompts=-(-setting.prompts // setting.batch) * setting.batch)
-    dtype = _dtype(pair)
-    prompts = _prompts(pair, setting)
     runs: dict[int | None, Run] = {None: _plain(pair, setting)}
     runs |= {draft_len: _speculative(pair, setting, draft_len) for draft_len in setting.draft_lens}
-    for draft_len, run in runs.items():
+    return Contest(runs, _prompts(pair, setting), setting)
+
+
+def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> None:
+    """Compiles every way to decode."""
+    for draft_len, run in contest.runs.items():
         with busy("compiling plain decoding" if draft_len is None else f"compiling speculation, K = {draft_len}"):
-            jax.block_until_ready(run(1, prompts[0]))
-    with busy("what this machine can do"):
-        machine = machine or this_machine(dtype)
-    timed: dict[int | None, list[Timed]] = {draft_len: [] for draft_len in runs}
+            jax.block_until_ready(run(1, contest.prompts[0]))
+
+
+def time_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> dict[int | None, list[Timed]]:
+    """Every way to decode in turn, `setting.repeats` times."""
+    setting = contest.setting
+    timed: dict[int | None, list[Timed]] = {draft_len: [] for draft_len in contest.runs}
     for repeat in range(setting.repeats):
-        for draft_len, run in runs.items():
+        for draft_len, run in contest.runs.items():
             with busy(f"measuring, {repeat + 1} of {setting.repeats}"):
-                timed[draft_len].append(time_generations(run, prompts, setting.max_new_tokens))
-    live = setting.context + (1 + 1 / _SHORTER) * setting.max_new_tokens / 2
-    with busy("counting bytes and operations"):
-        lines = [_line(pair, setting, machine, live, draft_len, timed) for draft_len in runs]
-    return Speed(lines, setting, machine, live, str(dtype))
+                timed[draft_len].append(time_generations(run, contest.prompts, setting.max_new_tokens))
+    return timed
+
+
+def paired_ratio(above: list[Timed], below: list[Timed]) -> float:
+    """Seconds of a step or round over those of another, each pair measured one after the other: the median."""
+    return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
 
 
 def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int) -> Timed:
@@ -136,7 +167,7 @@ def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int)
       ValueError: no more passes for the longer ones than for the shorter.
     """
     times, passes, counts = [], [], []
-    for limit in (max_new_tokens // _SHORTER, max_new_tokens):
+    for limit in (max_new_tokens // SHORTER, max_new_tokens):
         start = time.perf_counter()
         parts = [jax.block_until_ready(run(limit, batch)).stats for batch in batches]
         times.append(time.perf_counter() - start)
@@ -178,7 +209,7 @@ def _line(
         tokens_per_pass=per_pass,
         acceptance=None if draft_len is None else own[0].acceptance,
         tokens_per_second=setting.batch * per_pass / middle,
-        speedup=per_pass * statistics.median(a.seconds / b.seconds for a, b in zip(plain, own, strict=True)),
+        speedup=per_pass * paired_ratio(plain, own),
         call_tokens_per_second=setting.prompts * setting.max_new_tokens / call,
         call_speedup=statistics.median(a.call_seconds / b.call_seconds for a, b in zip(plain, own, strict=True)),
         work=limits.total(passes),
@@ -234,7 +265,7 @@ def _prompts(pair: Pair, setting: Setting) -> list[text.Prompts]:
     return [text.Prompts(batch, lengths) for batch in np.split(tokens, setting.prompts // setting.batch)]
 
 
-def _dtype(pair: Pair) -> Any:
+def floating_dtype(pair: Pair) -> Any:
     """What the target computes in: the dtype of most of its floating-point parameters."""
     sizes: dict[Any, int] = {}
     for leaf in jax.tree.leaves(pair.target.params):

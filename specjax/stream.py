@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, validate, verify
+from specjax import controllers, logs, validate, verify
 from specjax.rounds import Roles, State, speculate, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
@@ -31,6 +32,8 @@ from specjax.types import (
     Status,
     Verifier,
 )
+
+_log = logging.getLogger(__name__)
 
 
 class Origin(enum.IntEnum):
@@ -157,9 +160,17 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
             yield chunk
         pending = sent
     if pending is not None:
-        _, chunk = _read(pending)
+        status, chunk = _read(pending)
         if any(chunk.tokens):
             yield chunk
+    warn_of_troubles(status)
+
+
+def warn_of_troubles(status: np.ndarray) -> None:
+    """Logs the rows that ended for a reason that nobody asked for."""
+    for row, value in enumerate(status.tolist()):
+        if Status(value).is_trouble:
+            _log.warning("row %d: %s", row, Status(value).describe())
 
 
 def _read(sent) -> tuple[np.ndarray, Chunk]:
@@ -192,7 +203,12 @@ def _pairs(raw: list[float], processed: list[float]) -> list[LogProb]:
     return [LogProb(*both) for both in zip(raw, processed, strict=True)]
 
 
-_start = jax.jit(start, static_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _start(roles, capacity, params, drafter_params, request, controller_state) -> State:
+    batch, width = request.prompts.shape
+    longest = roles.controller.longest
+    logs.tracing("stream's prompts", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
+    return start(roles, capacity, params, drafter_params, request, controller_state)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -204,6 +220,8 @@ def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
 def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
     """Rounds in one loop on the device until all rows end, `num_rounds` at most; the state is donated."""
+    batch, longest = state.rows.status.shape[0], roles.controller.longest
+    logs.tracing("stream's rounds", rows=batch, capacity=capacity, draft_len=longest, rounds_per_dispatch=num_rounds)
 
     def one(state: State) -> tuple[State, _Log]:
         took_part = is_active(state.rows)

@@ -10,7 +10,7 @@ import numpy as np
 
 from specjax import trace
 from specjax.decode import generate
-from specjax.stream import Chunk, Origin, stream
+from specjax.stream import Chunk, Origin, stream, warn_of_troubles
 from specjax.trace import Trace
 from specjax.types import Drafter, Model, PyTree
 
@@ -111,6 +111,7 @@ def generate_text(
     """
     prompts = encode(tokenizer, texts)
     out = generate(model, params, drafter, drafter_params, *prompts, **options)
+    warn_of_troubles(np.asarray(out.status))
     decoded = zip(prompts.tokens, prompts.lengths, out.new_tokens(), strict=True)
     return [_continuation(tokenizer, tokens[:length].tolist(), new) for tokens, length, new in decoded]
 

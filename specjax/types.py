@@ -39,6 +39,11 @@ class Status(enum.IntEnum):
         """One sentence: what happened and, where something went wrong, what to do."""
         return _STATUS_TEXT[self]
 
+    @property
+    def is_trouble(self) -> bool:
+        """Whether the row ended, or never began, for a reason that nobody asked for."""
+        return self > Status.STOPPED
+
 
 _STATUS_TEXT = {
     Status.ACTIVE: "still generating",

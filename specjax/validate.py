@@ -6,6 +6,7 @@ cannot raise, and end their row with a `Status` instead.
 
 from __future__ import annotations
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -15,6 +16,8 @@ from jax.core import Tracer
 
 from specjax.sharding import check_batch
 from specjax.types import Array, Controller, Drafter, Model, Sampling, Verifier
+
+_log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
@@ -68,6 +71,11 @@ def request(
     capacity: int | None,
 ) -> Checked:
     """Checks and normalises the arguments that `generate`, `autoregressive` and `stream` share."""
+    if jnp.result_type(float) == jnp.float64:
+        raise ValueError(
+            "jax_enable_x64 is on, and specjax computes in 32 bits or fewer: unset JAX_ENABLE_X64, or put the call "
+            "into `with jax.enable_x64(False):`."
+        )
     prompts = _integers(prompts, "prompts", "[B, P]")
     if prompts.ndim != 2:
         raise ValueError(
@@ -223,8 +231,12 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
                 "may hold, prompt included."
             )
         capacity = width + int(host.max())
-        if model.max_positions is not None:
-            capacity = min(capacity, max(model.max_positions, width))
+        if model.max_positions is not None and capacity > model.max_positions:
+            capacity = max(model.max_positions, width)
+            _log.warning(
+                "max_new_tokens=%d asks for more than the model's %d positions: rows that get there end as CACHE_FULL",
+                int(host.max()), model.max_positions,
+            )  # fmt: skip
     capacity = int(capacity)
     if capacity < width:
         longest = known(lengths)

@@ -10,7 +10,6 @@ import jax
 import jax.numpy as jnp
 import llama_cpp_child
 import numpy as np
-import passes
 import pytest
 import synthetic
 import tiny
@@ -18,7 +17,7 @@ import to_gguf
 from flax import nnx
 
 import specjax
-from specjax import models
+from specjax import models, passes
 from specjax.models import rope
 
 

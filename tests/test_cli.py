@@ -53,8 +53,11 @@ def test_json_says_everything(cache, tmp_path):
         assert row["status"] in ("length", "stopped")
     assert result["speedup"] > 0
     assert 0 <= result["acceptance_rate"] <= 1
-    alone = _run("generate", lines[0], *arguments, "--json", "--no-baseline", env=cache)
+    assert out.stderr == ""
+    alone = _run("generate", lines[0], *arguments, "--json", "--no-baseline", "-v", env=cache)
     assert json.loads(alone.stdout)["results"][0] == result["results"][0]  # a row depends on its seed, not its batch
+    assert "loaded llama, 14.2M parameters" in alone.stderr  # the log keeps to standard error
+    assert "tracing stream's rounds: rows=1" in " ".join(alone.stderr.split())
     assert json.loads(alone.stdout)["speedup"] is None
 
 
@@ -71,6 +74,8 @@ def test_json_says_everything(cache, tmp_path):
         (["generate", "x", "--dtype", "int32"], "cannot be int32"),
         (["generate", "--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
         (["generate", "x", "--draft-len", "0"], "draft-len"),
+        (["bench", "--verify", "everything"], "exactness"),
+        (["doctor", "--jsn"], "--json"),
     ],
 )
 def test_bad_input_is_one_message_and_status_2(arguments, message, cache):
@@ -109,6 +114,61 @@ def test_ctrl_c_while_compiling_leaves_at_once():
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("words", "wanted"),
+    [
+        ("specjax gen", ["generate"]),
+        ("specjax ", ["generate", "bench", "compile", "doctor"]),
+        ("specjax generate --verifier ", ["rejection", "block", "coupled", "greedy", "typical-lossy", "top-k-lossy"]),
+        ("specjax generate --draft-l", ["--draft-len"]),
+        ("specjax bench --int8 ta", ["target"]),
+    ],
+)
+def test_completion(words, wanted):
+    """Catches commands, options or values that <Tab> does not offer, and noise between them."""
+    place = words.count(" ")
+    env = {"_SPECJAX_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(place)}
+    out = _run(env=env)
+    assert (out.stdout.split(), out.stderr) == (wanted, "")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_can_be_installed(shell, tmp_path):
+    """Catches a script that completes a command of another name."""
+    env = {"_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1", "HOME": str(tmp_path)}
+    shown = _run("--show-completion", shell, env=env)
+    assert shown.returncode == 0, shown.stderr
+    assert "_SPECJAX_COMPLETE=complete_" in shown.stdout
+    out = _run("--install-completion", shell, env=env)
+    assert out.returncode == 0, out.stderr
+    written = [path.read_text() for path in tmp_path.rglob("*") if path.is_file()]
+    assert any("_SPECJAX_COMPLETE=complete_" in text for text in written)
+
+
+def test_a_reader_that_leaves_is_no_error(cache):
+    """Catches a traceback from `specjax generate ... | head -c 1`."""
+    arguments = [*COMMAND, "generate", "import numpy", "--max-new-tokens", "12", "--no-baseline"]
+    pipe, env = subprocess.PIPE, {**os.environ, **cache}
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, env=env) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.close()
+        said = process.stderr.read()
+    assert (process.returncode, said) == (1, "")
+
+
+def test_no_device_is_one_message(cache):
+    """Catches JAX's traceback where it is asked for what is not here, and a doctor that dies of the disease."""
+    env = {**cache, "JAX_PLATFORMS": "nothing"}
+    out = _run("generate", "x", env=env)
+    assert (out.returncode, out.stdout) == (2, "")
+    assert out.stderr.startswith("specjax: JAX has no device to run on (")
+    assert "`specjax doctor`" in out.stderr
+    doctor = _run("doctor", "--json", env=env)
+    assert doctor.returncode == 1
+    assert json.loads(doctor.stdout)["problems"][0]["severity"] == "error"
 
 
 def test_help_is_quiet():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,20 +19,34 @@ from specjax.types import Model
 def time_pass(
     model: Model, params: Any, *, tokens: int, live: int, batch: int = 1, passes: int = 16, repeats: int = 5
 ) -> float:
-    """Seconds of a pass over `tokens` tokens a row with `live` in the cache, all logits included.
+    """Seconds of a pass over `tokens` tokens a row with `live` in the cache, all logits included: the median."""
+    options: dict[str, int] = {"live": live, "batch": batch, "passes": passes, "repeats": repeats}
+    return statistics.median(time_passes(model, params, widths=(tokens,), **options)[0])
 
-    The median over `repeats` of the difference between 2 * passes and passes passes in one loop, over `passes`. Each
-    pass reads the last one's most likely tokens, so that none can be left out.
+
+def time_passes(
+    model: Model,
+    params: Any,
+    *,
+    widths: Sequence[int],
+    live: int,
+    batch: int = 1,
+    passes: int = 16,
+    repeats: int = 5,
+) -> list[list[float]]:
+    """Seconds of a pass over each of `widths` tokens a row, `repeats` times in turn: [widths][repeats].
+
+    Each is the difference between 2 * passes and passes passes in one loop, over `passes`. Each pass reads the last
+    one's most likely tokens, so that none can be left out. With no repeats everything is compiled, nothing measured.
     """
     prompts = jax.random.randint(jax.random.key(0), (batch, live), 0, model.vocab_size, jnp.int32)
-    cache = _fill(model, live + tokens, params, prompts)
-    ids = jnp.zeros((batch, tokens), jnp.int32)
-    times = []
-    for repeat in range(repeats + 1):  # the first compiles
-        seconds = [_time(model, params, cache, ids, count) for count in (passes, 2 * passes)]
-        if repeat > 0:
-            times.append((seconds[1] - seconds[0]) / passes)
-    return statistics.median(times)
+    cache = _fill(model, live + max(widths), params, prompts)
+    blocks = [jnp.zeros((batch, width), jnp.int32) for width in widths]
+    run = functools.partial(_time, model, params, cache)
+    for block in blocks:
+        run(block, passes)  # compiles
+    times = [[(run(block, 2 * passes) - run(block, passes)) / passes for block in blocks] for _ in range(repeats)]
+    return [[turn[index] for turn in times] for index in range(len(blocks))]
 
 
 def _time(model: Model, params: Any, cache: Any, ids: jax.Array, count: int) -> float:

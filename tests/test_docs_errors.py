@@ -1,0 +1,256 @@
+"""docs/errors.md quotes messages as they are raised: every one of them, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from safetensors.numpy import load_file, save_file
+
+import specjax
+from specjax import Status, cli, complaints, models, pair, sharding, speed, testing, text, validate
+from specjax.aot import topology
+from specjax.stream import warn_of_troubles
+
+PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+
+MODEL = testing.table_model(1, 8)
+TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+DRAFTER = specjax.drafters.draft_model(MODEL)
+PROMPTS = jnp.array([[1, 2, 3], [4, 5, 0]])
+
+
+def _plain(model=MODEL, params=TABLE, prompts=PROMPTS, **options):
+    return specjax.autoregressive(model, params, prompts, **options)
+
+
+def _fast(prompts=PROMPTS, drafter=DRAFTER, **options):
+    return specjax.generate(MODEL, TABLE, drafter, TABLE, prompts, **options)
+
+
+def _folder(**changes):
+    """A checkpoint in ./my-model with a few things changed in its config.json; None takes a field away."""
+    loaded = models.random(tiny.config("llama"), jax.random.key(0))
+    models.save(loaded, "my-model")
+    config = {**loaded.config, **changes}
+    kept = {name: value for name, value in config.items() if value is not None}
+    Path("my-model/config.json").write_text(json.dumps(kept))
+    return "my-model"
+
+
+def _with_tensors(change):
+    folder = _folder()
+    tensors = load_file(f"{folder}/model.safetensors")
+    change(tensors)
+    save_file(tensors, f"{folder}/model.safetensors")
+    models.load(folder)
+
+
+def _without(module, call):
+    """Calls what needs a package that is not there."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, module, None)
+        call()
+
+
+def _positions():
+    config = {"model_type": "gpt2", "vocab_size": 8, "n_embd": 8, "n_layer": 1, "n_head": 2, "n_positions": 10}
+    loaded = models.random(config, jax.random.key(0))
+    return loaded.model, loaded.params
+
+
+def _in_x64():
+    with jax.enable_x64(True):
+        _plain()
+
+
+def _no_folder_of_weights():
+    Path("my-model").mkdir()
+    Path("my-model/config.json").write_text(json.dumps(tiny.config("llama")))
+    models.load("my-model")
+
+
+def _cut_off():
+    folder = _folder()
+    file = Path(folder, "model.safetensors")
+    file.write_bytes(file.read_bytes()[:100])
+    models.load(folder)
+
+
+def _shard_missing():
+    folder = _folder()
+    Path(folder, "model.safetensors").unlink()
+    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
+    Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
+    models.load(folder)
+
+
+def _no_tokenizer():
+    text.load_tokenizer(_folder())
+
+
+def _saved_twice():
+    models.save(models.random(tiny.config("llama"), jax.random.key(0)), _folder())
+
+
+def _int8():
+    models.save(models.quantize(models.load(models.PRETRAINED / "draft")), "small")
+
+
+def _exchanged():
+    draft = models.random(tiny.config("llama"), jax.random.key(0))
+    _plain(draft.model, {"only": TABLE})
+
+
+def _out_of_memory():
+    try:
+        jnp.zeros((1 << 46,), jnp.int8).block_until_ready()
+    except RuntimeError as error:
+        raise ValueError(complaints.explain(error)) from None
+
+
+def _no_device():
+    command = [sys.executable, "-m", "specjax.cli", "generate", "x"]
+    env = {**os.environ, "JAX_PLATFORMS": "bogus"}
+    said = subprocess.run(command, capture_output=True, text=True, timeout=100, env=env, cwd=PAGE.parent.parent)
+    assert said.returncode == 2
+    raise ValueError(said.stderr.removeprefix("specjax: "))
+
+
+class _Unhashable:
+    __hash__ = None  # type: ignore[assignment]
+
+    def __call__(self, logits, tokens, length):
+        return logits
+
+
+ERRORS = {
+    "one prompt": lambda: _plain(prompts=jnp.array([1, 2])),
+    "ragged": lambda: _plain(prompts=[[1, 2], [3]]),
+    "floats": lambda: _plain(prompts=PROMPTS.astype(jnp.float32)),
+    "an empty row": lambda: _plain(prompt_lengths=jnp.array([3, 0])),
+    "an id outside": lambda: _plain(prompts=jnp.array([[1, 2, 3], [4, 8, 0]])),
+    "small capacity": lambda: _plain(capacity=2),
+    "past the positions": lambda: _plain(*_positions(), capacity=11),
+    "traced limit": lambda: jax.jit(lambda n: _plain(max_new_tokens=n))(3),
+    "an integer key": lambda: _plain(key=3),
+    "temperature": lambda: _plain(sampling=specjax.Sampling(-1.0)),
+    "top-p": lambda: _plain(sampling=specjax.Sampling(1.0, top_p=0.0)),
+    "bias": lambda: _plain(sampling=specjax.Sampling(logit_bias={3: 1.0})),  # type: ignore[arg-type]
+    "processor": lambda: _plain(processor=_Unhashable()),
+    "a processor's shape": lambda: _plain(processor=lambda logits, tokens, length: logits[:3]),
+    "x64": _in_x64,
+    "vocabularies": lambda: _fast(drafter=specjax.drafters.draft_model(testing.table_model(1, 9))),
+    "greedy asked to sample": lambda: _fast(sampling=specjax.Sampling(0.5), verifier=specjax.verify.greedy()),
+    "no draft": lambda: specjax.controllers.fixed(0),
+    "a loaded model": lambda: _plain(models.random(tiny.config("llama"), jax.random.key(0))),
+    "a drafter not wrapped": lambda: _fast(drafter=MODEL),
+    "exchanged": _exchanged,
+    "new_tokens under jit": lambda: jax.jit(lambda: _plain(max_new_tokens=2).new_tokens())(),
+    "stream under jit": lambda: jax.jit(lambda x: specjax.stream(MODEL, TABLE, DRAFTER, TABLE, x, capacity=9))(PROMPTS),
+    "one text": lambda: text.encode(None, "import os"),  # type: ignore[arg-type]
+    "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
+    "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
+    "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
+    "nowhere": lambda: models.load("/nowhere"),
+    "no config": lambda: (Path("my-model").mkdir(), models.load("my-model")),
+    "no weights": _no_folder_of_weights,
+    "cut off": _cut_off,
+    "a shard missing": _shard_missing,
+    "unknown family": lambda: models.load(_folder(model_type="mamba", architectures=["MambaForCausalLM"])),
+    "a field missing": lambda: models.load(_folder(hidden_size=None)),
+    "unknown activation": lambda: models.load(_folder(hidden_act="swoosh")),
+    "unknown rope": lambda: models.load(_folder(rope_parameters={"rope_type": "helix"})),
+    "names": lambda: _with_tensors(lambda tensors: tensors.pop("lm_head.weight")),
+    "shapes": lambda: _with_tensors(lambda tensors: tensors.update({"model.norm.weight": np.ones(31, np.float32)})),
+    "no tokenizer": _no_tokenizer,
+    "saved twice": _saved_twice,
+    "int8": _int8,
+    "the hub": lambda: models.load("owner/model"),
+    "half a pair": lambda: pair.load_pair("my-model", None, None, None),
+    "unknown dtype": lambda: pair.floating("float33"),
+    "an integer dtype": lambda: pair.floating("int32"),
+    "no prompt": lambda: cli._prompts(None, None),
+    "no prompt file": lambda: cli._prompts(None, Path("prompts.txt")),
+    "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), cli._prompts(None, Path("prompts.txt"))),
+    "a mesh": lambda: cli._axes("data:1"),
+    "a topology": lambda: topology.num_chips("v9z:2x2"),
+    "no safetensors": lambda: _without("safetensors", lambda: models.load(models.PRETRAINED / "draft")),
+    "no tokenizers": lambda: _without("tokenizers", lambda: text.load_tokenizer(models.PRETRAINED / "draft")),
+    "no libtpu": lambda: _without("libtpu", lambda: topology.make_mesh("v5e:2x16", {})),
+    "too few tokens": lambda: speed.prepare(None, speed.Setting(max_new_tokens=20)),  # type: ignore[arg-type]
+    "memory": _out_of_memory,
+    "device": _no_device,
+}
+
+
+WARNINGS = {
+    "a row in trouble": lambda: warn_of_troubles(np.array([Status.LENGTH, Status.CACHE_FULL])),
+    "positions": lambda: validate._capacity(_positions()[0], 3, 50, np.array([3]), None),
+    "a large draft": lambda: pair.load_pair(
+        *(str(models.PRETRAINED / name) for name in ("draft", "target")), None, None
+    ),
+}
+
+
+def _blocks() -> list[str]:
+    blocks = re.findall(r"```text\n(.*?)\n```", PAGE.read_text(encoding="utf-8"), re.DOTALL)
+    return [" ".join(block.split()) for block in blocks]
+
+
+def _quoted(message: str) -> list[str]:
+    """The blocks that a message could be, whatever stands for "..." in them."""
+    said = " ".join(message.split())
+    return [block for block in _blocks() if re.fullmatch(re.escape(block).replace("…", ".*"), said)]
+
+
+def _raised(case: str) -> str:
+    with pytest.raises((ValueError, OSError, ImportError)) as caught:
+        ERRORS[case]()
+    return str(caught.value)
+
+
+def _warned(case: str, caplog) -> str:
+    caplog.clear()
+    with caplog.at_level(logging.WARNING, "specjax"):
+        WARNINGS[case]()
+    (record,) = caplog.records
+    return record.getMessage()
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_the_page_quotes_what_is_raised(case, tmp_path, monkeypatch):
+    """Catches a page that promises another message than the one a user meets, and a message that is gone."""
+    monkeypatch.chdir(tmp_path)
+    message = _raised(case)
+    assert _quoted(message), f"docs/errors.md does not quote: {message}"
+
+
+@pytest.mark.parametrize("case", WARNINGS)
+def test_the_page_quotes_what_is_logged(case, caplog):
+    """The same for warnings, which nobody sees until they listen."""
+    message = _warned(case, caplog)
+    assert _quoted(message), f"docs/errors.md does not quote: {message}"
+
+
+def test_the_page_quotes_nothing_else():
+    """Catches a quotation that no case above raises: there must be as many of one as of the other, all different."""
+    blocks = _blocks()
+    assert len(blocks) == len(set(blocks)) == len(ERRORS) + len(WARNINGS)
+
+
+def test_every_status_is_explained():
+    """Catches a status that was added, or whose remedy was rewritten, behind the page's back."""
+    page = PAGE.read_text(encoding="utf-8")
+    for status in Status:
+        assert f"| `{status.name}` | {status.describe()} |" in page
