@@ -18,10 +18,13 @@ def _blocks(name: str) -> list[str]:
 def test_the_example_runs(capsys, monkeypatch):
     """Catches a README that has fallen behind; the example asserts what it claims. The kit's calls, minutes on the
     shipped pair, are only bound to their signatures."""
-    example, own_module, on_a_mesh, kit = _blocks("README.md")
+    example, own_module, more, on_a_mesh, kit = _blocks("README.md")
     names: dict = {}
     exec(compile(example, "README.md", "exec"), names)
     assert "tokens per target pass" in capsys.readouterr().out
+    assert len(example.strip().splitlines()) <= 12
+    exec(compile(more, "README.md", "exec"), names)
+    assert "reached max_new_tokens" in capsys.readouterr().out
     exec(compile(own_module, "README.md", "exec"), {})
     assert "Runs without a cache" in capsys.readouterr().out
     called = []
