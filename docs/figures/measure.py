@@ -1,6 +1,6 @@
 """What the shipped pair does, for the figures and tables of these pages: writes measured.json. Minutes on two cores.
 
-    PYTHONPATH=benchmarks python docs/figures/measure.py
+    python docs/figures/measure.py
 
 Besides the draft model: the n-gram drafter of write-a-drafter.md, as it stands there. Counts, not times: a busy machine
 changes nothing. The prompts are benchmarks/prompts.py's, which need the shared corpora. Last, what `specjax.limits`
@@ -12,17 +12,20 @@ from __future__ import annotations
 import functools
 import json
 import re
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from prompts import code_prompts
 
 import specjax
 from specjax import controllers, limits, models, rounds, shapes, stats, text, validate, verify
 from specjax.machine import Machine, known
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from prompts import code_prompts
 
 TEMPERATURES = (0.0, 0.5, 0.8, 1.0, 1.2, 1.5, 2.0)
 LONGEST, COMPARED_LONGEST = 8, 5
