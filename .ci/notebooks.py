@@ -1,7 +1,7 @@
 """Executes notebooks top to bottom with this interpreter; a failing cell fails the run.
 
-    python .ci/notebooks.py colab/*.ipynb            # what CI does
-    python .ci/notebooks.py --write colab/*.ipynb    # keeps the outputs, for readers who only look
+python .ci/notebooks.py colab/*.ipynb            # what CI does
+python .ci/notebooks.py --write colab/*.ipynb    # keeps the outputs, for readers who only look
 """
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def after(value: Array, witness: Array) -> Array:
 
 
 def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
-    """Writes new[i][b] into buffers[i][b] from slot starts[b] on, along the last axis but one; in place where donated.
+    """Writes `new[i][b]` into `buffers[i][b]` from slot starts[b] on, along the last axis but one; in place where it is
+    donated.
 
     A loop over rows on purpose. A vmapped update becomes a copy on CPU and a scatter or a serial loop on TPU. Unrolled
     updates become copies on CPU from a few rows on, and let TPUs lay the buffers out as the updates like it.

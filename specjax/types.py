@@ -68,8 +68,9 @@ class Sampling(NamedTuple):
     """How logits become a law, per row: every field is a scalar or [B] unless it says otherwise, and may be traced.
 
     One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. Logits
-    are changed in this order; a field that is None costs nothing.
+    are changed in the order of the list; a field that is None costs nothing.
 
+    Attributes:
       repetition_penalty: above 0, 1 is none; divides (or multiplies) the logits of tokens in the prompt or generated.
       frequency_penalty: subtracted once for each time that a token was generated.
       presence_penalty: subtracted once from every token generated before.
@@ -173,9 +174,9 @@ class Process(Protocol):
 class Context(NamedTuple):
     """What a drafter or a verifier may look at in a round. Read-only."""
 
-    rows: Rows
+    rows: Rows  # text, lengths, keys and settings of each row
     target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)
-    process: Process
+    process: Process  # from logits to a law
     draft_keys: Callable[[Array | int], Array]  # (step) -> keys [B]: the noise to draw the draft token at this step
 
 
@@ -217,10 +218,10 @@ class Model(NamedTuple):
     So a rejected token can leave no trace, whatever the architecture: attention keys, a ring, a recurrent state.
     """
 
-    apply: Apply
+    apply: Apply  # one forward pass over a block
     init_cache: Callable[[PyTree, int, int], PyTree]  # (params, batch, slots) -> empty cache
     init_block: Callable[[PyTree, int, int], PyTree]  # (params, batch, size) -> empty block
-    commit: Commit
+    commit: Commit  # what of a block stays
     vocab_size: int  # ids below this may be emitted; logits may have more (padding) columns
     max_positions: int | None = None  # a hard limit on the capacity, where the architecture has one
     trees: bool = True  # whether apply honours `depths` and `visible`
@@ -295,7 +296,7 @@ class Drafter(NamedTuple):
 class Verifier(NamedTuple):
     """Decides which draft tokens stay."""
 
-    verify: Callable[[Context, Draft, Target], Verdict]
+    verify: Callable[[Context, Draft, Target], Verdict]  # (context, draft, target) -> verdict
     greedy_only: bool = False  # refuses temperatures above 0
     # Drafters draw with the noise that the target will use at the same position. Only for verifiers that compare
     # tokens with the target's own draw: in any other the noise would be used twice.
