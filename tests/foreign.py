@@ -177,3 +177,46 @@ class Held(linen.Module):
         query = _heads(2.0 * linen.Dense(WIDTH)(x))
         mixed = _attend(query, keys.swapaxes(1, 2), values.swapaxes(1, 2), attn_mask)
         return cache, 4.0 * linen.Dense(VOCAB)(jnp.sin(3.0 * x + 6.0 * mixed))
+
+
+class Mixing(Stack):
+    def __call__(self, tokens):
+        logits = super().__call__(tokens)
+        return logits - jnp.mean(logits, 0, keepdims=True)
+
+
+class Bidirectional(Stack):
+    def __call__(self, tokens):
+        logits = super().__call__(tokens)
+        return logits + jnp.sum(logits, 1, keepdims=True)
+
+
+class Blind(Stack):
+    def __call__(self, tokens):
+        return self.out(self.embed(tokens))
+
+
+class Broken(Stack):
+    def __call__(self, tokens):
+        return super().__call__(tokens) * jnp.nan
+
+
+class NoLogits(Stack):
+    def __call__(self, tokens):
+        return jnp.mean(super().__call__(tokens), 1)
+
+
+class Vision(Stack):
+    def __call__(self, tokens, images):
+        return super().__call__(tokens) + images
+
+
+class Loud(Stack):
+    def eval(self, **attributes):
+        """Stays in training mode."""
+        self.train()
+
+
+class Fails(Stack):
+    def __call__(self, tokens):
+        raise RuntimeError("out of luck")

@@ -10,15 +10,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import Status, cli, complaints, models, pair, sharding, speed, testing, text, validate
+from specjax import Status, adapters, cli, complaints, models, pair, sharding, speed, testing, text, validate
 from specjax.aot import topology
 from specjax.stream import warn_of_troubles
 
@@ -127,6 +129,15 @@ def _no_device():
     raise ValueError(said.stderr.removeprefix("specjax: "))
 
 
+def _adapted(kind, **options):
+    return adapters.from_nnx(kind(nnx.Rngs(0)), **options)
+
+
+def _half_a_state():
+    adapted = _adapted(foreign.Stack)
+    _plain(adapted.model, nnx.state(foreign.SharedCursor(nnx.Rngs(0))))
+
+
 class _Unhashable:
     __hash__ = None  # type: ignore[assignment]
 
@@ -189,6 +200,14 @@ ERRORS = {
     "no tokenizers": lambda: _without("tokenizers", lambda: text.load_tokenizer(models.PRETRAINED / "draft")),
     "no libtpu": lambda: _without("libtpu", lambda: topology.make_mesh("v5e:2x16", {})),
     "too few tokens": lambda: speed.prepare(None, speed.Setting(max_new_tokens=20)),  # type: ignore[arg-type]
+    "not causal": lambda: _adapted(foreign.Bidirectional),
+    "rows mixed": lambda: _adapted(foreign.Mixing),
+    "dropout": lambda: _adapted(foreign.Loud),
+    "blind": lambda: _adapted(foreign.Blind),
+    "images": lambda: _adapted(foreign.Vision),
+    "no logits": lambda: _adapted(foreign.NoLogits),
+    "a forced strategy": lambda: _adapted(foreign.Stack, strategy="per-row"),
+    "half a state": _half_a_state,
     "memory": _out_of_memory,
     "device": _no_device,
 }

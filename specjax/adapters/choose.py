@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.adapters.foreign import Feed, Foreign, Takes
+from specjax.adapters.foreign import Feed, Foreign, NoLogits, Takes
 from specjax.adapters.held import AT_END, AT_LENGTH, held, rows_apart
 from specjax.adapters.trial import Trial, in_its_cache, on_a_tree, on_whole_texts
 from specjax.adapters.uncached import afresh, uncached
@@ -177,6 +177,8 @@ def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
 def _error_of(foreign: Foreign, params: PyTree) -> str | None:
     try:
         jax.eval_shape(foreign.run, params, _feed())
+    except NoLogits:
+        raise  # says all
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}".splitlines()[0]
     return None

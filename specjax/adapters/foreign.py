@@ -65,6 +65,10 @@ class Feed(NamedTuple):
     cache: PyTree = None
 
 
+class NoLogits(ValueError):
+    """A module was called, and gave back something else."""
+
+
 class Given(NamedTuple):
     """What one pass gives."""
 
@@ -170,7 +174,7 @@ def unpack(out: Any, shape: tuple[int, ...]) -> Given:
             others = parts[:index] + parts[index + 1 :]
             return Given(part, others[0] if others else None)
     found = ", ".join(str(jax.tree.map(jnp.shape, part)) for part in parts)
-    raise ValueError(
+    raise NoLogits(
         f"the module returned no logits: expected an array [B, T, V] = [{shape[0]}, {shape[1]}, V], alone, in a pair "
         f"with the cache, or as .logits; got {found}. Pass call=, a function of your own that returns (logits, cache)."
     )

@@ -45,7 +45,8 @@ def from_nnx(
 
     Returns:
       An Adapted: `.model` and `.params` for generate, `.describe()` for you. In a training loop pass
-      `nnx.state(module)` in place of `.params`: nothing is compiled anew.
+      `nnx.state(module)`, or `nnx.state(module, nnx.Param)`, in place of `.params`: nothing is compiled anew. (Without
+      what is no Param, such as batch statistics, those of the module as it was adapted count.)
 
     Raises:
       ValueError: the module can't be used; what was seen, and what to do.
@@ -74,24 +75,27 @@ def from_nnx(
             f"module must be a flax.nnx.Module, got {type(module).__name__}: pass an instance. "
             "For a Linen module use from_linen(module, variables)."
         )
-    graph, state = nnx.split(module)
-    num_leaves = len(jax.tree.leaves(state))
+    graph, trained, rest = nnx.split(module, nnx.Param, ...)
+    state = nnx.state(module)
+    forms = {len(jax.tree.leaves(trained)): (rest,), len(jax.tree.leaves(state)): ()}  # by count: what is missing
 
     def bind(params: PyTree) -> Callable[..., Any]:
-        if len(jax.tree.leaves(params)) != num_leaves:
+        count = len(jax.tree.leaves(params))
+        if count not in forms:
             raise ValueError(
-                f"these parameters have {len(jax.tree.leaves(params))} arrays, the module has {num_leaves}: pass "
-                "nnx.state(module), all of it, or the state of the module that was adapted."
+                f"these parameters have {count} arrays, the module has {' or '.join(map(str, forms))}: pass "
+                "nnx.state(module) or nnx.state(module, nnx.Param) of the module that was adapted."
             )
-        copy: Any = nnx.merge(graph, params, copy=True)  # Variables of its own: those given may be another trace's
+        # Variables of its own: those given may be another trace's.
+        copy: Any = nnx.merge(graph, params, *forms[count], copy=True)
         copy.eval()
         return copy if call is None else functools.partial(call, copy)
 
     function = type(module).__call__ if call is None else call
     if init_cache is None:
         init_cache = guess_init_cache(module, _dtype(state))
-    forms = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes)]
-    return choose(forms, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
+    takings = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes)]
+    return choose(takings, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
 
 
 def _dtype(state: PyTree) -> Any:
