@@ -13,7 +13,7 @@ from flax import linen, nnx
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import adapters, prefill, testing
+from specjax import adapters, decode, hlo, prefill, rounds, testing, validate
 from specjax.types import Drafter
 
 VOCAB = foreign.VOCAB
@@ -291,3 +291,24 @@ def test_drafters_that_read_hidden_states_are_refused(adapt):
     drafter = Drafter(init=lambda: None, propose=lambda: None, commit=lambda: None, hidden_layers=(1,))
     with pytest.raises(ValueError, match="reads the target's hidden states"):
         specjax.generate(adapted.model, adapted.params, drafter, (), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    "kind", [foreign.SharedCursor, foreign.RowCursors, foreign.LoneCursor], ids=lambda kind: kind.__name__
+)
+def test_no_cache_is_copied_in_the_compiled_loop(kind, adapt):
+    """Catches a write that may run before the last read: XLA would copy the module's cache in every round."""
+    adapted = adapt(kind)
+    draft = specjax.drafters.draft_model(testing.table_model(1, VOCAB))
+    roles = rounds.Roles(adapted.model, draft, specjax.verify.rejection(), specjax.controllers.fixed(3))
+    request = validate.request(
+        adapted.model, PROMPTS, LENGTHS, key=None, max_new_tokens=400, sampling=specjax.Sampling(), stop_tokens=(),
+        seeds=None, capacity=None,
+    )  # fmt: skip
+    table = testing.random_table(jax.random.key(4), order=1, vocab_size=VOCAB)
+    lowered = decode._generate.lower(roles, request.capacity, 1, adapted.params, table, request.arrays, None, 0)
+    looped = [step.instruction for step in hlo.parse(lowered.compile().as_text()).walk() if step.loops]
+    slots = request.capacity + 4  # the draft's table keeps no cache, so this is the module's
+    held = [item for item in looped if any(len(shape.dims) >= 4 and slots in shape.dims for shape in item.shapes)]
+    assert any("dynamic-update-slice" in item.text or "scatter" in item.text for item in held)
+    assert not [item.text for item in held if item.op == "copy"]

@@ -55,6 +55,10 @@ class Adapted(NamedTuple):
     strategy: Strategy
     notes: tuple[str, ...]  # why none of the faster ones
 
+    def __repr__(self) -> str:
+        """In short: parameters are many."""
+        return f"Adapted(strategy={self.strategy.value!r}, vocab_size={self.model.vocab_size}, ...)"
+
     def describe(self) -> str:
         """How the module's cache is used and why, in sentences."""
         trees = "" if self.model.trees else " Chains of draft tokens only, no trees."

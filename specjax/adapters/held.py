@@ -17,6 +17,7 @@ import jax.numpy as jnp
 
 from specjax.adapters.foreign import Feed, Foreign
 from specjax.adapters.leaves import leaves_of, move, set_cursors, slots_of
+from specjax.cache import after
 from specjax.types import Array, Model, Output, PyTree
 
 
@@ -103,7 +104,7 @@ def held(
         if path is not None or not standing.is_in_place:
             size = block.room.shape[0]
             start = standing.start(cache.lengths, size, slots_of(leaves, own, 0))
-            own = move(leaves, own, start, size, cache.lengths, path)
+            own = move(leaves, own, start, size, after(cache.lengths, keep), path)  # not before the last read
         return HeldCache(own, cache.lengths + keep)
 
     return Model(apply, init_cache, init_block, commit, vocab_size, max_positions, trees=trees, hidden=False)
