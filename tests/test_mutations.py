@@ -133,9 +133,9 @@ def test_bug_5_lengths_that_count_unverified_tokens():
 
     def keep_all(params, state, context, info):
         width = jnp.full_like(info.num_emitted, info.draft_tokens.shape[1] + 1)
-        return state._replace(cache=model.commit(state.cache, state.block, width))
+        return state._replace(cache=model.commit(state.cache, state.block, width), block=None)
 
-    behind = drafter._replace(commit=lambda params, state, context, info: state)
+    behind = drafter._replace(commit=lambda params, state, context, info: state._replace(block=None))
     for wrong in (drafter._replace(commit=keep_all), behind):
         with pytest.raises(AssertionError, match="rounds"):
             takes_as_many_rounds_as_it_should(wrong)
