@@ -220,3 +220,14 @@ class Loud(Stack):
 class Fails(Stack):
     def __call__(self, tokens):
         raise RuntimeError("out of luck")
+
+
+class Table(LoneCursor):
+    """Learned positions, counted from its own cursor."""
+
+    def __init__(self, rngs, most=40):
+        super().__init__(rngs)
+        self.places = nnx.Embed(most, WIDTH, rngs=rngs)
+
+    def inputs(self, tokens, positions):
+        return 2.0 * self.embed(tokens) + self.places(positions)

@@ -256,6 +256,21 @@ def test_caches_that_cannot_be_used(adapt):
         specjax.autoregressive(ring.model, ring.params, PROMPTS, max_new_tokens=200)
 
 
+def test_a_table_of_positions_ends():
+    """Catches a round that reaches past the table: draft tokens are NaN there, and a masked NaN spoils the others."""
+    adapted = adapters.from_nnx(foreign.Table(nnx.Rngs(0)), max_positions=40)
+    plain = adapters.from_nnx(foreign.Table(nnx.Rngs(0)), max_positions=40, strategy="uncached")
+    draft = specjax.drafters.draft_model(adapted.model)
+    parts = (adapted.model, adapted.params, draft, adapted.params, PROMPTS, LENGTHS)
+    with pytest.raises(ValueError, match="has 40: make capacity smaller by 6"):
+        specjax.generate(*parts, max_new_tokens=60)
+    out = specjax.generate(*parts, max_new_tokens=60, capacity=34)
+    whole = specjax.autoregressive(plain.model, plain.params, PROMPTS, LENGTHS, max_new_tokens=60)
+    assert [len(new) for new in whole.new_tokens()] == [36, 39, 38]  # to the table's last place
+    assert all(new[: len(short)] == short for new, short in zip(whole.new_tokens(), out.new_tokens(), strict=True))
+    assert out.lengths.tolist() == [34, 34, 34]
+
+
 def test_bad_arguments():
     """Catches mistakes that would surface far away."""
     module = foreign.SharedCursor(nnx.Rngs(0))

@@ -17,7 +17,7 @@ from specjax.adapters.trial import Trial, in_its_cache, on_a_tree, on_whole_text
 from specjax.adapters.uncached import afresh, uncached
 from specjax.types import Model, PyTree
 
-_SLOTS = 32  # of the caches in a trial
+_SLOTS = 32  # of the caches in a trial, or as many as there are positions
 _log = logging.getLogger("specjax")
 
 
@@ -117,12 +117,13 @@ def _attempt(
 def _proven(make: Callable[[bool], Model], trial: Trial, form: Foreign) -> tuple[Model | None, str]:
     """The model where it gives the module's own logits, with trees where those are right too."""
     chains = make(False)
-    wrong = in_its_cache(trial, chains, _SLOTS)
+    slots = min(_SLOTS, chains.max_positions or _SLOTS)
+    wrong = in_its_cache(trial, chains, slots)
     if wrong is not None:
         return None, wrong
     if form.takes.positions is not None and form.takes.mask is not None:
         with_trees = make(True)
-        if on_a_tree(trial, with_trees, _SLOTS):
+        if on_a_tree(trial, with_trees, slots):
             return with_trees, ""
     return chains, ""
 

@@ -57,10 +57,14 @@ def held(
         for leaf in leaves:
             if leaf.slots is None and leaf.rows is None:
                 raise ValueError(f"its cache keeps one cursor for all rows ({leaf.path})")
-    last_position = None if max_positions is None else max_positions - 1
 
     def init_cache(params: PyTree, batch: int, slots: int) -> HeldCache:
         del params
+        if max_positions is not None and foreign.takes.positions is None and slots > max_positions:
+            raise ValueError(
+                f"the buffers have {slots} places (the capacity, and a round past it), and this module, which counts "
+                f"its positions by itself, has {max_positions}: make capacity smaller by {slots - max_positions}."
+            )
         cache = make(batch, slots)
         slots_of(leaves, cache, slots)
         return HeldCache(cache, jnp.zeros((batch,), jnp.int32))
@@ -89,7 +93,7 @@ def held(
             params,
             Feed(
                 tokens,
-                jnp.minimum(positions, last_position) if last_position is not None else positions,
+                positions if max_positions is None else jnp.minimum(positions, max_positions - 1),
                 _over_slots(visible, cache.lengths, start, slots),
                 set_cursors(leaves, own, start + block.filled),
             ),

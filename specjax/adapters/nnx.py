@@ -39,8 +39,8 @@ def from_nnx(
         returns logits or (logits, cache). For caches that live in the module's own Variables.
       init_cache: (batch, slots) -> empty cache; None: the module's own `init_cache`, where it has one.
       vocab_size: ids that may be emitted; None: all columns of the logits.
-      max_positions: the most tokens that a row may hold, where positions come from a table (no error would tell). A
-        module that takes no positions needs room for a round's draft tokens past it.
+      max_positions: the places of its table of positions, where it has one: no row gets longer. Where the module takes
+        no positions and keeps a cache, a round's draft tokens need places too, and a `capacity` too large is an error.
       strategy: "per-row", "at-end", "row-by-row" or "uncached", to force one; it is tried all the same.
 
     Returns:
