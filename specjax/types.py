@@ -52,7 +52,7 @@ _STATUS_TEXT = {
     Status.CACHE_FULL: "the row filled its buffers: pass a larger capacity or ask for fewer new tokens",
     Status.NON_FINITE: (
         "the target's logits held a NaN, +inf, or nothing but -inf: the tokens before that point are valid; "
-        "check the parameters and try float32"
+        "check the parameters, try float32, and see that the text fits into the model's positions (max_positions)"
     ),
     Status.BAD_PROMPT: (
         "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was done"

@@ -110,7 +110,11 @@ def request(
 def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
     """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
     parts = (
-        (model, Model, "model must be a specjax.Model: of what models.load returns, pass `.model` here"),
+        (
+            model,
+            Model,
+            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
+        ),
         (
             drafter,
             Drafter,

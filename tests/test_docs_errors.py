@@ -138,6 +138,21 @@ def _half_a_state():
     _plain(adapted.model, nnx.state(foreign.SharedCursor(nnx.Rngs(0))))
 
 
+def _a_module_for_its_state():
+    _plain(_adapted(foreign.Stack).model, foreign.Stack(nnx.Rngs(0)))
+
+
+def _a_narrower_state():
+    adapted = _adapted(foreign.RowCursors)
+    _plain(adapted.model, jax.tree.map(lambda leaf: leaf[..., :8], adapted.params))
+
+
+def _a_tables_end():
+    adapted = _adapted(foreign.Table, max_positions=40)
+    draft = specjax.drafters.draft_model(adapted.model)
+    specjax.generate(adapted.model, adapted.params, draft, adapted.params, PROMPTS, max_new_tokens=60)
+
+
 class _Unhashable:
     __hash__ = None  # type: ignore[assignment]
 
@@ -165,6 +180,7 @@ ERRORS = {
     "greedy asked to sample": lambda: _fast(sampling=specjax.Sampling(0.5), verifier=specjax.verify.greedy()),
     "no draft": lambda: specjax.controllers.fixed(0),
     "a loaded model": lambda: _plain(models.random(tiny.config("llama"), jax.random.key(0))),
+    "a loaded draft": lambda: specjax.drafters.draft_model(models.random(tiny.config("llama"), jax.random.key(0))),
     "a drafter not wrapped": lambda: _fast(drafter=MODEL),
     "exchanged": _exchanged,
     "new_tokens under jit": lambda: jax.jit(lambda: _plain(max_new_tokens=2).new_tokens())(),
@@ -208,6 +224,10 @@ ERRORS = {
     "no logits": lambda: _adapted(foreign.NoLogits),
     "a forced strategy": lambda: _adapted(foreign.Stack, strategy="per-row"),
     "half a state": _half_a_state,
+    "a cache nobody takes": lambda: _adapted(foreign.Stack, init_cache=lambda batch, slots: {}),
+    "a module for its state": _a_module_for_its_state,
+    "a narrower state": _a_narrower_state,
+    "a table's end": _a_tables_end,
     "memory": _out_of_memory,
     "device": _no_device,
 }

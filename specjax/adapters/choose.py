@@ -92,9 +92,11 @@ def choose(
             model, reason = _attempt(candidate, foreign, whole, trial, size, max_positions)
         except Exception as error:  # whatever someone else's module raises is a reason to try the next
             model, reason = None, f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("ValueError: ")
+            reason = reason.rstrip(".")
         if model is not None:
             adapted = Adapted(model, params, candidate, tuple(notes))
-            _log.info("adapted a module: %s", adapted.describe())
+            level = logging.WARNING if candidate is Strategy.UNCACHED and foreign.takes.cache else logging.INFO
+            _log.log(level, "adapted a module: %s", adapted.describe())
             return adapted
         notes.append(f"Not {candidate.value}: {reason}.")
     raise ValueError(f"strategy={strategy!r} is not right for this module. {' '.join(notes)}")
@@ -185,7 +187,7 @@ def _error_of(foreign: Foreign, params: PyTree) -> str | None:
     except NoLogits:
         raise  # says all
     except Exception as error:  # as above
-        return f"{type(error).__name__}: {error}".splitlines()[0]
+        return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
     return None
 
 
@@ -197,7 +199,8 @@ def _feed() -> Feed:
 
 def _why_no_cache(takes: Takes) -> str:
     if takes.cache is None:
-        return "It takes no cache: no argument of its call is named for one (takes=adapters.Takes(cache=...) names it)."
+        named = "takes=adapters.Takes(tokens=..., cache=...)"
+        return f"It takes no cache: no argument of its call is named for one ({named} names it)."
     return f"It takes a cache ({takes.cache}), but has no init_cache: pass init_cache=lambda batch, slots: ..."
 
 

@@ -13,7 +13,7 @@ from specjax.types import Array, PyTree
 
 # Names that Flax modules in use give to what a pass needs; anything else is said by `Takes`.
 _POSITIONS = ("positions", "position_ids", "segment_pos", "segment_positions", "position", "pos")
-_CACHE = ("cache", "kv_cache", "kv_caches", "caches", "past_key_values", "layer_caches")
+_CACHE = ("cache", "kv_cache", "kv_caches", "caches", "past_key_values", "past", "layer_caches")
 _MASK = ("attention_mask", "mask", "attn_mask", "attention_masks")
 _FIXED = {"deterministic": True, "train": False, "training": False, "is_training": False, "return_last_only": False}
 _BATCH = ("batch_size", "batch", "rows")
@@ -143,9 +143,18 @@ def mask_forms(function: Callable[..., Any], takes: Takes | None, bound: int = 1
     return [guess] if guess.mask is None else [guess, guess._replace(mask_form=per_head)]
 
 
-def guess_init_cache(module: Any, dtype: Any) -> Callable[[int, int], PyTree] | None:
-    """The module's own `init_cache`, where it has one whose arguments can be told by their names."""
-    method = getattr(module, "init_cache", None)
+def cache_maker(
+    module: Any, dtype: Any, given: Callable[[int, int], PyTree] | None, takes: Takes
+) -> Callable[[int, int], PyTree] | None:
+    """What is given, or the module's own `init_cache`, where it has one whose arguments can be told by their names."""
+    if given is not None:
+        if takes.cache is None:
+            raise ValueError(
+                "init_cache is given, but no argument of the module's call is named for a cache: pass "
+                "takes=adapters.Takes(tokens=..., cache=..., ...) with the name it has."
+            )
+        return given
+    method = getattr(module, "init_cache", None) if takes.cache else None
     if method is None:
         return None
     parameters = inspect.signature(method).parameters
@@ -160,6 +169,19 @@ def guess_init_cache(module: Any, dtype: Any) -> Callable[[int, int], PyTree] | 
         )
     extra = {"dtype": dtype} if "dtype" in parameters else {}
     return lambda batch, slots: method(**{batch_name: batch, slots_name: slots}, **extra)
+
+
+def check_shapes(params: PyTree, adapted: PyTree) -> None:
+    """Refuses parameters of another module of the same kind."""
+    for (path, ours), theirs in zip(
+        jax.tree_util.tree_leaves_with_path(adapted), jax.tree.leaves(params), strict=False
+    ):
+        if jnp.shape(ours) != jnp.shape(theirs):
+            name = ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path).strip(".")
+            raise ValueError(
+                f"these parameters are another module's: {name} is {list(jnp.shape(theirs))}, where the module that "
+                f"was adapted has {list(jnp.shape(ours))}."
+            )
 
 
 def unpack(out: Any, shape: tuple[int, ...]) -> Given:

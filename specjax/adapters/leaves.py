@@ -39,13 +39,14 @@ def leaves_of(init_cache: Callable[[int, int], PyTree]) -> list[Leaf]:
         if slots is None and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise ValueError(
                 f"the cache's {name} {leaf.dtype}{list(leaf.shape)} is kept neither per slot nor as a whole number: a "
-                "state that every token changes (recurrent) can't be rolled back from outside."
+                "state that every token changes (recurrent) can't be rolled back from outside, and slots must be as "
+                "many as init_cache is asked for"
             )
         if slots is not None and rows is None:
-            raise ValueError(f"the cache's {name} {list(leaf.shape)} has slots but no axis for rows.")
+            raise ValueError(f"the cache's {name} {list(leaf.shape)} has slots but no axis for rows")
         found.append(Leaf(name, rows, slots))
     if not any(leaf.slots is not None for leaf in found):
-        raise ValueError("no array of the cache grows with the number of slots that init_cache is asked for.")
+        raise ValueError("no array of the cache grows with the number of slots that init_cache is asked for")
     return found
 
 
@@ -107,7 +108,7 @@ def move(leaves: list[Leaf], cache: PyTree, source: Array, size: int, target: Ar
 def _differing(one: Any, other: Any, name: str) -> int | None:
     axes = [axis for axis, (a, b) in enumerate(zip(one.shape, other.shape, strict=True)) if a != b]
     if len(axes) > 1:
-        raise ValueError(f"the cache's {name} {list(one.shape)} grows along several axes at once.")
+        raise ValueError(f"the cache's {name} {list(one.shape)} grows along several axes at once")
     return axes[0] if axes else None
 
 

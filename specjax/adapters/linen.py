@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import linen
 
 from specjax.adapters.choose import Adapted, choose
-from specjax.adapters.foreign import Takes, foreign, guess_init_cache, mask_forms
+from specjax.adapters.foreign import Takes, cache_maker, check_shapes, foreign, mask_forms
 from specjax.types import PyTree
 
 
@@ -65,15 +65,15 @@ def from_linen(
         )
 
     def bind(params: PyTree) -> Callable[..., Any]:
+        check_shapes(params, variables)
         if call is not None:
             return functools.partial(call, module, params)
         return functools.partial(module.apply, params)
 
     function = type(module).__call__ if call is None else call
-    if init_cache is None:
-        init_cache = guess_init_cache(module, _dtype(variables))
-    bound = 1 if call is None else 2  # self, or module and variables
-    forms = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes, bound)]
+    takings = mask_forms(function, takes, 1 if call is None else 2)  # less self, or module and variables
+    init_cache = cache_maker(module, _dtype(variables), init_cache, takings[0])
+    forms = [foreign(function, bind, form, init_cache) for form in takings]
     return choose(forms, variables, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from specjax.adapters.choose import Adapted, choose
-from specjax.adapters.foreign import Takes, foreign, guess_init_cache, mask_forms
+from specjax.adapters.foreign import Takes, cache_maker, check_shapes, foreign, mask_forms
 from specjax.types import PyTree
 
 
@@ -80,21 +80,24 @@ def from_nnx(
     forms = {len(jax.tree.leaves(trained)): (rest,), len(jax.tree.leaves(state)): ()}  # by count: what is missing
 
     def bind(params: PyTree) -> Callable[..., Any]:
+        if isinstance(params, nnx.Module):
+            raise ValueError(f"params is a {type(params).__name__}, a module: pass its state, nnx.state(module).")
         count = len(jax.tree.leaves(params))
         if count not in forms:
             raise ValueError(
                 f"these parameters have {count} arrays, the module has {' or '.join(map(str, forms))}: pass "
                 "nnx.state(module) or nnx.state(module, nnx.Param) of the module that was adapted."
             )
+        check_shapes(params, trained if forms[count] else state)
         # Variables of its own: those given may be another trace's.
         copy: Any = nnx.merge(graph, params, *forms[count], copy=True)
         copy.eval()
         return copy if call is None else functools.partial(call, copy)
 
     function = type(module).__call__ if call is None else call
-    if init_cache is None:
-        init_cache = guess_init_cache(module, _dtype(state))
-    takings = [foreign(function, bind, form, init_cache) for form in mask_forms(function, takes)]
+    forms_of_mask = mask_forms(function, takes)
+    init_cache = cache_maker(module, _dtype(state), init_cache, forms_of_mask[0])
+    takings = [foreign(function, bind, form, init_cache) for form in forms_of_mask]
     return choose(takings, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
 
 

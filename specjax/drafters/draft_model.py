@@ -21,7 +21,6 @@ class DraftModelState(NamedTuple):
     block: PyTree | None = None  # of the round under way only; its first slot is the last but one token
 
 
-@functools.cache
 def draft_model(model: Model) -> Drafter:
     """Drafts with `model`, any Model over the target's vocabulary; its parameters are generate's drafter_params.
 
@@ -33,6 +32,16 @@ def draft_model(model: Model) -> Drafter:
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
 
+    if not isinstance(model, Model):
+        raise ValueError(
+            "draft_model wants a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here; "
+            f"got {type(model).__name__}."
+        )
+    return _draft_model(model)
+
+
+@functools.cache
+def _draft_model(model: Model) -> Drafter:
     def init(params, context: Context, prompts: Array, hidden, *, slots: int, longest: int) -> DraftModelState:
         del hidden, longest
         cache = model.init_cache(params, prompts.shape[0], slots)
