@@ -153,6 +153,8 @@ def generate(
         typer.echo(json.dumps(report.as_json(summary)))
     else:
         display.summary(summary)
+        if trace is not None:
+            typer.echo(f"trace: {trace}", err=True)
     if summary.interrupted:
         interrupts.leave("")
 

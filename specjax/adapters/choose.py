@@ -99,7 +99,11 @@ def choose(
             _log.log(level, "adapted a module: %s", adapted.describe())
             return adapted
         notes.append(f"Not {candidate.value}: {reason}.")
-    raise ValueError(f"strategy={strategy!r} is not right for this module. {' '.join(notes)}")
+    asked = "no strategy is" if strategy is None else f"strategy={strategy!r} is not"
+    raise ValueError(
+        f"{asked} right for this module. {' '.join(notes)} It was tried on texts of up to {_SLOTS} tokens: if its "
+        "positions end earlier, pass max_positions=."
+    )
 
 
 def _attempt(

@@ -63,7 +63,8 @@ def held(
         if max_positions is not None and foreign.takes.positions is None and slots > max_positions:
             raise ValueError(
                 f"the buffers have {slots} places (the capacity, and a round past it), and this module, which counts "
-                f"its positions by itself, has {max_positions}: make capacity smaller by {slots - max_positions}."
+                f"its positions by itself, has {max_positions}: make capacity smaller by {slots - max_positions}. "
+                "(Left out, capacity is the prompts' width and max_new_tokens, at most the target's positions.)"
             )
         cache = make(batch, slots)
         slots_of(leaves, cache, slots)

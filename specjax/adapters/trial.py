@@ -142,8 +142,9 @@ def _check_rows(trial: Trial, plain: Array) -> None:
     shorter = trial.whole(trial.params, trial.tokens[:, : _WIDTH - 1])  # noise, if any, has another shape here
     if max(_difference(same[0], same[1]), _difference(shorter, plain[:, : _WIDTH - 1])) > trial.tolerance:
         raise ValueError(
-            "two identical rows, or two texts that begin alike, gave different logits: is dropout on? Adapt the module "
-            "in its evaluation mode, or pass takes=adapters.Takes(..., fixed={'deterministic': True})."
+            "two identical rows, or two texts that begin alike, gave different logits: is dropout on, or does it draw "
+            "random numbers in evaluation too? Adapt the module in its evaluation mode, or pass "
+            "takes=adapters.Takes(..., fixed={'deterministic': True})."
         )
     if _difference(same[0], plain[0]) > trial.tolerance:
         raise ValueError(
