@@ -256,6 +256,15 @@ def test_caches_that_cannot_be_used(adapt):
         specjax.autoregressive(ring.model, ring.params, PROMPTS, max_new_tokens=200)
 
 
+def test_rounding_hides_no_wrong_cache():
+    """Catches a tolerance made for bfloat16 that lets a cache through whose window is in the wrong place."""
+    module = foreign.Faint(nnx.Rngs(0))
+    nnx.update(module, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(module)))
+    with jax.numpy_dtype_promotion("standard"):  # sines are in float32
+        adapted = adapters.from_nnx(module, init_cache=lambda rows, slots: module.init_cache(rows, slots, jnp.float32))
+    assert adapted.strategy == "row-by-row", adapted.describe()
+
+
 def test_a_table_of_positions_ends():
     """Catches a round that reaches past the table: draft tokens are NaN there, and a masked NaN spoils the others."""
     adapted = adapters.from_nnx(foreign.Table(nnx.Rngs(0)), max_positions=40)

@@ -251,40 +251,6 @@ def test_bad_prompts_hidden_in_traced_data():
     assert "empty" in Status.BAD_PROMPT.describe()
 
 
-def test_long_prompts_are_read_in_chunks(monkeypatch):
-    """Catches chunk borders: the last token in an earlier chunk than the row's neighbour's, uneven chunks."""
-    model, params, draft, draft_params = PAIRS["llama"]
-    prompts = jax.random.randint(jax.random.key(4), (3, 23), 0, VOCAB)
-    lengths = jnp.array([23, 8, 9])
-    wanted = specjax.autoregressive(model, params, prompts, lengths, max_new_tokens=10).new_tokens()
-    monkeypatch.setattr(prefill, "CHUNK", 8)
-    jax.clear_caches()
-    out = specjax.generate(
-        model, params, specjax.drafters.draft_model(draft), draft_params, prompts, lengths, max_new_tokens=10
-    )
-    assert out.new_tokens() == wanted
-    asked = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
-    monkeypatch.undo()
-    whole = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
-    for row, length in enumerate(lengths.tolist()):
-        for chunked, one in zip(asked.hidden, whole.hidden, strict=True):
-            np.testing.assert_allclose(chunked[row, :length], one[row, :length], atol=1e-4)
-    jax.clear_caches()
-
-
-@pytest.mark.parametrize("width", [600, 1024])
-def test_a_chunk_never_writes_past_the_cache(width):
-    """Catches a last chunk that reaches over the cache's end: its write was moved back, over the prompt's beginning."""
-    model, params = _llama(0)
-    prompts = jax.random.randint(jax.random.key(4), (2, width), 0, VOCAB)
-    lengths = jnp.array([width, 514])
-    tight, roomy = (
-        specjax.autoregressive(model, params, prompts, lengths, max_new_tokens=8, capacity=capacity).new_tokens()
-        for capacity in (width + 8, 2048)
-    )
-    assert tight == roomy
-
-
 @pytest.mark.parametrize("rows", [1, 3])
 def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     """Catches callbacks, and a copy of a cache-shaped buffer inside a loop: of rounds, of tokens, of prompt chunks."""

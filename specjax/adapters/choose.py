@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import enum
-import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -18,7 +17,7 @@ from specjax.adapters.uncached import afresh, uncached
 from specjax.types import Model, PyTree
 
 _SLOTS = 32  # of the caches in a trial, or as many as there are positions
-_log = logging.getLogger("specjax")
+_log = logging.getLogger(__name__)
 
 
 class Strategy(enum.StrEnum):
@@ -110,36 +109,22 @@ def _attempt(
     candidate: Strategy, foreign: Foreign, whole: Foreign, trial: Trial, vocab_size: int, max_positions: int | None
 ) -> tuple[Model | None, str]:
     """The module as a Model by this strategy, or None and why not."""
-    takes = foreign.takes
     if candidate is Strategy.UNCACHED:
-        return _proven(functools.partial(_uncached, whole, vocab_size, max_positions), trial, whole)
-    if candidate is Strategy.AT_END and takes.mask is None:
+        return _proven(uncached(whole, vocab_size, max_positions=max_positions), trial)
+    if candidate is Strategy.AT_END and foreign.takes.mask is None:
         return None, "it takes no mask, which would have to show where the tokens of a round stand"
     form = rows_apart(foreign) if candidate is Strategy.ROW_BY_ROW else foreign
     standing = AT_END if candidate is Strategy.AT_END else AT_LENGTH
-    return _proven(functools.partial(_held, form, standing, vocab_size, max_positions), trial, form)
+    return _proven(held(form, standing, vocab_size, max_positions=max_positions), trial)
 
 
-def _proven(make: Callable[[bool], Model], trial: Trial, form: Foreign) -> tuple[Model | None, str]:
-    """The model where it gives the module's own logits, with trees where those are right too."""
-    chains = make(False)
-    slots = min(_SLOTS, chains.max_positions or _SLOTS)
-    wrong = in_its_cache(trial, chains, slots)
+def _proven(model: Model, trial: Trial) -> tuple[Model | None, str]:
+    """The model where it gives the module's own logits, with trees only where those are right too."""
+    slots = min(_SLOTS, model.max_positions or _SLOTS)
+    wrong = in_its_cache(trial, model, slots)
     if wrong is not None:
         return None, wrong
-    if form.takes.positions is not None and form.takes.mask is not None:
-        with_trees = make(True)
-        if on_a_tree(trial, with_trees, slots):
-            return with_trees, ""
-    return chains, ""
-
-
-def _held(form: Foreign, standing, vocab_size: int, max_positions: int | None, trees: bool) -> Model:
-    return held(form, standing, vocab_size, trees=trees, max_positions=max_positions)
-
-
-def _uncached(whole: Foreign, vocab_size: int, max_positions: int | None, trees: bool) -> Model:
-    return uncached(whole, vocab_size, max_positions=max_positions)._replace(trees=trees)
+    return model._replace(trees=model.trees and on_a_tree(trial, model, slots)), ""
 
 
 class _Sound(NamedTuple):

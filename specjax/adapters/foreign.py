@@ -83,6 +83,11 @@ class Foreign(NamedTuple):
     init_cache: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is none
     takes: Takes
 
+    @property
+    def sees_trees(self) -> bool:
+        """Whether it can be told which tokens of a round each one sees."""
+        return self.takes.positions is not None and self.takes.mask is not None
+
 
 def foreign(
     function: Callable[..., Any], bind: Callable[[PyTree], Callable[..., Any]], takes: Takes, init_cache: Any
@@ -144,7 +149,7 @@ def mask_forms(function: Callable[..., Any], takes: Takes | None, bound: int = 1
 
 
 def cache_maker(
-    module: Any, dtype: Any, given: Callable[[int, int], PyTree] | None, takes: Takes
+    module: Any, params: PyTree, given: Callable[[int, int], PyTree] | None, takes: Takes
 ) -> Callable[[int, int], PyTree] | None:
     """What is given, or the module's own `init_cache`, where it has one whose arguments can be told by their names."""
     if given is not None:
@@ -167,7 +172,8 @@ def cache_maker(
             f"the module's init_cache takes {', '.join(parameters)}, and which of them are rows and slots can't be "
             "told: pass init_cache=lambda batch, slots: module.init_cache(...)."
         )
-    extra = {"dtype": dtype} if "dtype" in parameters else {}
+    floats = (leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
+    extra = {"dtype": next(floats, jnp.float32)} if "dtype" in parameters else {}
     return lambda batch, slots: method(**{batch_name: batch, slots_name: slots}, **extra)
 
 

@@ -47,10 +47,8 @@ AT_LENGTH = Standing(lambda lengths, size, slots: lengths, is_in_place=True)
 AT_END = Standing(lambda lengths, size, slots: jnp.full_like(lengths, slots - size), is_in_place=False)
 
 
-def held(
-    foreign: Foreign, standing: Standing, vocab_size: int, *, trees: bool, max_positions: int | None = None
-) -> Model:
-    """The module with its own cache. `trees` needs a module that takes positions and mask."""
+def held(foreign: Foreign, standing: Standing, vocab_size: int, *, max_positions: int | None = None) -> Model:
+    """The module with its own cache. Trees need a module that takes positions and mask."""
     assert foreign.init_cache is not None
     make, leaves = foreign.init_cache, leaves_of(foreign.init_cache)
     if standing.is_in_place:
@@ -112,7 +110,9 @@ def held(
             own = move(leaves, own, start, size, after(cache.lengths, keep), path)  # not before the last read
         return HeldCache(own, cache.lengths + keep)
 
-    return Model(apply, init_cache, init_block, commit, vocab_size, max_positions, trees=trees, hidden=False)
+    return Model(
+        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=foreign.sees_trees, hidden=False
+    )
 
 
 def rows_apart(foreign: Foreign) -> Foreign:

@@ -6,8 +6,6 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 from flax import linen
 
 from specjax.adapters.choose import Adapted, choose
@@ -72,11 +70,6 @@ def from_linen(
 
     function = type(module).__call__ if call is None else call
     takings = mask_forms(function, takes, 1 if call is None else 2)  # less self, or module and variables
-    init_cache = cache_maker(module, _dtype(variables), init_cache, takings[0])
+    init_cache = cache_maker(module, variables, init_cache, takings[0])
     forms = [foreign(function, bind, form, init_cache) for form in takings]
     return choose(forms, variables, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
-
-
-def _dtype(variables: PyTree) -> Any:
-    floats = [leaf.dtype for leaf in jax.tree.leaves(variables["params"]) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return floats[0] if floats else jnp.float32

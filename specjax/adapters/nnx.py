@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from specjax.adapters.choose import Adapted, choose
@@ -77,30 +76,26 @@ def from_nnx(
         )
     graph, trained, rest = nnx.split(module, nnx.Param, ...)
     state = nnx.state(module)
-    forms = {len(jax.tree.leaves(trained)): (rest,), len(jax.tree.leaves(state)): ()}  # by count: what is missing
+    # What parameters may lack, by how many arrays they have: the Params alone, or everything.
+    lacking = {len(jax.tree.leaves(trained)): (rest,), len(jax.tree.leaves(state)): ()}
 
     def bind(params: PyTree) -> Callable[..., Any]:
         if isinstance(params, nnx.Module):
             raise ValueError(f"params is a {type(params).__name__}, a module: pass its state, nnx.state(module).")
         count = len(jax.tree.leaves(params))
-        if count not in forms:
+        if count not in lacking:
             raise ValueError(
-                f"these parameters have {count} arrays, the module has {' or '.join(map(str, forms))}: pass "
+                f"these parameters have {count} arrays, the module has {' or '.join(map(str, lacking))}: pass "
                 "nnx.state(module) or nnx.state(module, nnx.Param) of the module that was adapted."
             )
-        check_shapes(params, trained if forms[count] else state)
+        check_shapes(params, trained if lacking[count] else state)
         # Variables of its own: those given may be another trace's.
-        copy: Any = nnx.merge(graph, params, *forms[count], copy=True)
+        copy: Any = nnx.merge(graph, params, *lacking[count], copy=True)
         copy.eval()
         return copy if call is None else functools.partial(call, copy)
 
     function = type(module).__call__ if call is None else call
     forms_of_mask = mask_forms(function, takes)
-    init_cache = cache_maker(module, _dtype(state), init_cache, forms_of_mask[0])
+    init_cache = cache_maker(module, state, init_cache, forms_of_mask[0])
     takings = [foreign(function, bind, form, init_cache) for form in forms_of_mask]
     return choose(takings, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
-
-
-def _dtype(state: PyTree) -> Any:
-    floats = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-    return floats[0] if floats else jnp.float32

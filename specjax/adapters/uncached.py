@@ -28,7 +28,6 @@ class TextBlock(NamedTuple):
 
 def uncached(foreign: Foreign, vocab_size: int, *, max_positions: int | None = None) -> Model:
     """Trees need a module that takes positions and mask; every other sees a chain by its own causal mask."""
-    trees = foreign.takes.positions is not None and foreign.takes.mask is not None
 
     def init_cache(params: PyTree, batch: int, slots: int) -> Text:
         del params
@@ -79,7 +78,9 @@ def uncached(foreign: Foreign, vocab_size: int, *, max_positions: int | None = N
 
         return Text(append(cache.tokens, new, cache.lengths), cache.lengths + keep)
 
-    return Model(apply, init_cache, init_block, commit, vocab_size, max_positions, trees=trees, hidden=False)
+    return Model(
+        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=foreign.sees_trees, hidden=False
+    )
 
 
 def _branches(seen: Array, visible: Array, filled: Array, at: Array, is_inside: Array) -> Array:
