@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import io
 import json
 from types import SimpleNamespace
@@ -156,42 +155,6 @@ def test_the_driver_chooses_the_extra(line, extra, tmp_path):
     if line is not None:
         file.write_text(line + "\nGCC version:  gcc version 12.2.0\n")
     assert doctor._cuda_extra(file) == extra
-
-
-def _device(kind, platform, memory):
-    return SimpleNamespace(device_kind=kind, platform=platform, memory_stats=lambda: memory)
-
-
-def test_devices_are_counted_or_the_reason_is_told(monkeypatch):
-    """Catches a traceback where a backend fails, and JAX's silence about an accelerator that it fell back from."""
-    chips = [_device("TPU v5 lite", "tpu", {"bytes_limit": 17})] * 4
-    assert environment.devices(lambda: chips).found == [Device("TPU v5 lite", "tpu", 4, 17)]
-
-    def fails():
-        raise RuntimeError("Unable to initialize backend 'tpu': NOT_FOUND (set JAX_PLATFORMS='' to choose)\nat line 3")
-
-    assert environment.devices(fails).failure == "Unable to initialize backend 'tpu': NOT_FOUND"
-
-    def falls_back(platform=None):
-        if platform == "tpu":
-            raise RuntimeError(BUSY)
-        return [_device("cpu", "cpu", None)]
-
-    monkeypatch.setattr(environment, "hardware", lambda: TPU)
-    monkeypatch.setattr(environment, "_version", lambda name: "0.0.52" if name == "libtpu" else None)
-    assert environment.devices(falls_back) == Devices("cpu", [Device("cpu", "cpu", 1, None)], None, {"tpu": BUSY})
-
-
-def test_bounds_are_read_from_the_package(monkeypatch):
-    """Catches a second list of versions that falls behind pyproject.toml, and extras that nobody asked for."""
-    lines = [
-        "jax>=0.8.2",
-        "jax[tpu]; extra == 'tpu'",
-        'huggingface_hub>=0.30; extra == "hf"',
-        "ruff>=0.11; extra == 'dev'",
-    ]
-    monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
-    assert environment.lower_bounds() == {"jax": "0.8.2", "huggingface-hub": "0.30"}
 
 
 PACE = Pace(
