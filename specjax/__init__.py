@@ -1,7 +1,8 @@
 """specjax: exact speculative decoding for JAX models, one XLA program on TPU, GPU and CPU."""
 
-from specjax import controllers, drafters, stats, trace, verify, viewer
+from specjax import controllers, costs, drafters, stats, trace, verify, viewer
 from specjax.decode import autoregressive, generate
+from specjax.profiling import profile
 from specjax.stream import Chunk, LogProb, Origin, stream
 from specjax.types import (
     Context,
@@ -9,6 +10,7 @@ from specjax.types import (
     Draft,
     Drafter,
     DraftPlan,
+    Drawn,
     Generation,
     LogProbs,
     Model,
@@ -32,6 +34,7 @@ __all__ = [
     "Draft",
     "DraftPlan",
     "Drafter",
+    "Drawn",
     "Generation",
     "LogProb",
     "LogProbs",
@@ -48,8 +51,10 @@ __all__ = [
     "Verifier",
     "autoregressive",
     "controllers",
+    "costs",
     "drafters",
     "generate",
+    "profile",
     "stats",
     "stream",
     "trace",

@@ -7,7 +7,7 @@ import jax
 from specjax import noise
 from specjax.noise import Role
 from specjax.sampling import processing
-from specjax.types import Array, Context, Processor, PyTree, Rows
+from specjax.types import Array, Context, Processor, PyTree, Roles, Rows
 
 
 def make_context(
@@ -27,3 +27,14 @@ def make_context(
         return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
 
     return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys)
+
+
+def context_of(roles: Roles, rows: Rows, target_cache: PyTree) -> Context:
+    """What the drafter and the verifier of a generation see of these rows."""
+    return make_context(
+        rows,
+        target_cache,
+        vocab_size=roles.model.vocab_size,
+        processor=roles.processor,
+        coupled=roles.verifier.coupled,
+    )

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, logs, validate, verify
+from specjax import controllers, logs, parts, validate, verify
+from specjax.plain import first_token, step
 from specjax.prefill import prefill
-from specjax.rounds import Roles, State, emit_one, first_token, open_request, speculate, start
-from specjax.rows import is_active, last_tokens
+from specjax.rounds import State, open_request, speculate, start
+from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
     Array,
@@ -28,6 +29,7 @@ from specjax.types import (
     Model,
     Processor,
     PyTree,
+    Roles,
     Rows,
     Sampling,
     Stats,
@@ -52,6 +54,7 @@ def generate(
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
+    max_draft_len: ArrayLike | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
     capacity: int | None = None,
@@ -78,6 +81,8 @@ def generate(
       verifier: default `verify.rejection()`, exact at every temperature.
       controller: how many tokens to draft; default `controllers.fixed(5)`.
       controller_state: from an earlier Generation, to go on from what was learnt.
+      max_draft_len: int32 scalar or [B]: the most tokens to draft for a row in a round, whatever the controller says; 0
+        switches speculation off for the row. None is no limit.
       stop_tokens: ids that end a row, [n] or [B, n], pad -1. The stop token is emitted.
       seeds: [B] int32, default 0..B-1. A row's output depends on its seed, not on its place in the batch.
       capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens). Keep it the same
@@ -105,16 +110,17 @@ def generate(
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
-    validate.kinds(model, drafter, verifier, controller)
-    validate.processor(processor)
+    parts.kinds(model, drafter, verifier, controller)
+    parts.processor(processor)
     validate.pad_token(pad_token)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
+        max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    validate.roles(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
+    parts.fit(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
     validate.at_least_one(rounds_per_test, "rounds_per_test")
+    parts.controller_state(roles.controller, controller_state, request)
     arrays = globally(model.layout, request.arrays)
     return _generate(
         roles, request.capacity, rounds_per_test, params, drafter_params, arrays, controller_state, pad_token
@@ -141,8 +147,8 @@ def autoregressive(
 
     Arguments, result and errors as for `generate`, less what concerns the drafter.
     """
-    validate.kinds(model)
-    validate.processor(processor)
+    parts.kinds(model)
+    parts.processor(processor)
     validate.pad_token(pad_token)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
@@ -184,7 +190,7 @@ def _autoregressive(
     rows, _ = plain_loop(model, processor, capacity, params, carry, rounds_per_test)
     nothing = jnp.zeros((batch, 0), jnp.int32)
     emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
-    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing)
+    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing, by_longest=rows.rounds[:, None])
     return _result(rows, capacity, pad_token, stats, (), model.layout)
 
 
@@ -198,14 +204,11 @@ def plain_loop(
 ) -> tuple[Rows, PyTree]:
     """One token per target pass, from rows and the cache that holds all their tokens but the last, until all end."""
 
-    def step(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        rows, cache = carry
-        out = model.apply(params, last_tokens(rows, 1), cache, model.init_block(params, rows.lengths.shape[0], 1))
-        moved = emit_one(model, processor, rows, out.logits[:, 0], capacity)
-        rows = constrain(model.layout, moved.rows, "rows")
-        return rows, model.commit(cache, out.block, moved.num_emitted, None)
+    def one(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        done = step(model, processor, capacity, params, *carry)
+        return constrain(model.layout, done.moved.rows, "rows"), done.cache
 
-    return _until_done(step, lambda carry: carry[0], carry, rounds_per_test)
+    return _until_done(one, lambda carry: carry[0], carry, rounds_per_test)
 
 
 def _until_done(

@@ -40,8 +40,10 @@ def derive(keys: Array, role: Role, index: Array) -> Array:
 
 
 def uniforms(keys: Array, count: int) -> Array:
-    """[B, count] float32 in [0, 1), from keys [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(key, (count,)))(keys)
+    """[B, count] float32 in [0, 1), from keys [B]: each place has its own address, so a wider draw begins alike."""
+    places = jnp.arange(count, dtype=jnp.uint32)
+    own = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, places))(keys)
+    return jax.vmap(jax.vmap(jax.random.uniform))(own)
 
 
 def gumbels(keys: Array, width: int) -> Array:

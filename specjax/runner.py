@@ -219,7 +219,7 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
     status = [Status.ACTIVE] * len(texts)
     nothing = np.zeros((len(texts),), np.int32)
     counts = np.zeros((len(texts), batch.task.draft_len), np.int32)
-    latest = Stats(nothing, nothing, counts, counts, counts)  # type: ignore[arg-type]
+    latest = Stats(nothing, nothing, counts, counts, counts, np.zeros((len(texts), batch.task.draft_len + 1), np.int32))  # type: ignore[arg-type]
     interrupted = False
     if not several:
         display.prompt(0, texts[0], several)
@@ -255,7 +255,7 @@ def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) 
 def _join(parts: list[Stats], draft_len: int) -> Stats:
     if not parts:
         none, counts = np.zeros((0,), np.int32), np.zeros((0, draft_len), np.int32)
-        parts = [Stats(none, none, counts, counts, counts)]  # type: ignore[arg-type]
+        parts = [Stats(none, none, counts, counts, counts, np.zeros((0, draft_len + 1), np.int32))]  # type: ignore[arg-type]
     return Stats(*(np.concatenate(counts) for counts in zip(*parts, strict=True)))  # type: ignore[arg-type]
 
 

@@ -11,7 +11,8 @@ def acceptance_rate(stats: Stats) -> float:
     """Accepted over drafted tokens, all rows together; NaN where nothing was drafted.
 
     >>> import numpy as np
-    >>> counts = Stats(np.array([4]), np.array([10]), np.array([[4, 4]]), np.array([[4, 3]]), np.array([[3, 3]]))
+    >>> counts = Stats(np.array([4]), np.array([10]), np.array([[4, 4]]), np.array([[4, 3]]), np.array([[3, 3]]),
+    ...                np.array([[0, 0, 4]]))
     >>> acceptance_rate(counts)
     0.75
     """

@@ -14,8 +14,8 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, logs, validate, verify
-from specjax.rounds import Roles, State, speculate, start
+from specjax import controllers, logs, parts, validate, verify
+from specjax.rounds import State, speculate, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
@@ -26,6 +26,7 @@ from specjax.types import (
     Model,
     Processor,
     PyTree,
+    Roles,
     Round,
     Sampling,
     Stats,
@@ -103,6 +104,7 @@ def stream(
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
+    max_draft_len: ArrayLike | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
     capacity: int | None = None,
@@ -124,14 +126,15 @@ def stream(
     5
     """
     validate.at_least_one(rounds_per_dispatch, "rounds_per_dispatch")
-    validate.kinds(model, drafter, verifier, controller)
-    validate.processor(processor)
+    parts.kinds(model, drafter, verifier, controller)
+    parts.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
+        max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    validate.roles(model, drafter, roles.verifier, request.arrays.sampling)
+    parts.fit(model, drafter, roles.verifier, request.arrays.sampling)
+    parts.controller_state(roles.controller, controller_state, request)
     if validate.is_traced((params, drafter_params, request.arrays)):
         raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
     request = request._replace(arrays=globally(model.layout, request.arrays))

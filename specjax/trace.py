@@ -145,9 +145,11 @@ def collect(
 def counts(rows: Sequence[TracedRow]) -> Stats:
     """What `generate` counts, from the rounds of a trace: NumPy arrays, for the functions of `specjax.stats`.
 
-    K is that of the longest draft.
+    K is that of the longest draft; the rows are taken for those of one batch.
     """
     longest = max((len(one.draft) for row in rows for one in row.rounds), default=0)
+    together = itertools.zip_longest(*(row.rounds for row in rows))
+    of_all = [max((len(one.draft) for one in each if one), default=0) for each in together]
 
     def by_position(length: Callable[[TracedRound], int]) -> Any:
         found = [[sum(length(one) > place for one in row.rounds) for place in range(longest)] for row in rows]
@@ -158,12 +160,16 @@ def counts(rows: Sequence[TracedRow]) -> Stats:
 
     rounds: Any = np.array([len(row.rounds) for row in rows], np.int32)
     emitted: Any = np.array([sum(len(one.emitted()) for one in row.rounds) for row in rows], np.int32)
+    by_longest: Any = np.zeros((len(rows), longest + 1), np.int32)
+    for row, count in enumerate(rounds):
+        np.add.at(by_longest[row], of_all[:count], 1)
     return Stats(
         rounds=rounds,
         emitted=emitted,
         drafted=by_position(lambda one: len(one.draft)),
         tested=by_position(lambda one: min(num_accepted(one) + 1, len(one.emitted()), len(one.draft))),
         accepted=by_position(num_accepted),
+        by_longest=by_longest,
     )
 
 

@@ -11,7 +11,6 @@ family is one new file that returns one of these tuples; the loop in `decode.py`
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
@@ -19,49 +18,10 @@ import jax
 from jax.core import Tracer
 
 from specjax.sharding import Layout
+from specjax.status import Status as Status
 
 Array: TypeAlias = jax.Array
 PyTree: TypeAlias = Any
-
-
-class Status(enum.IntEnum):
-    """What became of a row; `describe()` adds the remedy. Stored per row as int32."""
-
-    ACTIVE = 0
-    LENGTH = 1
-    STOPPED = 2
-    CACHE_FULL = 3
-    NON_FINITE = 4
-    BAD_PROMPT = 5
-    DEAD_END = 6
-
-    def describe(self) -> str:
-        """One sentence: what happened and, where something went wrong, what to do."""
-        return _STATUS_TEXT[self]
-
-    @property
-    def is_trouble(self) -> bool:
-        """Whether the row ended, or never began, for a reason that nobody asked for."""
-        return self > Status.STOPPED
-
-
-_STATUS_TEXT = {
-    Status.ACTIVE: "still generating",
-    Status.LENGTH: "reached max_new_tokens",
-    Status.STOPPED: "emitted a stop token",
-    Status.CACHE_FULL: "the row filled its buffers: pass a larger capacity or ask for fewer new tokens",
-    Status.NON_FINITE: (
-        "the target's logits held a NaN, +inf, or nothing but -inf: the tokens before that point are valid; "
-        "check the parameters, try float32, and see that the text fits into the model's positions (max_positions)"
-    ),
-    Status.BAD_PROMPT: (
-        "the prompt was empty, longer than its padded width, or held an id outside the vocabulary: nothing was done"
-    ),
-    Status.DEAD_END: (
-        "penalties, bias, bad words, minimum length or the custom processor left no token to choose, or made NaN or "
-        "+inf: the tokens before that point are valid; let a grammar allow a stop token where it ends"
-    ),
-}
 
 
 class Sampling(NamedTuple):
@@ -150,6 +110,7 @@ class Rows(NamedTuple):
     lengths: Array  # [B] int32, prompt included; counts verified tokens only
     prompt_lengths: Array  # [B] int32
     limits: Array  # [B] int32, the length at which the row ends for max_new_tokens
+    draft_limits: Array  # [B] int32, the most tokens to draft for the row in a round; 0: it does not speculate
     status: Array  # [B] int32, a `Status`
     keys: Array  # [B, roles] PRNG keys; see noise.py
     rounds: Array  # [B] int32, rounds this row took part in
@@ -238,18 +199,28 @@ class Draft(NamedTuple):
     parents: Array | None = None  # [K] or [B, K] int32: index of the parent token, -1 the root; None: a chain
 
 
-class KeepDrafting(Protocol):
-    """Whether to draft on after `token` [B], drawn from `law` [B, V] at `step`; [B] bool."""
+class Drawn(NamedTuple):
+    """One draft token of each row, just drawn."""
 
-    def __call__(self, token: Array, law: Array, step: Array | int) -> Array: ...
+    token: Array  # [B] int32
+    law: Array  # [B, V] float32, what it was drawn from
+    confidence: Array  # [B] float32: the drafter's own probability of it, at temperature 1 whatever `Sampling` says
+
+
+class KeepDrafting(Protocol):
+    """Whether to draft on after the token `drawn` at `step`; [B] bool. The token itself stays in the draft: were it
+    left out for what it is, those that stay would no longer follow the law that they were drawn from."""
+
+    def __call__(self, drawn: Drawn, step: Array | int) -> Array: ...
 
 
 class DraftPlan(NamedTuple):
     """How much to draft this round."""
 
-    lengths: Array  # [B] int32 in 0..longest
+    lengths: Array  # [B] int32 in 0..longest; 0 for rows that have ended
     longest: int  # K, static
     steps: int | Array  # the longest row's length; a Python int where the controller never varies it
+    may_skip: bool = True  # static: whether `steps` can be 0, a round without a draft, which should cost nothing
     keep_drafting: KeepDrafting | None = None  # asked after each drafted token; None: never stop early
 
 
@@ -304,26 +275,43 @@ class Verifier(NamedTuple):
 
 
 class Controller(NamedTuple):
-    """Chooses how many tokens to draft, round by round."""
+    """Chooses how many tokens to draft, round by round. It may look at anything but the noise of a round to come."""
 
     init: Callable[[int], PyTree]  # (batch) -> state
-    draft_len: Callable[[PyTree], Array]  # (state) -> [B] int32 in 0..longest
+    draft_len: Callable[[PyTree, Rows], Array]  # (state, rows) -> [B] int32 in 0..longest
     update: Callable[[PyTree, Round], PyTree]  # (state, round) -> state
-    longest: int  # K, static: the buffers are made for it
-    varies: bool = True  # False where draft_len is always `longest`: the draft loop's trip count is then static
-    # (state, token [B], law [B, V], step) -> [B] bool: whether to draft on after this token. It may look at the draft,
-    # never at the noise that verification will use. None: never stop early.
-    keep_drafting: Callable[[PyTree, Array, Array, Array], Array] | None = None
+    # Draft lengths that verification is compiled for, ascending: a round takes the first that holds its longest draft.
+    # The last is K, the most that is ever drafted; one that begins with 0 has plain decoding steps for rounds without
+    # a draft. A single one has a loop of known length and no branches.
+    buckets: tuple[int, ...]
+    # (state, drawn, step) -> [B] bool: whether to draft on after this token. None: never stop early.
+    keep_drafting: Callable[[PyTree, Drawn, Array | int], Array] | None = None
+
+    @property
+    def longest(self) -> int:
+        """K."""
+        return self.buckets[-1]
+
+
+class Roles(NamedTuple):
+    """The static half of a generation: hashable, so that jit knows an old program by it."""
+
+    model: Model
+    drafter: Drafter
+    verifier: Verifier
+    controller: Controller
+    processor: Processor | None = None
 
 
 class Stats(NamedTuple):
     """Counts since the start, per row. The first token of a row comes from prefill and is in none of them."""
 
-    rounds: Array  # [B] int32
+    rounds: Array  # [B] int32; each is one target pass
     emitted: Array  # [B] int32, tokens emitted by rounds
     drafted: Array  # [B, K] int32, how often a token was drafted at this position
     tested: Array  # [B, K] int32, how often its turn came: every token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
+    by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row: what a round costs
 
 
 class Generation(NamedTuple):

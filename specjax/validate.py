@@ -15,9 +15,12 @@ import numpy as np
 from jax.core import Tracer
 
 from specjax.sharding import check_batch
-from specjax.types import Array, Controller, Drafter, Model, Sampling, Verifier
+from specjax.types import Array, Model, Sampling
 
 _log = logging.getLogger(__name__)
+
+
+_NO_LIMIT = np.int32(np.iinfo(np.int32).max)
 
 
 class Request(NamedTuple):
@@ -27,6 +30,7 @@ class Request(NamedTuple):
     prompt_lengths: Array  # [B] int32
     key: Array
     limits: Array  # [B] int32, most new tokens
+    draft_limits: Array  # [B] int32, most tokens to draft in a round
     sampling: Sampling
     stop_tokens: Array  # [B, n] int32
     seeds: Array  # [B] int32
@@ -69,6 +73,7 @@ def request(
     stop_tokens: Any,
     seeds: Any,
     capacity: int | None,
+    max_draft_len: Any = None,
 ) -> Checked:
     """Checks and normalises the arguments that `generate`, `autoregressive` and `stream` share."""
     if jnp.result_type(float) == jnp.float64:
@@ -91,15 +96,18 @@ def request(
     lengths = _per_row(prompt_lengths, "prompt_lengths", batch)
     seeds = _per_row(np.arange(batch, dtype=np.int32) if seeds is None else seeds, "seeds", batch)
     limits = _per_row(max_new_tokens, "max_new_tokens", batch, scalar=True)
+    drafting = _per_row(_NO_LIMIT if max_draft_len is None else max_draft_len, "max_draft_len", batch, scalar=True)
     stops = _ids(stop_tokens, "stop_tokens", batch, model.vocab_size)
     _check_prompt_values(prompts, lengths, model.vocab_size)
     _check_at_least(limits, "max_new_tokens", 1)
+    _check_at_least(drafting, "max_draft_len", 0)
     capacity = _capacity(model, width, limits, lengths, capacity)
     arrays = Request(
         prompts=jnp.asarray(prompts, jnp.int32),
         prompt_lengths=jnp.asarray(lengths, jnp.int32),
         key=jax.random.key(0) if key is None else _key(key),
         limits=jnp.broadcast_to(jnp.asarray(limits, jnp.int32), (batch,)),
+        draft_limits=jnp.broadcast_to(jnp.asarray(drafting, jnp.int32), (batch,)),
         sampling=_sampling(sampling, batch, model.vocab_size),
         stop_tokens=stops,
         seeds=jnp.asarray(seeds, jnp.int32),
@@ -107,65 +115,10 @@ def request(
     return Checked(arrays, capacity)
 
 
-def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
-    """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
-    parts = (
-        (
-            model,
-            Model,
-            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
-        ),
-        (
-            drafter,
-            Drafter,
-            "drafter must be a specjax.Drafter: wrap a draft model as drafters.draft_model(loaded.model)",
-        ),
-        (verifier, Verifier, "verifier must be a specjax.Verifier: call its maker, as in verify.rejection()"),
-        (controller, Controller, "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5)"),
-    )
-    for part, kind, wanted in parts:
-        if part is not None and not isinstance(part, kind):
-            raise ValueError(f"{wanted}; got {type(part).__name__}.")
-
-
-def processor(rule: Any) -> None:
-    """Checks that the caller's own rule can be one: jit knows it by its hash."""
-    if rule is None:
-        return
-    if not callable(rule):
-        raise ValueError(f"processor must be a function of (logits, tokens, length), got {type(rule).__name__}.")
-    try:
-        hash(rule)
-    except TypeError:
-        raise ValueError(
-            f"processor must be hashable, and {type(rule).__name__} is not: pass a plain function, defined once."
-        ) from None
-
-
 def pad_token(token: Any) -> None:
     """Checks the filler of `Generation.tokens`: any integer, in the vocabulary or not."""
     if np.shape(token) != () or not jnp.issubdtype(jnp.result_type(token), jnp.integer):
         raise ValueError(f"pad_token must be one integer, got {token!r}. Use 0, or -1 for an id that no text holds.")
-
-
-def roles(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
-    """Checks that the parts of a generation fit each other."""
-    if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
-        raise ValueError(
-            f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
-            f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
-        )
-    if drafter.hidden_layers and not model.hidden:
-        raise ValueError(
-            f"this drafter reads the target's hidden states of layers {drafter.hidden_layers}, and this target gives "
-            "none (an adapted module's stay inside it). Use a drafter that needs none, drafters.draft_model(...)."
-        )
-    temperature = known(sampling.temperature)
-    if verifier.greedy_only and temperature is not None and (temperature > 0).any():
-        raise ValueError(
-            f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
-            "Use specjax.verify.rejection() (--verifier rejection), which is exact at every temperature."
-        )
 
 
 def _integers(value: Any, name: str, shape: str) -> Any:

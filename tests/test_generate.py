@@ -288,9 +288,9 @@ def _saw(longest: int) -> Controller:
     """Draft lengths 0, 1, ..., longest in turn, different for every row."""
     return Controller(
         init=lambda batch: jnp.arange(batch, dtype=jnp.int32),
-        draft_len=lambda state: state % (longest + 1),
+        draft_len=lambda state, rows: state % (longest + 1),
         update=lambda state, info: state + 1,
-        longest=longest,
+        buckets=tuple(range(longest + 1)),
     )
 
 
@@ -318,10 +318,10 @@ def test_drafting_may_stop_early():
     drafter = specjax.drafters.draft_model(model)
     unsure = Controller(
         init=lambda batch: jnp.zeros((batch,), jnp.int32),
-        draft_len=lambda state: state + 6,
+        draft_len=lambda state, rows: state + 6,
         update=lambda state, info: state,
-        longest=6,
-        keep_drafting=lambda state, token, law, step: jnp.max(law, -1) > 0.25,
+        buckets=(0, 2, 6),
+        keep_drafting=lambda state, drawn, step: jnp.max(drawn.law, -1) > 0.25,
     )
     options = {"max_new_tokens": 40, "sampling": specjax.Sampling(1.0)}
     out = specjax.generate(model, params, drafter, draft_params, PROMPTS, LENGTHS, controller=unsure, **options)

@@ -62,7 +62,7 @@ def test_bug_1_noise_that_a_later_round_sees_again(monkeypatch, rule):
 def test_bug_1_one_stream_for_two_roles(monkeypatch):
     derive = noise.derive
     monkeypatch.setattr(
-        noise, "derive", lambda keys, role, index: derive(keys, Role.ACCEPT if role == Role.RESIDUAL else role, index)
+        noise, "derive", lambda keys, role, index: derive(keys, Role.DRAFT if role == Role.ACCEPT else role, index)
     )
     with pytest.raises(AssertionError, match="chi-square"):
         _follows_the_law(verify.rejection())

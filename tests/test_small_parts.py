@@ -20,16 +20,20 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 LAYERS = [
     {"logs"},
     {"sharding"},
-    {"types", "noise", "hlo", "markup"},
+    {"status"},
+    {"types", "noise", "hlo", "markup", "costs"},
+    {"branches"},
     {"tpu"},
     {"cache", "tree", "processors", "log_probs"},
     {"sampling"},
     {"rows", "prefill", "context"},
     {"verify", "controllers", "drafters"},
     {"validate"},
+    {"parts", "plain"},
+    {"settle"},
     {"rounds"},
     {"decode"},
-    {"stream", "stats", "testing", "machine", "passes", "environment"},
+    {"stream", "stats", "profiling", "testing", "machine", "passes", "environment"},
     {"limits", "adapters", "trace"},
     {"text", "viewer"},
     {"pair", "shapes"},
@@ -125,7 +129,7 @@ def test_predicted_speedup_matches_the_published_table(alpha, cost, draft_len, s
 def test_statistics_of_nothing_are_nan():
     """Catches a division by zero where a row never drafted."""
     none = np.zeros((1,), np.int32)
-    empty = Stats(none, none, *(np.zeros((1, 2), np.int32),) * 3)
+    empty = Stats(none, none, *(np.zeros((1, 2), np.int32),) * 3, by_longest=np.zeros((1, 3), np.int32))
     assert np.isnan(stats.acceptance_rate(empty))
     assert np.isnan(stats.tokens_per_round(empty))
     assert np.isnan(stats.acceptance_by_position(empty)).all()

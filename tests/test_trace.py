@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import models, rounds, stats, testing, text, trace, verify
+from specjax import models, stats, testing, text, trace, verify
 from specjax.stream import Chunk, Drafted, LogProb, Origin
 from specjax.trace import Kind
 from specjax.types import Draft, Drafter, LogProbs, Stats, Status, Verdict, Verifier
@@ -166,15 +166,15 @@ def test_generate_pays_nothing(monkeypatch):
         return Counter(operations), costs["flops"], costs["bytes accessed"]
 
     whole = program()
-    monkeypatch.setattr(rounds, "_of_draft", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
-    monkeypatch.setattr(rounds, "at_tokens", lambda probs, tokens: jnp.zeros(tokens.shape))
+    monkeypatch.setattr(settle, "_of_draft", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
+    monkeypatch.setattr(settle, "at_tokens", lambda probs, tokens: jnp.zeros(tokens.shape))
     assert program() == whole
 
 
 def _chunk(tokens, origins, drafted, **changes):
     none = np.zeros((1,), np.int32)
     score = changes.pop("score", LogProb(-1.0, -0.5))
-    counted = Stats(none, none, *[np.zeros((1, 3), np.int32)] * 3)  # type: ignore[arg-type]
+    counted = Stats(none, none, *[np.zeros((1, 3), np.int32)] * 3, np.zeros((1, 4), np.int32))  # type: ignore[arg-type]
     return Chunk([tokens], [origins], [[score] * len(tokens)], [drafted], none, counted)
 
 

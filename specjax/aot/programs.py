@@ -181,4 +181,6 @@ def _request(work: Workload) -> Request:
     sampling = Sampling(numbers, ids, numbers, numbers)
     key = jax.eval_shape(lambda: jax.random.key(0))
     stops = array(batch, _MAX_STOP_TOKENS)
-    return state_on(work.layout, Request(array(batch, work.prompt_width), ids, key, ids, sampling, stops, ids), batch)
+    return state_on(
+        work.layout, Request(array(batch, work.prompt_width), ids, key, ids, ids, sampling, stops, ids), batch
+    )

@@ -25,8 +25,7 @@ def fixed(draft_len: int) -> Controller:
         )
     return Controller(
         init=lambda batch: jnp.full((batch,), draft_len, jnp.int32),
-        draft_len=lambda state: state,
+        draft_len=lambda state, rows: state,
         update=lambda state, info: state,
-        longest=draft_len,
-        varies=False,
+        buckets=(draft_len,),
     )

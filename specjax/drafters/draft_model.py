@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
+from specjax.branches import at_most_once
+from specjax.cache import after
 from specjax.drafters.draw import draw
 from specjax.prefill import prefill
-from specjax.rows import last_tokens
-from specjax.types import Array, Context, Draft, Drafter, DraftPlan, Model, PyTree, Round
+from specjax.rows import is_active, last_tokens
+from specjax.types import (
+    Array,
+    Context,
+    Draft,
+    Drafter,
+    DraftPlan,
+    Model,
+    Output,
+    PyTree,
+    Round,
+    Rows,
+)
 
 
 class DraftModelState(NamedTuple):
-    """Invariant between rounds: the cache holds all of a row's tokens but the last two."""
+    """Invariant between rounds: the cache holds a row's first `seen` tokens, all but the last two or fewer."""
 
     cache: PyTree
+    seen: Array  # [B] int32
+    laws: Array  # [B, K, V] float32, of the last draft: kept, as making room for them anew would cost every round
     block: PyTree | None = None  # of the round under way only; its first slot is the last but one token
+    drafts: Array | bool = False  # whether the round under way has a draft
 
 
 def draft_model(model: Model) -> Drafter:
@@ -26,6 +43,7 @@ def draft_model(model: Model) -> Drafter:
 
     Each round begins with a forward over the row's last *two* tokens. After a full acceptance the draft model has
     never seen the last drafted token; feeding two catches up without a step of its own, and every row does the same.
+    A round without a draft leaves the model where it is; the next draft begins with passes over what it missed.
 
     A draft model whose logits are not finite drafts from the uniform law: it costs speed, never correctness.
 
@@ -43,57 +61,117 @@ def draft_model(model: Model) -> Drafter:
 @functools.cache
 def _draft_model(model: Model) -> Drafter:
     def init(params, context: Context, prompts: Array, hidden, *, slots: int, longest: int) -> DraftModelState:
-        del hidden, longest
+        del hidden
         cache = model.init_cache(params, prompts.shape[0], slots)
         # The prompt's last token is the last but one when the first round begins.
-        filled = prefill(model, params, prompts, context.rows.prompt_lengths - 1, cache)
-        return DraftModelState(filled.cache)
+        seen = jnp.maximum(context.rows.prompt_lengths - 1, 0)
+        filled = prefill(model, params, prompts, seen, cache)
+        laws = jnp.zeros((len(seen), longest, filled.logits.shape[-1]), jnp.float32)
+        return DraftModelState(filled.cache, seen, laws)
 
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:
         rows = context.rows
         batch = rows.tokens.shape[0]
-        block = model.init_block(params, batch, plan.longest + 1)
+        drafts = True
+        if plan.may_skip:
+            drafts = jnp.asarray(plan.steps > 0)
+            state = _catch_up(model, params, state, rows, drafts, plan.longest + 1)
 
-        second = jnp.ones((batch, 1), jnp.int32)
-        out = model.apply(params, last_tokens(rows, 2), state.cache, block, logits_at=second)
-        tokens = jnp.zeros((batch, plan.longest), jnp.int32)
-        token, law = draw(context, out.logits[:, 0], tokens, 0)
-        tokens = tokens.at[:, 0].set(token)
-        laws = jnp.zeros((plan.longest, *law.shape), jnp.float32).at[0].set(law)
+        def add(drafted: _Drafted, index: Array | int, out: Output) -> _Drafted:
+            drawn = draw(context, out.logits[:, 0], drafted.tokens, index)
+            return _Drafted(
+                lax.dynamic_update_slice_in_dim(drafted.tokens, drawn.token[:, None], index, 1),
+                lax.dynamic_update_slice_in_dim(drafted.laws, drawn.law[:, None], index, 1),
+                out.block,
+                drafted.goes_on if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
+            )
 
-        def step(index: Array, carry):
-            tokens, laws, block = carry
-            previous = lax.dynamic_slice_in_dim(tokens, index - 1, 1, 1)
-            out = model.apply(params, previous, state.cache, block)
-            token, law = draw(context, out.logits[:, 0], tokens, index)
-            tokens = lax.dynamic_update_slice_in_dim(tokens, token[:, None], index, 1)
-            return tokens, lax.dynamic_update_index_in_dim(laws, law, index, 0), out.block
+        def first(drafted: _Drafted, rows: Rows) -> _Drafted:
+            second = jnp.ones((batch, 1), jnp.int32)
+            out = model.apply(params, last_tokens(rows, 2), state.cache, drafted.block, logits_at=second)
+            return add(drafted, 0, out)
 
+        def step(index: Array, drafted: _Drafted) -> _Drafted:
+            previous = lax.dynamic_slice_in_dim(drafted.tokens, index - 1, 1, 1)
+            return add(drafted, index, model.apply(params, previous, state.cache, drafted.block))
+
+        drafted = _Drafted(
+            jnp.zeros((batch, plan.longest), jnp.int32),
+            state.laws,
+            model.init_block(params, batch, plan.longest + 1),
+            jnp.ones((batch,), bool),
+        )
+        drafted, lengths = at_most_once(drafts, first, drafted, rows), plan.lengths
         if plan.keep_drafting is None:
-            tokens, laws, block = lax.fori_loop(1, plan.steps, step, (tokens, laws, out.block))
-            lengths = plan.lengths
+            drafted = lax.fori_loop(1, plan.steps, step, drafted)
         else:
-            go_on = plan.keep_drafting
-            first_more = go_on(token, law, 0)
-
-            def stopping_step(carry):
-                index, wants_more, lengths, drafted = carry
-                tokens, laws, block = step(index, drafted)
-                lengths = lengths + wants_more.astype(jnp.int32)
-                token = lax.dynamic_index_in_dim(tokens, index, 1, keepdims=False)
-                law = lax.dynamic_index_in_dim(laws, index, 0, keepdims=False)
-                wants_more = wants_more & (lengths < plan.lengths) & go_on(token, law, index)
-                return index + 1, wants_more, lengths, (tokens, laws, block)
-
-            lengths = jnp.minimum(plan.lengths, 1)
-            start = (jnp.int32(1), first_more & (lengths < plan.lengths), lengths, (tokens, laws, out.block))
-            _, _, lengths, (tokens, laws, block) = lax.while_loop(lambda carry: jnp.any(carry[1]), stopping_step, start)
-        return Draft(tokens, lengths, jnp.moveaxis(laws, 0, 1)), DraftModelState(state.cache, block)
+            drafted, lengths = _while_it_goes_on(plan, step, drafted)
+        draft = Draft(drafted.tokens, lengths, drafted.laws)
+        return draft, state._replace(laws=drafted.laws, block=drafted.block, drafts=drafts)
 
     def commit(params, state: DraftModelState, context: Context, info: Round) -> DraftModelState:
         del params, context
+
         # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
         # leaves out exactly the last two of the new text.
-        return DraftModelState(model.commit(state.cache, state.block, info.num_emitted, None))
+        def keep(old: DraftModelState, block: PyTree, num_emitted: Array) -> DraftModelState:
+            cache = model.commit(old.cache, block, num_emitted, None)
+            return old._replace(cache=cache, seen=old.seen + num_emitted)
+
+        before = DraftModelState(state.cache, state.seen, state.laws)
+        return at_most_once(state.drafts, keep, before, state.block, info.num_emitted)
 
     return Drafter(init=init, propose=propose, commit=commit, vocab_size=model.vocab_size)
+
+
+class _Drafted(NamedTuple):
+    """A draft under way."""
+
+    tokens: Array  # [B, K] int32
+    laws: Array  # [B, K, V] float32
+    block: PyTree
+    goes_on: Array  # [B] bool, what `plan.keep_drafting` said of the last token
+
+
+def _while_it_goes_on(
+    plan: DraftPlan, step: Callable[[Array, _Drafted], _Drafted], drafted: _Drafted
+) -> tuple[_Drafted, Array]:
+    """Drafts until no row wants more; the draft, and its lengths [B]."""
+
+    def wanting(wanted: Array, lengths: Array, drafted: _Drafted) -> Array:
+        return wanted & drafted.goes_on & (lengths < plan.lengths)
+
+    def turn(carry):
+        index, wanted, lengths, drafted = carry
+        drafted = step(index, drafted)
+        lengths = lengths + wanted.astype(jnp.int32)
+        return index + 1, wanting(wanted, lengths, drafted), lengths, drafted
+
+    lengths = jnp.minimum(plan.lengths, 1)
+    begin = (jnp.int32(1), wanting(jnp.bool_(True), lengths, drafted), lengths, drafted)
+    _, _, lengths, drafted = lax.while_loop(lambda carry: jnp.any(carry[1]), turn, begin)
+    return drafted, lengths
+
+
+def _catch_up(
+    model: Model, params: PyTree, state: DraftModelState, rows: Rows, drafts: Array, width: int
+) -> DraftModelState:
+    """Before a draft, reads what was emitted without one, `width` tokens a pass: all but a row's last two.
+
+    A cache has room for a round past its live part, and so for K + 1 tokens and no more.
+    """
+
+    def behind(seen: Array) -> Array:
+        return jnp.where(is_active(rows) & drafts, rows.lengths - 2 - seen, 0)
+
+    def read(carry):
+        cache, seen = carry
+        place = jnp.minimum(seen[:, None] + jnp.arange(width)[None], rows.tokens.shape[1] - 1)
+        block = model.init_block(params, len(seen), width)
+        tokens, last = jnp.take_along_axis(rows.tokens, place, 1), jnp.full((len(seen), 1), width - 1)
+        out = model.apply(params, tokens, cache, block, logits_at=last)
+        count = jnp.clip(behind(seen), 0, width)
+        return model.commit(cache, out.block, after(count, jnp.argmax(out.logits[:, 0], -1)), None), seen + count
+
+    cache, seen = lax.while_loop(lambda carry: jnp.any(behind(carry[1]) > 0), read, (state.cache, state.seen))
+    return state._replace(cache=cache, seen=seen)

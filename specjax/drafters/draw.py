@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 
 from specjax.sampling import sample
-from specjax.types import Array, Context
+from specjax.types import Array, Context, Drawn
 
 
-def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> tuple[Array, Array]:
-    """The draft token at `step` of a chain, and the law that it was drawn from.
+def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> Drawn:
+    """The draft token at `step` of a chain, the law that it was drawn from, and how sure the drafter was of it.
 
     The drafter's logits go the target's way: the same processors with the draft tokens before this one in view, the
     same temperature, top-k, top-p and min-p. Logits that are not finite, or of which nothing is left, become the
@@ -23,10 +23,12 @@ def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> 
       step: 0..K-1, may be traced.
 
     Returns:
-      token [B] int32 and law [B, V] float32, for `Draft.tokens` and `Draft.probs`.
+      A Drawn: token and law for `Draft.tokens` and `Draft.probs`, the whole for `DraftPlan.keep_drafting`.
     """
     visible = (jnp.arange(drafted.shape[1]) < step)[None, None]
     processed = context.process(logits[:, None], drafted, visible)[:, 0]
     peak = jnp.max(processed, -1, keepdims=True)
     processed = jnp.where(jnp.isfinite(peak), processed, 0.0)
-    return sample(context.draft_keys(step), processed, context.rows.sampling), jax.nn.softmax(processed, -1)
+    token = sample(context.draft_keys(step), processed, context.rows.sampling)
+    own = jnp.take_along_axis(jax.nn.softmax(logits, -1), token[:, None], -1)[:, 0]
+    return Drawn(token, jax.nn.softmax(processed, -1), own)

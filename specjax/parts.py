@@ -1,0 +1,81 @@
+"""The parts of a generation: each must be what it should be, and fit the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+
+from specjax.types import Controller, Drafter, Model, Sampling, Verifier
+from specjax.validate import Checked, known
+
+
+def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
+    """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
+    parts = (
+        (
+            model,
+            Model,
+            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
+        ),
+        (
+            drafter,
+            Drafter,
+            "drafter must be a specjax.Drafter: wrap a draft model as drafters.draft_model(loaded.model)",
+        ),
+        (verifier, Verifier, "verifier must be a specjax.Verifier: call its maker, as in verify.rejection()"),
+        (controller, Controller, "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5)"),
+    )
+    for part, kind, wanted in parts:
+        if part is not None and not isinstance(part, kind):
+            raise ValueError(f"{wanted}; got {type(part).__name__}.")
+
+
+def processor(rule: Any) -> None:
+    """Checks that the caller's own rule can be one: jit knows it by its hash."""
+    if rule is None:
+        return
+    if not callable(rule):
+        raise ValueError(f"processor must be a function of (logits, tokens, length), got {type(rule).__name__}.")
+    try:
+        hash(rule)
+    except TypeError:
+        raise ValueError(
+            f"processor must be hashable, and {type(rule).__name__} is not: pass a plain function, defined once."
+        ) from None
+
+
+def fit(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
+    """Checks that the parts of a generation fit each other."""
+    if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
+            f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
+        )
+    if drafter.hidden_layers and not model.hidden:
+        raise ValueError(
+            f"this drafter reads the target's hidden states of layers {drafter.hidden_layers}, and this target gives "
+            "none (an adapted module's stay inside it). Use a drafter that needs none, drafters.draft_model(...)."
+        )
+    temperature = known(sampling.temperature)
+    if verifier.greedy_only and temperature is not None and (temperature > 0).any():
+        raise ValueError(
+            f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
+            "Use specjax.verify.rejection() (--verifier rejection), which is exact at every temperature."
+        )
+
+
+def controller_state(controller: Controller, state: Any, request: Checked) -> None:
+    """Checks a state that the caller passes on: it must be of such a controller and for as many rows."""
+    if state is None:
+        return
+    batch = request.arrays.prompts.shape[0]
+    wanted, given = (
+        jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make, value))
+        for make, value in ((lambda _: controller.init(batch), None), (lambda state: state, state))
+    )
+    if wanted != given:
+        raise ValueError(
+            f"controller_state does not fit: for {batch} rows this controller's state is {wanted}, got {given}. Pass "
+            "the controller_state of a Generation by the same controller with as many rows, or None to start afresh."
+        )

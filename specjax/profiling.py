@@ -1,0 +1,271 @@
+"""Measuring what rounds cost on this device: the table that `controllers.throughput` decides by."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+import specjax
+from specjax import costs, parts, plain, validate, verify
+from specjax.context import context_of
+from specjax.controllers.buckets import up_to
+from specjax.costs import Costs, Profile
+from specjax.rounds import State, plan_of, speculate, start
+from specjax.types import Array, Controller, Drafter, Model, PyTree, Roles, Rows, Sampling, Verifier
+
+_log = logging.getLogger(__name__)
+
+_TOKENS = 48  # emitted at most in a timed loop of n rounds: the context stays near the one that is asked for
+_FEWEST, _MOST = 4, 16  # rounds of such a loop
+_IDLE = 16  # rounds without a draft, before the one that catches up
+
+Busy = Callable[[str], AbstractContextManager[Any]]
+
+
+def profile(
+    model: Model,
+    params: PyTree,
+    drafter: Drafter,
+    drafter_params: PyTree,
+    *,
+    batch_sizes: Sequence[int] = (1,),
+    contexts: Sequence[int] = (128,),
+    longest: int = 8,
+    buckets: Sequence[int] | None = None,
+    sampling: Sampling = Sampling(),
+    verifier: Verifier | None = None,
+    repeats: int = 5,
+    cache: str | Path | None = None,
+    busy: Busy | None = None,
+) -> Profile:
+    """Times whole rounds with a draft of 0 to K tokens, the drafting in them, and a plain step, on this device.
+
+    Rounds are timed as `generate` runs them, in a compiled loop: the difference between loops of 2n and n rounds over n,
+    all draft lengths in turn, the median of `repeats`. That takes seconds; compiling comes before, once for each batch
+    size. Other work on the machine makes the numbers wrong: measure while it is quiet.
+
+    Args:
+      model, params: the target.
+      drafter, drafter_params: what drafts.
+      batch_sizes: rows at once; between them costs are interpolated. Give those that you will use.
+      contexts: tokens in the cache; likewise.
+      longest: K, the most that will be drafted.
+      buckets: draft lengths that verification is compiled for, from 0 to K; default 0, 1, 2, 3, 5, 8, 16 ... K.
+      sampling, verifier: as they will be used; filters and temperatures cost time. Default greedy, `rejection()`.
+      repeats: of each measurement.
+      cache: a folder. A profile of the same device, versions, shapes and settings that lies there is read instead of
+        being measured, and a new one is kept there.
+      busy: called with what is going on, for a spinner.
+
+    Returns:
+      A Profile, for `controllers.throughput` and `specjax.stats`; `.save(path)` writes it, `costs.load(path)` reads it.
+
+    Raises:
+      ValueError: an argument is wrong; the message says what to do.
+
+    >>> import jax, specjax
+    >>> from specjax import testing
+    >>> model, table = testing.table_model(1, 8), testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+    >>> found = specjax.profile(model, table, specjax.drafters.draft_model(model), table, longest=2, repeats=1)
+    >>> len(found.costs[0].rounds)
+    3
+    """
+    parts.kinds(model, drafter, verifier)
+    validate.at_least_one(repeats, "repeats")
+    validate.at_least_one(longest, "longest")
+    if validate.is_traced((params, drafter_params)):
+        raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
+    chosen = tuple(buckets) if buckets is not None else up_to(longest)
+    if chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:
+        raise ValueError(f"buckets must ascend from 0 to longest={longest}, got {chosen}.")
+    if not batch_sizes or not contexts or min(batch_sizes) < 1 or min(contexts) < 1:
+        raise ValueError(f"batch_sizes and contexts must hold numbers from 1 on, got {batch_sizes} and {contexts}.")
+    roles = Roles(model, drafter, verifier or verify.rejection(), _forced(chosen))
+    parts.fit(model, drafter, roles.verifier, sampling)
+    setting = {
+        "batch_sizes": list(batch_sizes), "contexts": list(contexts), "buckets": list(chosen),
+        "sampling": str(sampling), "verifier": _name(roles.verifier.verify), "drafter": _name(drafter.propose), "repeats": repeats,
+    }  # fmt: skip
+    versions = {"specjax": specjax.__version__, "jax": jax.__version__}
+    about = {**versions, **{name: str(value) for name, value in setting.items()}}
+    file = None
+    if cache is not None:
+        file = Path(cache).expanduser() / f"{_digest(about, params, drafter_params)}.json"
+        kept = _kept(file)
+        if kept is not None:
+            return kept
+    found: list[Costs] = []
+    busy = busy or (lambda what: nullcontext())
+    for batch in sorted(set(batch_sizes)):
+        bench = _Bench(roles, params, drafter_params, sampling, batch, max(contexts))
+        with busy(f"compiling the loops to time, batch {batch}"):
+            bench.compile(min(contexts))
+        for context in sorted(set(contexts)):
+            with busy(f"timing rounds, batch {batch}, {context} tokens in the cache"):
+                found.append(bench.time(context, repeats))
+    result = Profile(jax.devices()[0].device_kind, chosen, tuple(found), tuple(about.items()))
+    costs.check(result)
+    if file is not None:
+        result.save(file)
+    return result
+
+
+def _name(function: Callable[..., Any]) -> str:
+    return f"{function.__module__}.{function.__qualname__}"
+
+
+def _digest(about: dict[str, str], params: PyTree, drafter_params: PyTree) -> str:
+    """Tells profiles apart: by device, versions, settings, and the shapes of all parameters."""
+    shapes = jax.tree.map(lambda leaf: f"{leaf.dtype}{leaf.shape}", (params, drafter_params))
+    said = json.dumps([jax.devices()[0].device_kind, jax.device_count(), about, str(shapes)])
+    return hashlib.sha256(said.encode()).hexdigest()[:16]
+
+
+def _kept(file: Path) -> Profile | None:
+    try:
+        found = costs.load(file)
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        _log.warning("measuring again: %s", error)
+        return None
+    _log.info("profile of %s read from %s", found.device, file)
+    return found
+
+
+class _Schedule(NamedTuple):
+    """The state of a controller that does as it is told."""
+
+    draft_len: Array  # [B] int32
+    every: Array  # [] int32: draft in every n-th round, not in the others
+    round: Array  # [] int32
+
+
+@functools.cache
+def _forced(buckets: tuple[int, ...]) -> Controller:
+    def draft_len(state: _Schedule, rows: Rows) -> Array:
+        del rows
+        return jnp.where(state.round % state.every == state.every - 1, state.draft_len, 0)
+
+    return Controller(
+        init=lambda batch: _Schedule(jnp.full((batch,), buckets[-1], jnp.int32), jnp.int32(1), jnp.int32(0)),
+        draft_len=draft_len,
+        update=lambda state, info: state._replace(round=state.round + 1),
+        buckets=buckets,
+    )
+
+
+class _Bench:
+    """The loops to time, for one number of rows."""
+
+    def __init__(self, roles: Roles, params, drafter_params, sampling: Sampling, batch: int, widest: int):
+        self.roles, self.params, self.drafter_params = roles, params, drafter_params
+        self.sampling, self.batch = sampling, batch
+        longest = roles.controller.longest
+        # Twice the rounds of the longest loop, and of the one that idles.
+        most = max(2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
+        self.capacity = widest + max(most, 2 * (_IDLE + 2) * 2) + 2
+        if roles.model.max_positions is not None:
+            self.capacity = min(self.capacity, roles.model.max_positions)
+
+    @staticmethod
+    def _rounds(draft_len: int) -> int:
+        return min(max(_TOKENS // (draft_len + 1), _FEWEST), _MOST)
+
+    def _state(self, context: int) -> State:
+        prompts = jax.random.randint(jax.random.key(0), (self.batch, context), 0, self.roles.model.vocab_size)
+        request = validate.request(
+            self.roles.model, prompts, None, key=None, max_new_tokens=self.capacity - context, sampling=self.sampling,
+            stop_tokens=(), seeds=None, capacity=self.capacity,
+        )  # fmt: skip
+        return _start(self.roles, self.capacity, self.params, self.drafter_params, request.arrays)
+
+    def compile(self, context: int) -> None:
+        state = self._state(context)
+        for run in (_rounds, _drafts, _steps):
+            jax.block_until_ready(self._call(run, state, 1))
+
+    def time(self, context: int, repeats: int) -> Costs:
+        state = self._state(context)
+        longest = self.roles.controller.longest
+
+        def with_plan(draft_len: int, every: int = 1) -> State:
+            full = jnp.full((self.batch,), draft_len, jnp.int32)
+            return state._replace(controller_state=_Schedule(full, jnp.int32(every), jnp.int32(0)))
+
+        jobs: dict[Any, tuple[Callable[..., Any], State, int]] = {"plain": (_steps, state, _MOST)}
+        for draft_len in range(longest + 1):
+            jobs["round", draft_len] = (_rounds, with_plan(draft_len), self._rounds(draft_len))
+            jobs["draft", draft_len] = (_drafts, with_plan(draft_len), self._rounds(draft_len))
+        jobs["idle"] = (_rounds, with_plan(1, _IDLE + 1), _IDLE + 1)
+        times: dict[Any, list[float]] = {name: [] for name in jobs}
+        for _ in range(repeats):
+            for name, (run, begin, count) in jobs.items():
+                short, long = (self._seconds(run, begin, turns) for turns in (count, 2 * count))
+                times[name].append((long - short) / count)
+        middle = {name: max(statistics.median(values), 1e-9) for name, values in times.items()}
+        rounds = tuple(middle["round", k] for k in range(longest + 1))
+        drafts = tuple(min(middle["draft", k], rounds[k]) if k else 0.0 for k in range(longest + 1))
+        late = middle["idle"] * (_IDLE + 1) - _IDLE * rounds[0] - rounds[1]
+        return Costs(self.batch, context, middle["plain"], rounds, drafts, max(late, 0.0) / _IDLE)
+
+    def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
+        begin = time.perf_counter()
+        jax.block_until_ready(self._call(run, state, count))
+        return time.perf_counter() - begin
+
+    def _call(self, run: Callable[..., Any], state: State, count: int) -> Any:
+        return run(self.roles, self.capacity, self.params, self.drafter_params, state, jnp.int32(count))
+
+
+_start = jax.jit(start, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+    """`count` rounds, as `generate` runs them."""
+
+    def body(_, state: State) -> State:
+        return speculate(roles, capacity, params, drafter_params, state)[0]
+
+    return lax.fori_loop(0, count, body, state).rows
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drafts(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+    """`count` times the drafting of a round, each after the draft of the one before."""
+    del capacity
+
+    def body(_, rows: Rows) -> Rows:
+        plan = plan_of(roles.controller, state.controller_state, rows)
+        context = context_of(roles, rows, state.target_cache)
+        draft, _ = roles.drafter.propose(drafter_params, state.drafter_state, context, plan)
+        # So that no draft can be left out: the next one begins with what this one drafted last.
+        last = jnp.take_along_axis(draft.tokens, jnp.maximum(draft.lengths - 1, 0)[:, None], 1)
+        return rows._replace(tokens=rows.tokens.at[jnp.arange(len(last)), rows.lengths - 1].set(last[:, 0]))
+
+    return lax.fori_loop(0, count, body, state.rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _steps(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+    """`count` steps of plain decoding, as `autoregressive` runs them."""
+    del drafter_params
+
+    def body(_, carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        done = plain.step(roles.model, roles.processor, capacity, params, *carry)
+        return done.moved.rows, done.cache
+
+    return lax.fori_loop(0, count, body, (state.rows, state.target_cache))[0]

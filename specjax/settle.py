@@ -1,0 +1,171 @@
+"""The target's half of a round, at one static width: its pass over the draft, the verdict, the commit.
+
+A round is compiled at a few widths (`Controller.buckets`) and takes the narrowest that holds its drafts, so that a
+shorter draft costs less. What each gives back is padded to the widest.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from specjax import log_probs, plain, tree
+from specjax.context import context_of
+from specjax.plain import fault_of
+from specjax.rows import advance, is_active, last_tokens
+from specjax.sharding import constrain
+from specjax.types import Array, Draft, LogProbs, PyTree, Roles, Round, Rows, Status, Target
+from specjax.verify.prefix import at_tokens
+
+
+class Settled(NamedTuple):
+    """What the target made of a draft."""
+
+    rows: Rows
+    cache: PyTree  # the target's
+    info: Round
+
+
+def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
+    """Verifies the first `width` places of the draft, which hold all of it; 0 is a plain decoding step."""
+    longest = draft.tokens.shape[1]
+    first = draft._replace(
+        tokens=draft.tokens[:, :width],
+        probs=None if draft.probs is None else draft.probs[:, :width],
+        parents=None if draft.parents is None else draft.parents[..., :width],
+    )
+    settled = (
+        _verify(roles, capacity, params, rows, cache, first)
+        if width
+        else _plainly(roles, capacity, params, rows, cache)
+    )
+    info = settled.info
+    rest = longest - width
+    return settled._replace(
+        info=info._replace(
+            tokens=_pad(info.tokens, rest, -1),
+            draft_tokens=_pad(info.draft_tokens, rest, -1),
+            draft_probs=_pad(info.draft_probs, rest, 1.0),
+            target_log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.target_log_probs)),
+            log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.log_probs)),
+            hidden=tuple(_pad(x, rest, 0) for x in info.hidden),
+        )
+    )
+
+
+def _plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree) -> Settled:
+    model, drafter = roles.model, roles.drafter
+    step = plain.step(model, roles.processor, capacity, params, rows, cache, drafter.hidden_layers)
+    moved = step.moved
+    none, nothing = jnp.zeros_like(moved.num_emitted), jnp.zeros((rows.lengths.shape[0], 0), jnp.int32)
+    unscored = nothing.astype(jnp.float32)
+    return Settled(
+        constrain(model.layout, moved.rows, "rows"),
+        step.cache,
+        Round(
+            tokens=moved.tokens,
+            num_emitted=moved.num_emitted,
+            num_accepted=none,
+            draft_tokens=nothing,
+            draft_lengths=none,
+            draft_probs=unscored,
+            target_log_probs=LogProbs(unscored, unscored),
+            log_probs=step.log_probs,
+            hidden=step.out.hidden,
+        ),
+    )
+
+
+def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
+    model, drafter, verifier = roles.model, roles.drafter, roles.verifier
+    width = draft.tokens.shape[1]
+    context = context_of(roles, rows, cache)
+    block_tokens = jnp.concatenate([last_tokens(rows, 1), draft.tokens], 1)
+    shape = tree.chain(width) if draft.parents is None else tree.layout(draft.parents)
+    is_tree = draft.parents is not None
+    out = model.apply(
+        params,
+        block_tokens,
+        cache,
+        model.init_block(params, rows.tokens.shape[0], width + 1),
+        depths=shape.depths if is_tree else None,
+        visible=shape.visible if is_tree else None,
+        hidden_layers=drafter.hidden_layers,
+    )
+    processed = context.process(out.logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
+    draft = _match_columns(draft, processed.shape[-1])
+    draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
+    verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
+    target_log_probs = _of_draft(draft, out.logits, processed, model.vocab_size)
+
+    path, drafted, logits = verdict.path, draft.tokens, out.logits
+    if path is not None:
+        drafted = jnp.take_along_axis(drafted, path, 1)
+        places = jnp.pad(path + 1, ((0, 0), (1, 0)))[..., None]
+        logits, processed = (jnp.take_along_axis(x, places, 1) for x in (logits, processed))
+    # Nothing after a law that does not exist can be trusted: tokens before it stay, the row ends there.
+    fault = fault_of(logits, processed, model.vocab_size)  # [B, W]
+    num_sound = jnp.sum(jnp.cumprod((fault == Status.ACTIVE).astype(jnp.int32), -1), -1)
+    num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
+    ends = num_sound <= num_accepted
+    candidates = jnp.where(
+        jnp.arange(drafted.shape[1] + 1)[None] == num_accepted[:, None],
+        verdict.next_token[:, None],
+        jnp.pad(drafted, ((0, 0), (0, 1))),
+    )
+    scored = log_probs.of_tokens(logits, processed, candidates, model.vocab_size)
+    moved = advance(
+        rows,
+        candidates,
+        scored,
+        num_accepted + jnp.where(ends, 0, 1),
+        jnp.where(ends, jnp.take_along_axis(fault, num_accepted[:, None], 1)[:, 0], Status.ACTIVE),
+        capacity=capacity,
+    )
+
+    block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
+    place = jnp.arange(width)[None]
+    lengths = jnp.where(is_active(rows), draft.lengths, 0)
+    return Settled(
+        constrain(model.layout, moved.rows, "rows"),
+        model.commit(cache, out.block, moved.num_emitted, block_path),
+        Round(
+            tokens=moved.tokens,
+            num_emitted=moved.num_emitted,
+            num_accepted=jnp.minimum(num_accepted, moved.num_emitted),
+            draft_tokens=jnp.where(place < lengths[:, None], draft.tokens, -1),
+            draft_lengths=lengths,
+            draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(draft.probs, draft.tokens),
+            target_log_probs=target_log_probs,
+            log_probs=scored,
+            hidden=out.hidden,
+            path=path,
+        ),
+    )
+
+
+def _pad(values: Array, count: int, filler: float | int) -> Array:
+    """`count` more places along the second axis."""
+    widths = ((0, 0), (0, count), *((0, 0),) * (values.ndim - 2))
+    return jnp.pad(values, widths, constant_values=filler) if count else values
+
+
+def _match_columns(draft: Draft, width: int) -> Draft:
+    """The draft's law over the target's columns: vocabularies are equal, but paddings may differ."""
+    if draft.probs is None or draft.probs.shape[-1] == width:
+        return draft
+    probs = draft.probs[..., :width]
+    return draft._replace(probs=jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1]))))
+
+
+def _of_draft(draft: Draft, logits: Array, processed: Array, vocab_size: int) -> LogProbs:
+    """The target's log-probabilities [B, K] of the draft tokens, each at its parent's place."""
+    if draft.parents is not None:
+        parents = jnp.broadcast_to(jnp.atleast_2d(draft.parents), draft.tokens.shape)
+        logits, processed = (jnp.take_along_axis(x, parents[..., None] + 1, 1) for x in (logits, processed))
+        return log_probs.of_tokens(logits, processed, draft.tokens, vocab_size)
+    # The last place holds no draft token; with it, these are the sums over the vocabulary that the emitted tokens need.
+    scored = log_probs.of_tokens(logits, processed, jnp.pad(draft.tokens, ((0, 0), (0, 1))), vocab_size)
+    return LogProbs(*(values[:, :-1] for values in scored))
