@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -46,15 +46,15 @@ def profile(
     buckets: Sequence[int] | None = None,
     sampling: Sampling = Sampling(),
     verifier: Verifier | None = None,
-    repeats: int = 5,
+    repeats: int = 9,
     cache: str | Path | None = None,
     busy: Busy | None = None,
 ) -> Profile:
     """Times whole rounds with a draft of 0 to K tokens, the drafting in them, and a plain step, on this device.
 
-    Rounds are timed as `generate` runs them, in a compiled loop: the difference between loops of 2n and n rounds over n,
-    all draft lengths in turn, the median of `repeats`. That takes seconds; compiling comes before, once for each batch
-    size. Other work on the machine makes the numbers wrong: measure while it is quiet.
+    Rounds are timed as `generate` runs them, in a compiled loop: the difference between loops of 2n and n rounds over
+    n, each beside a plain step, the median of `repeats` ratios. That takes seconds; compiling comes before, once for a
+    batch size. Other work on the machine makes the numbers wrong: measure while it is quiet.
 
     Args:
       model, params: the target.
@@ -96,7 +96,8 @@ def profile(
     parts.fit(model, drafter, roles.verifier, sampling)
     setting = {
         "batch_sizes": list(batch_sizes), "contexts": list(contexts), "buckets": list(chosen),
-        "sampling": str(sampling), "verifier": _name(roles.verifier.verify), "drafter": _name(drafter.propose), "repeats": repeats,
+        "sampling": str(sampling), "verifier": _name(roles.verifier.verify), "drafter": _name(drafter.propose),
+        "repeats": repeats,
     }  # fmt: skip
     versions = {"specjax": specjax.__version__, "jax": jax.__version__}
     about = {**versions, **{name: str(value) for name, value in setting.items()}}
@@ -145,26 +146,19 @@ def _kept(file: Path) -> Profile | None:
     return found
 
 
-class _Schedule(NamedTuple):
-    """The state of a controller that does as it is told."""
-
-    draft_len: Array  # [B] int32
-    every: Array  # [] int32: draft in every n-th round, not in the others
-    round: Array  # [] int32
-
-
 @functools.cache
 def _forced(buckets: tuple[int, ...]) -> Controller:
-    def draft_len(state: _Schedule, rows: Rows) -> Array:
-        del rows
-        return jnp.where(state.round % state.every == state.every - 1, state.draft_len, 0)
-
+    """Drafts what its state says."""
     return Controller(
-        init=lambda batch: _Schedule(jnp.full((batch,), buckets[-1], jnp.int32), jnp.int32(1), jnp.int32(0)),
-        draft_len=draft_len,
-        update=lambda state, info: state._replace(round=state.round + 1),
+        init=lambda batch: jnp.full((batch,), buckets[-1], jnp.int32),
+        draft_len=lambda state, rows: state,
+        update=lambda state, info: state,
         buckets=buckets,
     )
+
+
+def _told(state: State, draft_len: int) -> State:
+    return state._replace(controller_state=jnp.full_like(state.controller_state, draft_len))
 
 
 class _Bench:
@@ -174,9 +168,7 @@ class _Bench:
         self.roles, self.params, self.drafter_params = roles, params, drafter_params
         self.sampling, self.batch = sampling, batch
         longest = roles.controller.longest
-        # Twice the rounds of the longest loop, and of the one that idles.
-        most = max(2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
-        self.capacity = widest + max(most, 2 * (_IDLE + 2) * 2) + 2
+        self.capacity = widest + 2 + max(2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
         if roles.model.max_positions is not None:
             self.capacity = min(self.capacity, roles.model.max_positions)
 
@@ -199,32 +191,39 @@ class _Bench:
 
     def time(self, context: int, repeats: int) -> Costs:
         state = self._state(context)
-        longest = self.roles.controller.longest
-
-        def with_plan(draft_len: int, every: int = 1) -> State:
-            full = jnp.full((self.batch,), draft_len, jnp.int32)
-            return state._replace(controller_state=_Schedule(full, jnp.int32(every), jnp.int32(0)))
-
-        jobs: dict[Any, tuple[Callable[..., Any], State, int]] = {"plain": (_steps, state, _MOST)}
-        for draft_len in range(longest + 1):
-            jobs["round", draft_len] = (_rounds, with_plan(draft_len), self._rounds(draft_len))
-            jobs["draft", draft_len] = (_drafts, with_plan(draft_len), self._rounds(draft_len))
-        jobs["idle"] = (_rounds, with_plan(1, _IDLE + 1), _IDLE + 1)
-        times: dict[Any, list[float]] = {name: [] for name in jobs}
+        controller = self.roles.controller
+        longest = controller.longest
+        behind = self._call(_rounds, _told(state, 0), _IDLE)
+        jobs = {("round", k): (_rounds, _told(state, k), self._rounds(k)) for k in controller.buckets}
+        jobs |= {("draft", k): (_drafts, _told(state, k), _MOST) for k in {1, longest}}
+        jobs["late", 1] = (_drafts, _told(behind, 1), _MOST)
+        # Each right after a plain step: what slows the machine down slows both, and their ratio stays.
+        steps: list[float] = []
+        ratios: dict[Any, list[float]] = {name: [] for name in jobs}
         for _ in range(repeats):
-            for name, (run, begin, count) in jobs.items():
-                short, long = (self._seconds(run, begin, turns) for turns in (count, 2 * count))
-                times[name].append((long - short) / count)
-        middle = {name: max(statistics.median(values), 1e-9) for name, values in times.items()}
-        rounds = tuple(middle["round", k] for k in range(longest + 1))
-        drafts = tuple(min(middle["draft", k], rounds[k]) if k else 0.0 for k in range(longest + 1))
-        late = middle["idle"] * (_IDLE + 1) - _IDLE * rounds[0] - rounds[1]
-        return Costs(self.batch, context, middle["plain"], rounds, drafts, max(late, 0.0) / _IDLE)
+            for name, job in jobs.items():
+                steps.append(self._seconds(_steps, state, _MOST))
+                ratios[name].append(self._seconds(*job) / steps[-1])
+        plain = statistics.median(steps)
+        middle = {name: plain * statistics.median(values) for name, values in ratios.items()}
+        more = (middle["draft", longest] - middle["draft", 1]) / max(longest - 1, 1)
+        drafts = (0.0, *(max(middle["draft", 1] + more * k, 0.0) for k in range(longest)))
+        rounds = []
+        for k in range(longest + 1):
+            bucket = min(size for size in controller.buckets if size >= k)
+            rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
+        late = max(middle["late", 1] - middle["draft", 1], 0.0)
+        return Costs(self.batch, context, plain, tuple(rounds), drafts, late / _IDLE)
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
-        begin = time.perf_counter()
-        jax.block_until_ready(self._call(run, state, count))
-        return time.perf_counter() - begin
+        """Of one turn: what a loop of 2n takes longer than one of n, over n; after a few that bring its data near."""
+        taken = []
+        jax.block_until_ready(self._call(run, state, _FEWEST))
+        for turns in (count, 2 * count):
+            begin = time.perf_counter()
+            jax.block_until_ready(self._call(run, state, turns))
+            taken.append(time.perf_counter() - begin)
+        return max(taken[1] - taken[0], 1e-9) / count
 
     def _call(self, run: Callable[..., Any], state: State, count: int) -> Any:
         return run(self.roles, self.capacity, self.params, self.drafter_params, state, jnp.int32(count))
@@ -234,13 +233,13 @@ _start = jax.jit(start, static_argnums=(0, 1))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> State:
     """`count` rounds, as `generate` runs them."""
 
     def body(_, state: State) -> State:
         return speculate(roles, capacity, params, drafter_params, state)[0]
 
-    return lax.fori_loop(0, count, body, state).rows
+    return lax.fori_loop(0, count, body, state)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -10,11 +10,14 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
-from specjax import log_probs, plain, tree
+from specjax import log_probs, noise, plain, tree
 from specjax.context import context_of
+from specjax.noise import Role
 from specjax.plain import fault_of
 from specjax.rows import advance, is_active, last_tokens
+from specjax.sampling import sample
 from specjax.sharding import constrain
 from specjax.types import Array, Draft, LogProbs, PyTree, Roles, Round, Rows, Status, Target
 from specjax.verify.prefix import at_tokens
@@ -98,6 +101,7 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
     draft = _match_columns(draft, processed.shape[-1])
     draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
     verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
+    verdict = verdict._replace(next_token=_or_plain_token(rows, draft, processed[:, 0], verdict.next_token))
     target_log_probs = _of_draft(draft, out.logits, processed, model.vocab_size)
 
     path, drafted, logits = verdict.path, draft.tokens, out.logits
@@ -144,6 +148,20 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
             path=path,
         ),
     )
+
+
+def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) -> Array:
+    """`next_token` [B], but that of plain decoding where a row has no draft, by the noise of plain decoding.
+
+    The law is the same. But whether others draft must not change the token, and if none does there is no verifier.
+    """
+    has_none = draft.lengths == 0
+
+    def plain_too() -> Array:
+        keys = noise.derive(rows.keys, Role.TARGET, rows.lengths)
+        return jnp.where(has_none, sample(keys, logits, rows.sampling), next_token)
+
+    return lax.cond(jnp.any(has_none), plain_too, lambda: next_token)
 
 
 def _pad(values: Array, count: int, filler: float | int) -> Array:

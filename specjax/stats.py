@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import numpy as np
 
+from specjax.costs import Profile
 from specjax.types import Stats
+
+
+class Split(NamedTuple):
+    """Where the seconds of a generation go, by a profile; reading the prompts is not in it."""
+
+    drafting: float
+    verification: float  # the target's passes over drafts, acceptance, and what goes with them
+    plain: float  # rounds without a draft
+
+    @property
+    def total(self) -> float:
+        """Of all rounds."""
+        return self.drafting + self.verification + self.plain
 
 
 def acceptance_rate(stats: Stats) -> float:
@@ -33,6 +49,61 @@ def acceptance_by_position(stats: Stats) -> np.ndarray:
 def tokens_per_round(stats: Stats) -> float:
     """Tokens emitted per row and round: 1 is plain decoding, K + 1 the most."""
     return _ratio(stats.emitted, stats.rounds)
+
+
+def draft_lengths(stats: Stats) -> np.ndarray:
+    """[K+1] int: how many rounds drafted 0, 1, ..., K tokens for a row, all rows together.
+
+    >>> import numpy as np
+    >>> none = np.zeros((1, 2), int)
+    >>> draft_lengths(Stats(np.array([5]), none, np.array([[4, 1]]), none, none, none)).tolist()
+    [1, 3, 1]
+    """
+    drafted = np.asarray(stats.drafted).sum(0)
+    at_least = np.concatenate([[int(np.sum(stats.rounds))], drafted, [0]])
+    return at_least[:-1] - at_least[1:]
+
+
+def draft_utilisation(stats: Stats) -> float:
+    """Accepted tokens over the places for draft tokens that the batch paid for; NaN where it paid for none.
+
+    A round costs what its longest draft costs, in every row: this is what of it was used.
+    """
+    longest = np.asarray(stats.by_longest)
+    return _ratio(stats.accepted, longest * np.arange(longest.shape[1]))
+
+
+def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
+    """Seconds of the rounds of one batch, by what its rounds drafted and what such rounds cost.
+
+    Args:
+      stats: of one batch of rows, which began together.
+      profile: of the same models on the same device.
+      context: tokens in the cache, the mean over the rounds.
+    """
+    by_longest = np.asarray(stats.by_longest, np.float64)
+    costs = profile.at(len(by_longest), context)
+    if by_longest.shape[1] > len(costs.rounds):
+        raise ValueError(
+            f"these statistics are of drafts of up to {by_longest.shape[1] - 1} tokens, the profile knows "
+            f"{profile.longest} at most: make one with longest={by_longest.shape[1] - 1}."
+        )
+    of_batch = by_longest[int(np.argmax(stats.rounds))]  # the last row to end took part in every round
+    drafting = float(sum(count * seconds for count, seconds in zip(of_batch, costs.drafts, strict=False)))
+    verifying = zip(of_batch[1:], costs.verification()[1:], strict=False)
+    verification = float(sum(count * seconds for count, seconds in verifying))
+    return Split(drafting, verification, float(of_batch[0]) * costs.rounds[0])
+
+
+def profiled_speedup(stats: Stats, profile: Profile, *, context: float) -> float:
+    """Predicted speed-up of one batch over plain decoding of the same tokens, reading the prompts left out.
+
+    Plain decoding takes as many steps as the row with the most tokens. Arguments and errors as for `time_split`.
+    """
+    seconds = time_split(stats, profile, context=context).total
+    steps = float(np.max(stats.emitted)) if np.size(stats.emitted) else 0.0
+    plain = steps * profile.at(len(np.asarray(stats.rounds)), context).plain
+    return plain / seconds if seconds > 0 else float("nan")
 
 
 def expected_tokens_per_round(alpha: float, draft_len: int) -> float:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import models, stats, testing, text, trace, verify
+from specjax import models, settle, stats, testing, text, trace, verify
 from specjax.stream import Chunk, Drafted, LogProb, Origin
 from specjax.trace import Kind
 from specjax.types import Draft, Drafter, LogProbs, Stats, Status, Verdict, Verifier

@@ -6,6 +6,7 @@ import functools
 import math
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -14,11 +15,13 @@ from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
 
-# Rounds that drafted, over which evidence fades to 1/e: the recent one follows a shift in the text within a few rounds,
-# the long one knows the positions.
-_RECENT, _LONG = 8.0, 64.0
+# Rounds with a draft, over which evidence fades to 1/e: the recent one follows a shift in the text within a few rounds,
+# the long one knows the pair.
+_RECENT, _LONG = 12.0, 256.0
 _WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
+_CHANCE = 0.2  # a run of failures is taken to be no rarer than this
 _MOST_PATIENCE = 256
+_SLOWEST = 8.0  # the norm over rows: 1 is all of them alike, infinity the slowest alone
 
 
 class ThroughputState(NamedTuple):
@@ -28,24 +31,29 @@ class ThroughputState(NamedTuple):
     recent_tested: Array  # [B, K] float32
     long_accepted: Array  # [B, K] float32
     long_tested: Array  # [B, K] float32
+    failures: Array  # [B] int32, drafts in a row of which nothing was accepted
     idle: Array  # [] int32, rounds since the last draft
-    patience: Array  # [] int32, rounds without a draft before one is tried again
+    patience: Array  # [] int32, rounds without a draft after which one is tried
+    wait: Array  # [] int32, what patience becomes when a try fails; then twice as much
 
 
 @functools.cache
 def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.01) -> Controller:
-    """Drafts the number of tokens, 0 to K, that maximises expected tokens a second for the batch as a whole.
+    """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
 
     For each row and position it keeps how often a draft token was accepted when its turn came, recently and for longer.
-    Every round it takes, over all active rows, the expected tokens of each draft length, divides by what such a round
-    costs for so many rows and so long a text, and takes the best; 0 is a plain decoding step. Rows share a round, so
-    they share its draft length; a row's own limit (`max_draft_len`) is counted in.
+    Every round it takes, for each draft length, the rounds that each row would still need, and what such a round costs
+    for so many rows and so long a text; and of these the best. 0 is a plain decoding step. Rows share a round, so they
+    share its draft length, and the slower rows count for more, as a batch ends with its last row. A row's own limit
+    (`max_draft_len`) is counted in.
 
-    While nothing is drafted nothing is learnt, so now and then one token is: so rarely that failures cost the share
-    `exploration` of the time, and again at once after a success. Where even a perfect draft could not pay it never is.
+    While nothing is drafted nothing is learnt, so now and then one token is: soon at first, then, while it fails, after
+    ever longer waits, up to one at which failures cost the share `exploration` of the time; after a success at once
+    again. Where even a perfect draft could not pay there never is one.
 
-    The law of the output is the target's, as with any controller. But as rows decide together, the tokens of a row that
-    is *sampled* may be others in other company; with `verify.coupled()`, and at temperature 0, they are not.
+    What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
+    the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
+    others in other company; with `verify.coupled()`, and at temperature 0, they are not.
 
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
@@ -63,46 +71,58 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     costs.check(profile)
     if not (0 <= prior <= 1 and 0 <= exploration <= 1):
         raise ValueError(f"prior and exploration are shares in 0..1, got {prior} and {exploration}.")
-    longest = profile.longest
-    contexts = profile.contexts()
+    longest, contexts = profile.longest, profile.contexts()
 
     def init(batch: int) -> ThroughputState:
         none = jnp.zeros((batch, longest), jnp.float32)
-        patience = _patience(profile, batch, exploration)
-        return ThroughputState(none, none, none, none, jnp.int32(0), jnp.int32(patience))
+        soon, late = _waits(profile, batch, exploration)
+        zero = jnp.int32(0)
+        failures = jnp.zeros((batch,), jnp.int32)
+        return ThroughputState(none, none, none, none, failures, zero, jnp.int32(soon), jnp.int32(min(2 * soon, late)))
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
+        if not _can_pay(profile, batch):
+            return jnp.zeros((batch,), jnp.int32)
         active = is_active(rows)
         seconds = _seconds(profile, contexts, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
         room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-        tokens = jnp.sum(jnp.where(active[:, None], expected_tokens(state, room, prior), 0.0), 0)  # [K+1]
-        best = jnp.argmax(tokens / seconds).astype(jnp.int32)
-        tries = (best == 0) & (state.idle >= state.patience) & _can_pay(profile, batch)
-        return jnp.broadcast_to(jnp.where(tries, 1, best), (batch,))
+        left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None]
+        rounds = left.astype(jnp.float32) / expected_tokens(state, room, prior)  # [B, K+1]
+        slowest = jnp.maximum(jnp.max(rounds, 0), 1e-6)
+        needed = slowest * jnp.sum((rounds / slowest[None]) ** _SLOWEST, 0) ** (1 / _SLOWEST)  # [K+1]
+        best = jnp.argmin(needed * seconds).astype(jnp.int32)
+        tries = (best == 0) & (state.idle >= state.patience)
+        is_new = jnp.sum(state.long_tested) == 0  # knows nothing: one token tells as much as many
+        return jnp.broadcast_to(jnp.where(tries | is_new, 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        batch = info.num_emitted.shape[0]
+        soon, late = _waits(profile, info.num_emitted.shape[0], exploration)
         place = jnp.arange(longest)[None]
-        tested = (place < info.draft_lengths[:, None]) & (
-            place < jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
-        )
+        tested = place < jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)[:, None]
         accepted = place < info.num_accepted[:, None]
         took_part = (info.draft_lengths > 0)[:, None]
 
         def fade(counts: Array, new: Array, rounds: float) -> Array:
-            return jnp.where(took_part, counts * math.exp(-1 / rounds) + new, counts)
+            return jnp.where(took_part, counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
 
         drafted = jnp.any(took_part)
-        hopeful = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
-        patience = jnp.where(hopeful, 0, _patience(profile, batch, exploration))
+        tried = (jnp.max(info.draft_lengths) == 1) & (state.idle >= state.patience)
+        succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
+        # A try that succeeds is followed by another at once, one that fails by a longer wait than the last.
+        first = min(2 * soon, late)
+        patience = jnp.where(tried, jnp.where(succeeded, 0, state.wait), soon)
+        wait = jnp.where(succeeded, jnp.maximum(state.wait // 2, first), jnp.minimum(2 * state.wait, late))
+        failures = jnp.where(info.num_accepted > 0, 0, state.failures + 1)
         return ThroughputState(
             fade(state.recent_accepted, accepted, _RECENT),
             fade(state.recent_tested, tested, _RECENT),
             fade(state.long_accepted, accepted, _LONG),
             fade(state.long_tested, tested, _LONG),
+            jnp.where(took_part[:, 0], failures, state.failures),
             jnp.where(drafted, 0, state.idle + 1),
-            jnp.where(drafted, patience, state.patience).astype(jnp.int32),
+            jnp.where(drafted, patience, state.patience),
+            jnp.where(drafted, jnp.where(tried, wait, first), state.wait),
         )
 
     return Controller(init, draft_len, update, profile.buckets)
@@ -112,17 +132,21 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
     """Tokens that a round is expected to emit with a draft of 0, 1, ..., K: [B, K+1].
 
     Acceptance of a position is estimated from the row's own recent rounds; those fall back on the position's long
-    record over all rows, that on the record of all positions, and that on `prior`. A token is emitted where all before
-    it in its draft are accepted, and one more always is.
+    record over all rows, that on the record of all positions, and that on `prior`. After n drafts in a row of which
+    nothing was accepted, the first position's is at most what makes that as likely as 0.2: long records yield at once
+    when a text turns. A token is emitted where all before it in its draft are accepted, and one more always is.
 
     Args:
       state: what was learnt.
       room: [B] int32, the most that a row may draft.
       prior: acceptance where nothing is known.
     """
-    everywhere = (_WEIGHT * prior + jnp.sum(state.long_accepted)) / (_WEIGHT + jnp.sum(state.long_tested))
-    of_place = (_WEIGHT * everywhere + jnp.sum(state.long_accepted, 0)) / (_WEIGHT + jnp.sum(state.long_tested, 0))
-    own = (_WEIGHT * of_place + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
+    accepted, tested = state.long_accepted, state.long_tested
+    everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
+    of_place = (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
+    own = (_WEIGHT * of_place[None] + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
+    most = 1 - _CHANCE ** (1 / jnp.maximum(state.failures, 1).astype(jnp.float32))
+    own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
     return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
 
@@ -130,12 +154,8 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
 def _seconds(profile: Profile, contexts: list[int], batch: int, live: Array) -> Array:
     """[K+1] float32: what a round of each draft length costs with `live` [] tokens in the longest row."""
     table = jnp.asarray([profile.at(batch, context).rounds for context in contexts], jnp.float32)  # [contexts, K+1]
-    if len(contexts) == 1:
-        return table[0]
-    place = jnp.interp(live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32), jnp.arange(len(contexts) * 1.0))
-    low = jnp.clip(place.astype(jnp.int32), 0, len(contexts) - 2)
-    share = place - low
-    return (1 - share) * table[low] + share * table[low + 1]
+    at = live.astype(jnp.float32)
+    return jax.vmap(lambda times: jnp.interp(at, jnp.asarray(contexts, jnp.float32), times), 1)(table)
 
 
 def _can_pay(profile: Profile, batch: int) -> bool:
@@ -146,10 +166,14 @@ def _can_pay(profile: Profile, batch: int) -> bool:
     )
 
 
-def _patience(profile: Profile, batch: int, exploration: float) -> int:
-    """Rounds without a draft, so many that a failing draft of one token costs the share `exploration` of their time."""
+def _waits(profile: Profile, batch: int, exploration: float) -> tuple[int, int]:
+    """Rounds without a draft after which a failing draft of one token costs ten times the share, and the share."""
     found = profile.at(batch, profile.contexts()[0])
     step = found.rounds[0]
     extra = max(found.rounds[1] - step, 0.0)
-    left = exploration * step - found.catch_up
-    return _MOST_PATIENCE if left <= 0 else int(np.clip(math.ceil(extra / left), 1, _MOST_PATIENCE))
+
+    def wait(share: float) -> int:
+        left = share * step - found.catch_up
+        return _MOST_PATIENCE if left <= 0 else int(np.clip(math.ceil(extra / left), 1, _MOST_PATIENCE))
+
+    return wait(10 * exploration), wait(exploration)

@@ -12,6 +12,7 @@ from specjax.testing.adversaries import (
     constant_drafter,
     time_varying_drafter,
 )
+from specjax.testing.check_controller import check_controller
 from specjax.testing.check_drafter import check_drafter
 from specjax.testing.check_model import check_model
 from specjax.testing.check_pair import Agreement, check_pair
@@ -25,6 +26,7 @@ __all__ = [
     "adversarial_tables",
     "adversaries",
     "assert_same_law",
+    "check_controller",
     "check_drafter",
     "check_model",
     "check_pair",

@@ -1,0 +1,278 @@
+"""Adaptive speculation against every fixed draft length and plain decoding: on a good draft, and on bad ones.
+
+    python benchmarks/adaptive.py --batch 1 --batch 4 --batch 16 --repeats 7
+
+One run, the same prompts and target for all. The draft is the shipped one; one of random weights; the shipped one that
+turns useless half-way through every text ("collapse"), or is useless up to there ("rise"); and the target itself, right
+and slow. Repetitions are paired: each runs every contender once, in turn. Times are of the rounds alone: a run to one
+token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
+starts every batch anew.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from prompts import code_prompts
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+import specjax
+from specjax import controllers, models, stats, text
+from specjax.costs import Profile
+from specjax.types import Controller, Generation, Model, PyTree
+
+CONTEXT = 64
+NEVER = 2**30
+
+
+class Pair(NamedTuple):
+    """A draft for the shipped target."""
+
+    name: str
+    model: Model
+    params: PyTree  # (parameters, first useless position, first useful one)
+
+
+class Way(NamedTuple):
+    """A way to decode one batch: (limit, prompts, controller state) -> Generation."""
+
+    name: str
+    run: Callable[[int, text.Prompts, PyTree], Generation]
+    carries: bool = False  # whether the controller's state goes from batch to batch
+
+
+class Line(NamedTuple):
+    """One contender on one pair and batch size."""
+
+    pair: str
+    batch: int
+    name: str
+    tokens_per_second: float
+    speedup: float  # over plain decoding, the median of paired ratios
+    over_best: float | None  # seconds over those of the best fixed draft length, the median of paired ratios
+    tokens_per_round: float
+    predicted: float | None  # speed-up by the profile
+    draft_lengths: list[int]  # rounds of the last repetition that drafted 0, 1, ... tokens
+
+
+def main(
+    batch: Annotated[list[int], typer.Option(help="rows at once; may be given several times")] = [1, 4, 16],  # noqa: B006
+    draft_len: Annotated[list[int], typer.Option(help="the fixed K of the sweep")] = [1, 2, 3, 4, 5, 6, 8],  # noqa: B006
+    pair: Annotated[list[str], typer.Option(help="shipped, random, collapse, rise, slow; default all")] = [],  # noqa: B006
+    num_prompts: int = 16,
+    max_new_tokens: int = 128,
+    repeats: Annotated[int, typer.Option(help="paired repetitions; medians are reported")] = 5,
+    temperature: float = 0.0,
+    longest: Annotated[int, typer.Option(help="K of the adaptive controllers")] = 8,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
+) -> None:
+    """Measures and prints a table for each pair and batch size."""
+    target = models.load(models.PRETRAINED / "target", dtype=jnp.float32)
+    draft = models.load(models.PRETRAINED / "draft", dtype=jnp.float32)
+    tokenizer = Tokenizer.from_file(str(models.PRETRAINED / "target/tokenizer.json"))
+    prompts = code_prompts(tokenizer, num_prompts, shortest=CONTEXT, longest=CONTEXT)
+    pairs = _pairs(target, draft, CONTEXT + max_new_tokens // 2)
+    wanted = pair or [each.name for each in pairs]
+    sampling = specjax.Sampling(temperature)
+    console = Console(width=140)
+    lines: list[Line] = []
+    for rows in batch:
+        profiles: dict[Model, Profile] = {}
+        for each in (each for each in pairs if each.name in wanted):
+            drafter = specjax.drafters.draft_model(each.model)
+            if each.model not in profiles:
+                profiles[each.model] = specjax.profile(
+                    target.model, target.params, drafter, each.params, batch_sizes=(rows,), longest=longest,
+                    contexts=(CONTEXT + max_new_tokens // 2,), sampling=sampling,
+                )  # fmt: skip
+            profile = profiles[each.model]
+            # A draft as slow as the target is hopeless at any length: a few of them show it.
+            swept = draft_len if each.name != "slow" else draft_len[:: max(len(draft_len) // 2, 1)]
+            ways = _ways(target, each, drafter, profile, swept, longest, rows, max_new_tokens, sampling)
+            batches = [
+                text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
+                for at in range(0, num_prompts - rows + 1, rows)
+            ]
+            found = _measure(each.name, rows, ways, batches, max_new_tokens, repeats, profile)
+            lines += found
+            _show(console, found, profile)
+            if each.name in ("collapse", "rise"):
+                _show_shift(console, target, each, drafter, profile, batches, max_new_tokens, sampling)
+    if json_file is not None:
+        said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "max_new_tokens": max_new_tokens}
+        json_file.write_text(json.dumps({**said, "lines": [line._asdict() for line in lines]}, indent=1) + "\n")
+
+
+def _pairs(target: Any, draft: Any, middle: int) -> list[Pair]:
+    turning = _turning(draft.model)
+    rest = jnp.int32(NEVER)
+    noise = models.random(draft.config, jax.random.key(7), dtype=jnp.float32)
+    return [
+        Pair("shipped", turning, (draft.params, rest, jnp.int32(0))),
+        Pair("random", turning, (noise.params, rest, jnp.int32(0))),
+        Pair("collapse", turning, (draft.params, jnp.int32(middle), jnp.int32(0))),
+        Pair("rise", turning, (draft.params, rest, jnp.int32(middle))),
+        Pair("slow", target.model, target.params),
+    ]
+
+
+def _turning(model: Model) -> Model:
+    """The model, useless outside of some positions: there it turns its vocabulary round. One program for all drafts."""
+
+    def apply(params, tokens, cache, block, **options):
+        inner, until, since = params
+        position = cache.lengths[:, None] + block.filled + jnp.arange(tokens.shape[1])[None]
+        out = model.apply(inner, tokens, cache, block, **options)
+        at = options.get("logits_at")
+        position = position if at is None else jnp.take_along_axis(position, at, 1)
+        good = (position >= since) & (position < until)
+        return out._replace(logits=jnp.where(good[..., None], out.logits, out.logits[..., ::-1]))
+
+    return model._replace(
+        apply=apply,
+        init_cache=lambda params, batch, slots: model.init_cache(params[0], batch, slots),
+        init_block=lambda params, batch, size: model.init_block(params[0], batch, size),
+    )
+
+
+def _ways(
+    target, each: Pair, drafter, profile: Profile, swept: list[int], longest: int, rows: int, most: int, sampling
+) -> list[Way]:
+    options = {"capacity": CONTEXT + most, "sampling": sampling}
+
+    def plain(limit: int, prompts: text.Prompts, state: PyTree) -> Generation:
+        del state
+        limits = np.full((rows,), limit, np.int32)
+        return specjax.autoregressive(target.model, target.params, *prompts, max_new_tokens=limits, **options)
+
+    def by(controller: Controller) -> Callable[[int, text.Prompts, PyTree], Generation]:
+        def run(limit: int, prompts: text.Prompts, state: PyTree) -> Generation:
+            return specjax.generate(
+                target.model, target.params, drafter, each.params, *prompts, controller=controller,
+                controller_state=state, max_new_tokens=np.full((rows,), limit, np.int32), **options,
+            )  # fmt: skip
+
+        return run
+
+    adaptive = by(controllers.throughput(profile))
+    return [
+        Way("plain decoding", plain),
+        *(Way(f"fixed({size})", by(controllers.fixed(size))) for size in swept),
+        Way("throughput", adaptive, carries=True),
+        Way("throughput, from nothing", adaptive),
+        Way("additive", by(controllers.additive(longest)), carries=True),
+        Way("confidence(0.4)", by(controllers.confidence(0.4, longest))),
+    ]
+
+
+def _measure(
+    name: str, rows: int, ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, profile: Profile
+) -> list[Line]:
+    states: dict[str, PyTree] = {}
+    results: dict[str, list[Generation]] = {}
+
+    def seconds(way: Way, limit: int) -> float:
+        begin = time.perf_counter()
+        results[way.name] = []
+        for prompts in batches:
+            out = jax.block_until_ready(way.run(limit, prompts, states.get(way.name)))
+            results[way.name].append(out)
+            if way.carries and limit > 1:
+                states[way.name] = out.controller_state
+        return time.perf_counter() - begin
+
+    for way in ways:  # compiles; what is carried has seen every prompt once
+        for limit in (1, most):
+            seconds(way, limit)
+        if way.carries:
+            states[way.name] = results[way.name][-1].controller_state
+            seconds(way, most)
+    times: dict[str, list[float]] = {way.name: [] for way in ways}
+    for _ in range(repeats):
+        for way in ways:
+            prefill = seconds(way, 1)
+            times[way.name].append(seconds(way, most) - prefill)
+    wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
+    plain, fixed = times["plain decoding"], [way.name for way in ways if way.name.startswith("fixed")]
+    best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
+    lines = []
+    for way in ways:
+        outs, own = results[way.name], times[way.name]
+        same = [row for out in outs for row in out.new_tokens()] == wanted
+        parts = [jax.device_get(out.stats) for out in outs]
+        emitted, rounds = (sum(int(getattr(part, field).sum()) for part in parts) for field in ("emitted", "rounds"))
+        lengths = np.sum([stats.draft_lengths(part) for part in parts], 0) if way.name != "plain decoding" else []
+        lines.append(
+            Line(
+                pair=name,
+                batch=rows,
+                name=f"{way.name}{' (best)' * (way.name == best)}{'' if same else ' (other tokens)'}",
+                tokens_per_second=emitted / statistics.median(own),
+                speedup=statistics.median(a / b for a, b in zip(plain, own, strict=True)),
+                over_best=statistics.median(b / a for a, b in zip(times[best], own, strict=True)),
+                tokens_per_round=emitted / rounds,
+                predicted=_predicted(parts, profile, most) if way.name.startswith("throughput") else None,
+                draft_lengths=[int(count) for count in lengths],
+            )
+        )
+    return lines
+
+
+def _predicted(parts: list[Any], profile: Profile, most: int) -> float:
+    context = CONTEXT + most / 2
+    spent = sum(stats.time_split(part, profile, context=context).total for part in parts)
+    steps = sum(float(part.emitted.max()) for part in parts)
+    return steps * profile.at(len(parts[0].rounds), context).plain / spent
+
+
+def _show(console: Console, lines: list[Line], profile: Profile) -> None:
+    costs = profile.at(lines[0].batch, profile.contexts()[0])
+    rounds = ", ".join(f"{seconds / costs.plain:.2f}" for seconds in costs.rounds)
+    table = Table(
+        title=f"{lines[0].pair} draft, batch {lines[0].batch}",
+        caption=f"rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}",
+    )
+    for column in ("", "tokens/s", "speed-up", "seconds / best", "tokens/round", "predicted", "rounds by K"):
+        table.add_column(column, justify="right" if column else "left")
+    for line in lines:
+        over = "" if line.over_best is None else f"{line.over_best:.3f}"
+        predicted = "" if line.predicted is None else f"{line.predicted:.2f}"
+        numbers = (f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}", over, f"{line.tokens_per_round:.2f}")
+        table.add_row(line.name, *numbers, predicted, " ".join(map(str, line.draft_lengths)))
+    console.print(table)
+
+
+def _show_shift(console: Console, target, each: Pair, drafter, profile: Profile, batches, most: int, sampling) -> None:
+    """The draft length of the batch, round by round, around the middle of the text."""
+    state, told = None, []
+    for prompts in batches:
+        chunks = specjax.stream(
+            target.model, target.params, drafter, each.params, *prompts, controller=controllers.throughput(profile),
+            controller_state=state, max_new_tokens=most, capacity=CONTEXT + most, sampling=sampling,
+        )  # fmt: skip
+        done, rounds = 1.0, []
+        for chunk in list(chunks)[1:]:
+            lengths = [len(row[0].tokens) for row in chunk.rounds if row]
+            rounds.append((done, max(lengths, default=0)))
+            done += statistics.mean(row[0].num_emitted for row in chunk.rounds if row)
+        after = [size for at, size in rounds if at >= most / 2]
+        before = [size for at, size in rounds if at < most / 2]
+        told.append((before, after))
+    console.print(f"{each.name}: draft lengths of the last rounds before the middle of the text | of those after it")
+    for before, after in told[:4]:
+        console.print(f"  {' '.join(map(str, before[-10:]))} | {' '.join(map(str, after[:30]))}")
+
+
+if __name__ == "__main__":
+    typer.run(main)

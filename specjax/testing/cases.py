@@ -1,0 +1,116 @@
+"""A target that can be enumerated, and what every verifier with every controller must do on it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from specjax.decode import autoregressive, generate
+from specjax.testing.adversaries import Adversary, adversaries
+from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law
+from specjax.testing.tables import random_table, table_model
+from specjax.types import Array, Controller, Generation, Sampling, Verifier
+
+_VOCAB, _ORDER, _PROMPT = 3, 2, [1, 2]
+_MODEL = table_model(_ORDER, _VOCAB)
+# One field of each, so that all of them are rows of one batch: one program a drafter.
+_SETTINGS = {
+    "temperature 1": Sampling(1.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0),
+    "temperature 0.7, top-p 0.9": Sampling(0.7, top_p=0.9, presence_penalty=0.0, frequency_penalty=0.0),
+    "penalties": Sampling(1.0, top_p=1.0, presence_penalty=0.4, frequency_penalty=0.3),
+}
+
+
+@functools.cache
+def _table() -> Array:
+    return random_table(jax.random.key(11), order=_ORDER, vocab_size=_VOCAB, sharpness=1.5)
+
+
+def opponents() -> list[Adversary]:
+    """Drafters made to break a verifier of this target."""
+    return adversaries(_table(), _VOCAB)
+
+
+def _generate(adversary: Adversary, verifier: Verifier, controller: Controller, *prompts, **options) -> Generation:
+    parts = (_MODEL, _table(), adversary.drafter, adversary.params)
+    return generate(*parts, *prompts, verifier=verifier, controller=controller, **options)
+
+
+def check_greedy(adversary: Adversary, verifier: Verifier, controller: Controller) -> str:
+    """Greedy output is that of greedy decoding; what was checked, or an AssertionError."""
+    prompts, lengths = jnp.array([[1, 2, 0], [2, 0, 0], [0, 1, 1]]), jnp.array([2, 1, 3])
+    plain = autoregressive(_MODEL, _table(), prompts, lengths, max_new_tokens=12).new_tokens()
+    out = _generate(adversary, verifier, controller, prompts, lengths, max_new_tokens=12).new_tokens()
+    if out != plain:
+        raise AssertionError(f"greedy against {adversary.name}: {out}, greedy decoding gives {plain}.")
+    return f"greedy against {adversary.name}"
+
+
+def check_rows(adversary: Adversary, verifier: Verifier, controller: Controller) -> str:
+    """The same row beside one and beside another: same tokens, same rounds, same log-probabilities."""
+    prompts, seeds = jnp.array([[1, 2, 0], [2, 0, 1], [0, 1, 1]]), jnp.array([4, 9, 2])
+    sampling = Sampling(0.0 if verifier.greedy_only else 1.0)
+
+    def run(rows: list[int]) -> Generation:
+        chosen = jnp.array(rows)
+        return _generate(
+            adversary, verifier, controller, prompts[chosen], seeds=seeds[chosen], max_new_tokens=12, sampling=sampling
+        )
+
+    together, beside = run([0, 1, 2]), run([0, 2, 2])
+    for what, ours, theirs in (
+        ("tokens", together.tokens[0], beside.tokens[0]),
+        ("log-probabilities", together.log_probs.processed[0], beside.log_probs.processed[0]),
+        ("rounds", together.stats.rounds[0], beside.stats.rounds[0]),
+    ):
+        if (ours != theirs).any():
+            raise AssertionError(f"against {adversary.name} row 0's {what} depend on its neighbours: {ours}, {theirs}.")
+    return f"rows keep to themselves against {adversary.name}"
+
+
+def check_laws(
+    adversary: Adversary,
+    verifier: Verifier,
+    controller: Controller,
+    *,
+    length: int,
+    samples: int,
+    false_alarm: float,
+    said: str,
+    alone: bool = False,
+) -> Iterator[str]:
+    """Whole sequences of `length` tokens at three settings follow their exact law; yields what was checked.
+
+    Args:
+      samples: sequences a setting.
+      said: what to call the controller, in messages.
+      alone: generate each sequence in a batch of its own (mapped over), so that a controller that decides for the batch
+        decides by that sequence alone.
+    """
+    sampling = jax.tree.map(lambda *values: jnp.repeat(jnp.array(values), samples), *_SETTINGS.values())
+    count = samples * len(_SETTINGS)
+    prompts, seeds = jnp.tile(jnp.array([_PROMPT]), (count, 1)), jnp.arange(count, dtype=jnp.int32)
+
+    def run(prompts: Array, seeds: Array, sampling: Sampling) -> Array:
+        return _generate(
+            adversary, verifier, controller, prompts, key=jax.random.key(2024), seeds=seeds, max_new_tokens=length,
+            sampling=sampling,
+        ).tokens  # fmt: skip
+
+    if alone:
+        row = jax.jit(jax.vmap(lambda *row: run(*jax.tree.map(lambda leaf: leaf[None], row))[0]))
+        tokens = row(prompts, seeds, sampling)
+    else:
+        tokens = run(prompts, seeds, sampling)
+    for (name, setting), texts in zip(_SETTINGS.items(), np.split(np.asarray(tokens), len(_SETTINGS)), strict=True):
+        case = f"{name} against {adversary.name}, {said}"
+        law = exact_sequence_law(_MODEL, _table(), _PROMPT, length, sampling=setting)
+        try:
+            assert_same_law(count_sequences(texts, len(_PROMPT), length, _VOCAB), law, false_alarm=false_alarm)
+        except AssertionError as error:
+            raise AssertionError(f"{case}: {error}") from None
+        yield case

@@ -1,0 +1,426 @@
+"""Controllers: what they choose, exactness with each of them, rounds without a draft, limits of rows, memory."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+from jax._src import test_util as jtu
+from reference_throughput import Reference
+
+import specjax
+from specjax import controllers, costs, hlo, rounds, stats, testing, validate, verify
+from specjax.costs import Costs, Profile
+from specjax.rounds import Roles
+from specjax.types import Controller, Round
+
+VOCAB = 13
+PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
+LENGTHS = jnp.array([4, 1, 2])
+
+
+def profile(rounds=(1.0, 1.1, 1.2, 1.3), batch=1, buckets=None, catch_up=0.0, context=64):
+    """A made-up table: seconds of rounds with 0, 1, ... draft tokens."""
+    drafts = tuple(0.05 * k for k in range(len(rounds)))
+    found = Costs(batch, context, rounds[0], tuple(rounds), drafts, catch_up)
+    return Profile("no device", buckets or tuple(range(len(rounds))), (found,))
+
+
+CHEAP = profile()
+DEAR = profile((1.0, 2.5, 4.0, 5.5))  # not even a perfect draft pays
+
+
+def _sometimes() -> Controller:
+    """0, 0, 3, 1, 0, 2 ... tokens for all rows: whole rounds without a draft, and drafts after them."""
+    plan = jnp.array([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3])
+    return Controller(
+        init=lambda batch: jnp.zeros((batch,), jnp.int32),
+        draft_len=lambda state, rows: plan[state % len(plan)],
+        update=lambda state, info: state + 1,
+        buckets=(0, 1, 3),
+    )
+
+
+SOMETIMES = _sometimes()
+ALL = {
+    "fixed": controllers.fixed(3),
+    "additive": controllers.additive(3, 1),
+    "confidence": controllers.confidence(0.5, 3),
+    "throughput": controllers.throughput(CHEAP),
+    "sometimes": SOMETIMES,
+}
+
+
+def _pair(name):
+    if name == "table":
+        model = testing.table_model(2, VOCAB)
+        table = testing.random_table(jax.random.key(0), order=2, vocab_size=VOCAB, sharpness=2.0)
+        noise = testing.random_table(jax.random.key(1), order=2, vocab_size=VOCAB)
+        return model, table, model, jnp.where(jax.random.uniform(jax.random.key(5), table.shape) < 0.5, table, noise)
+    return *tiny.model("llama", 0), *tiny.model("llama", 1, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("name", list(ALL))
+@pytest.mark.parametrize("pair", ["table", "llama"])
+def test_greedy_speculation_is_greedy_decoding(pair, name):
+    """Catches a bucket that verifies another draft than was made, a draft cache that missed rounds without a draft, and
+    a round that costs a token. Ragged prompts, limits that differ by row, stop tokens."""
+    model, params, draft, draft_params = _pair(pair)
+    limits = jnp.array([40, 61, 17])
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=limits, stop_tokens=[11])
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=limits,
+        stop_tokens=[11], controller=ALL[name],
+    )  # fmt: skip
+    assert out.new_tokens() == plain.new_tokens()
+    assert out.status.tolist() == plain.status.tolist()
+    np.testing.assert_allclose(out.log_probs.raw, plain.log_probs.raw, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if name != "fixed"])
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_sampled_output_follows_the_law(rule, name):
+    """Catches a draft length that leaks: from the token that ends a draft, from noise that verification will use, or in
+    block verification from where the draft ends. Whole sequences over up to 4 rounds against seven adversaries;
+    false alarms 1e-6 a test."""
+    apart = name != "throughput"
+    assert (
+        len(testing.check_controller(ALL[name], verifier=getattr(verify, rule)(), rows_apart=apart, samples=5000))
+        == 28 + 7 * apart
+    )
+
+
+def test_leaving_the_last_token_out_is_noticed():
+    """The suite can fail: a rule that drops the token it does not like biases those that stay."""
+    model = testing.table_model(1, 4)
+    honest = specjax.drafters.draft_model(model)
+
+    def propose(params, state, context, plan):
+        draft, state = honest.propose(params, state, context, plan)
+        own = jnp.take_along_axis(draft.probs, draft.tokens[..., None], -1)[..., 0]
+        return draft._replace(lengths=jnp.sum(jnp.cumprod((own >= 0.3).astype(jnp.int32), -1), -1)), state
+
+    table = testing.random_table(jax.random.key(3), order=1, vocab_size=4)
+    out = specjax.generate(
+        model, table, honest._replace(propose=propose), -table, jnp.ones((20_000, 1), jnp.int32), max_new_tokens=3,
+        sampling=specjax.Sampling(1.0), controller=controllers.fixed(2), capacity=8,
+    )  # fmt: skip
+    law = testing.exact_sequence_law(model, table, [1], 3, sampling=specjax.Sampling(1.0))
+    with pytest.raises(AssertionError, match="chi-square"):
+        testing.assert_same_law(testing.count_sequences(out.tokens, 1, 3, 4), law)
+
+
+@pytest.mark.parametrize("name", ["additive", "confidence", "sometimes"])
+def test_rows_keep_to_themselves(name):
+    """Catches a row whose tokens change with its company, through the width that another row asks for."""
+    model, params, draft, draft_params = _pair("table")
+    drafter, seeds = specjax.drafters.draft_model(draft), jnp.array([70, 71, 72])
+    options = {"sampling": specjax.Sampling(0.9), "controller": ALL[name], "max_new_tokens": 25}
+    together = specjax.generate(model, params, drafter, draft_params, PROMPTS, LENGTHS, seeds=seeds, **options)
+    for row in range(3):
+        one = slice(row, row + 1)
+        alone = specjax.generate(
+            model, params, drafter, draft_params, PROMPTS[one], LENGTHS[one], seeds=seeds[one], **options
+        )
+        assert alone.new_tokens()[0] == together.new_tokens()[row]
+
+
+def test_the_draft_model_catches_up():
+    """Catches tokens that the draft model never read, after rounds without a draft: drafting for itself, every draft
+    token must be accepted, and its cache hold all tokens but the last two."""
+    model, params = tiny.model("llama", 0)
+    roles = Roles(model, specjax.drafters.draft_model(model), verify.rejection(), SOMETIMES)
+    request = validate.request(
+        model, PROMPTS, LENGTHS, key=None, max_new_tokens=40, sampling=specjax.Sampling(), stop_tokens=(), seeds=None,
+        capacity=None,
+    )  # fmt: skip
+    state = rounds.start(roles, request.capacity, params, params, request.arrays)
+    step = jax.jit(rounds.speculate, static_argnums=(0, 1))
+    for _ in range(14):
+        state, info = step(roles, request.capacity, params, params, state)
+        assert (info.num_accepted == info.draft_lengths).all()
+        if info.draft_lengths.max() > 0:
+            assert (state.drafter_state.cache.lengths == state.rows.lengths - 2).all()
+    assert int(state.stats.by_longest[0, 0]) >= 7
+
+
+def test_a_row_may_switch_speculation_off():
+    """Catches limits of rows that are ignored, or that change a token; `max_draft_len` is data, not a new program."""
+    model, params, draft, draft_params = _pair("table")
+    drafter = specjax.drafters.draft_model(draft)
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=30).new_tokens()
+    for name in ("fixed", "throughput"):
+
+        def run(limits, name=name):
+            return specjax.generate(
+                model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=30, controller=ALL[name],
+                max_draft_len=np.array(limits),
+            )  # fmt: skip
+
+        out = run([0, 2, 9])
+        assert out.new_tokens() == plain
+        assert out.stats.drafted[0].tolist() == [0, 0, 0]
+        assert out.stats.drafted[1, 2] == 0 < out.stats.drafted[1, 0]
+        assert out.stats.drafted[2].sum() > out.stats.drafted[1].sum()
+        with jtu.count_jit_compilation_cache_miss() as misses:
+            none = run([0, 0, 0])
+        assert misses() == 0
+        assert none.new_tokens() == plain
+        assert none.stats.drafted.sum() == 0
+        assert none.stats.rounds.tolist() == [29, 29, 29]
+
+
+def test_plain_rounds_are_the_plain_tokens_when_sampled():
+    """Catches noise of rounds without a draft that is not that of plain decoding: same seeds, same tokens."""
+    model, params, draft, draft_params = _pair("table")
+    options = {"max_new_tokens": 30, "sampling": specjax.Sampling(1.0), "key": jax.random.key(8)}
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, **options)
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS,
+        controller=ALL["throughput"], max_draft_len=0, **options,
+    )  # fmt: skip
+    assert out.new_tokens() == plain.new_tokens()
+
+
+def test_additive_moves_by_its_steps():
+    """Catches steps the wrong way round, and rounds cut short by a limit that count as failures."""
+    controller = controllers.additive(8, 5)
+    state = controller.init(4)
+    info = _round(draft_lengths=[5, 5, 3, 0], num_accepted=[5, 4, 3, 0], num_emitted=[6, 5, 4, 1])
+    assert controller.update(state, info).tolist() == [7, 4, 5, 5]
+    full = _round(draft_lengths=[7, 1, 1, 1], num_accepted=[7, 0, 1, 0], num_emitted=[8, 1, 2, 1])
+    assert controller.update(jnp.array([7, 1, 1, 2]), full).tolist() == [8, 1, 3, 2]
+
+
+def test_confidence_stops_at_the_first_doubt():
+    """Catches a rule that reads the one-hot law of temperature 0, or drops the doubtful token. Each draft's tokens but
+    the last are at or above the threshold, and the last below, unless it has K."""
+    model, params, draft, draft_params = _pair("table")
+    seen = set()
+    for temperature in (0.0, 1.0):
+        chunks = specjax.stream(
+            model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=40,
+            controller=controllers.confidence(0.5, 3), sampling=specjax.Sampling(temperature),
+        )  # fmt: skip
+        texts = [PROMPTS[row, :length].tolist() for row, length in enumerate(LENGTHS.tolist())]
+        for chunk in chunks:
+            for row, new in enumerate(chunk.tokens):
+                for one in chunk.rounds[row]:
+                    text = texts[row] + one.tokens
+                    at = [
+                        float(jax.nn.softmax(_logits(draft_params, text[: len(texts[row]) + place]))[token])
+                        for place, token in enumerate(one.tokens)
+                    ]
+                    assert all(prob >= 0.5 for prob in at[:-1])
+                    assert len(texts[row]) + len(one.tokens) >= 40 or len(one.tokens) == 3 or at[-1] < 0.5
+                    seen.add(len(one.tokens))
+                texts[row] += new
+    assert seen >= {1, 2, 3}
+
+
+def _logits(table, text):
+    padded = [VOCAB, *text]
+    return table[padded[-2], padded[-1]]
+
+
+def _round(draft_lengths, num_accepted, num_emitted):
+    fields = dict.fromkeys(Round._fields)
+    given = {"draft_lengths": draft_lengths, "num_accepted": num_accepted, "num_emitted": num_emitted}
+    return Round(**{**fields, **{name: jnp.array(value) for name, value in given.items()}})
+
+
+@pytest.mark.parametrize(
+    "table", [CHEAP, profile((1.0, 1.6, 1.9, 2.1), catch_up=0.01), DEAR], ids=["cheap", "middling", "dear"]
+)
+def test_throughput_is_its_reference(table):
+    """Catches a wrong estimate, cost or wait: 300 rounds of random acceptance with shifts, 3 rows that end at different
+    times, against the same policy in plain NumPy."""
+    rng = np.random.default_rng(4)
+    controller, wanted = controllers.throughput(table), Reference(table, batch=3)
+    state = controller.init(3)
+    choose, update = jax.jit(controller.draft_len), jax.jit(controller.update)
+    rows = _Rows(limits=[900, 400, 650])
+    picked = set()
+    for turn in range(300):
+        lengths = choose(state, rows.arrays())
+        room = np.maximum(np.minimum(rows.limits - rows.lengths - 1, 10), 0)
+        assert int(lengths[0]) == wanted.draft_len(rows.lengths, rows.limits, room, rows.active), turn
+        drafted = np.where(rows.active, np.minimum(np.asarray(lengths), room), 0)
+        alpha = (0.95, 0.05, 0.6)[turn // 40 % 3]
+        accepted = np.array([min(int(rng.geometric(1 - alpha)) - 1, size) for size in drafted])
+        emitted = np.where(rows.active, accepted + 1, 0)
+        state = update(state, _round(drafted, accepted, emitted))
+        wanted.update(drafted, accepted, emitted)
+        rows.lengths = np.minimum(rows.lengths + emitted, rows.limits)
+        rows.active = rows.lengths < rows.limits
+        picked.add(int(lengths[0]))
+    assert picked == {0} if table is DEAR else picked >= {0, 1, 3} - ({0} if table is CHEAP else set())
+
+
+class _Rows:
+    """As much of `types.Rows` as the controller reads."""
+
+    def __init__(self, limits):
+        self.limits, self.lengths, self.active = np.array(limits), np.array([9, 5, 3]), np.ones(3, bool)
+
+    def arrays(self):
+        fields = dict.fromkeys(specjax.types.Rows._fields)
+        status = np.where(self.active, specjax.Status.ACTIVE, specjax.Status.LENGTH)
+        given = {"limits": self.limits, "lengths": self.lengths, "draft_limits": np.full(3, 10), "status": status}
+        return specjax.types.Rows(**{**fields, **{name: jnp.asarray(x, jnp.int32) for name, x in given.items()}})
+
+
+@pytest.mark.parametrize(
+    ("table", "rises"),
+    [
+        (profile((1.0, 1.05, 1.1, 1.15)), True),
+        (profile((1.0, 1.2, 1.35, 1.5), catch_up=0.004), True),
+        # A pass over two tokens costs nearly two, and catching up alone 2% of the time: nothing is tried again soon.
+        (profile((1.0, 1.8, 2.1, 2.3), catch_up=0.024), False),
+    ],
+    ids=["accelerator", "middling", "two cores"],
+)
+def test_throughput_adapts_within_twenty_rounds(table, rises):
+    """Catches evidence that outweighs what the text now does, and waiting for ever. Acceptance falls from 0.9 to 0 after
+    60 rounds and rises again after 60 more; 20 rounds later the rounds cost no more than 1.1 plain steps or bring what
+    they should. 40 runs, the median and three quarters of them."""
+    rng = np.random.default_rng(1)
+    costs = table.costs[0].rounds
+    fallen, risen = [], []
+    for _ in range(40):
+        policy, taken = Reference(table, batch=1), []
+        for turn in range(180):
+            alpha = 0.9 if turn // 60 % 2 == 0 else 0.0
+            size = policy.draft_len(np.array([9]), np.array([10_000]), np.array([10]), np.array([True]))
+            accepted = np.array([min(int(rng.geometric(1 - alpha)) - 1, size)])
+            policy.update(np.array([size]), accepted, accepted + 1)
+            taken.append(size)
+        fallen.append(np.mean([costs[size] for size in taken[80:120]]))
+        risen.append(np.mean([size == 3 for size in taken[140:]]))
+    assert np.quantile(fallen, 0.75) < 1.1
+    assert np.median(risen) > 0.8 or not rises
+
+
+def test_what_was_learnt_is_handed_on():
+    """Catches a second call that starts afresh, or a state that does not fit and fails deep inside."""
+    model, params, draft, _ = _pair("table")
+    drafter, bad = specjax.drafters.draft_model(draft), -params
+    controller = controllers.throughput(profile((1.0, 1.7, 2.2, 2.6), catch_up=0.02))
+    options = {"max_new_tokens": 60, "controller": controller}
+    first = specjax.generate(model, params, drafter, bad, PROMPTS, LENGTHS, **options)
+    second = specjax.generate(
+        model, params, drafter, bad, PROMPTS, LENGTHS, controller_state=first.controller_state, **options
+    )
+    assert second.stats.drafted.sum() < first.stats.drafted.sum()
+    with pytest.raises(ValueError, match="controller_state does not fit: for 1 rows"):
+        specjax.generate(
+            model, params, drafter, bad, PROMPTS[:1], LENGTHS[:1], controller_state=first.controller_state, **options
+        )
+
+
+def test_a_narrow_round_does_less_work():
+    """Catches verification at the full width whatever was drafted: the compiled loop holds one target pass for each
+    bucket, each in a loop of one turn or none, and their operations grow with the width. No cache is copied."""
+    model, params = tiny.model("llama", 0)
+    draft, draft_params = tiny.model("llama", 1, num_hidden_layers=1)
+    controller = controllers.throughput(profile((1.0, 1.1, 1.2, 1.3), buckets=(0, 1, 3)))
+    roles = Roles(model, specjax.drafters.draft_model(draft), verify.rejection(), controller)
+    request = validate.request(
+        model, jnp.ones((2, 5), jnp.int32), None, key=None, max_new_tokens=400, sampling=specjax.Sampling(),
+        stop_tokens=(), seeds=None, capacity=None,
+    )  # fmt: skip
+    lowered = specjax.decode._generate.lower(roles, request.capacity, 1, params, draft_params, request.arrays, None, 0)
+    assert not hlo.host_calls(lowered.as_text())
+    program = hlo.parse(lowered.compile().as_text())
+    cache = (2, 2, 512, 4)
+    looped = [step.instruction for step in program.walk() if step.loops]
+    shaped = [item for item in looped if any(shape.dims == cache for shape in item.shapes)]
+    assert any("dynamic-update-slice" in item.text for item in shaped)
+    assert not [item.text for item in shaped if item.op == "copy"]
+    work = [
+        jax.jit(lambda rows, cache, draft, width=width: specjax.settle.settle(
+            roles, request.capacity, width, params, rows, cache, draft)
+        ).lower(*_settling(roles, request, params, draft_params)).compile().cost_analysis()["flops"]
+        for width in (0, 1, 3)
+    ]  # fmt: skip
+    assert work[0] < 0.75 * work[1] < 0.75 * 0.75 * work[2]
+
+
+def _settling(roles, request, params, draft_params):
+    state = jax.eval_shape(lambda: rounds.start(roles, request.capacity, params, draft_params, request.arrays))
+    draft = specjax.Draft(
+        jax.ShapeDtypeStruct((2, 3), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32),
+        jax.ShapeDtypeStruct((2, 3, VOCAB), jnp.float32),
+    )  # fmt: skip
+    return state.rows, state.target_cache, draft
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: controllers.confidence(1.2), "threshold in 0..1"),
+        (lambda: controllers.confidence(0.5, 0), "longest must be 1 or more"),
+        (lambda: controllers.additive(4, 5), "1 <= start <= longest"),
+        (lambda: controllers.throughput(CHEAP, prior=2.0), "shares in 0..1"),
+        (lambda: controllers.throughput(Profile("x", (0, 1), ())), "needs costs"),
+        (lambda: controllers.throughput(profile((1.0, 0.0))), "0 or less"),
+        (lambda: controllers.throughput(profile((1.0, float("nan")))), "not finite"),
+        (lambda: costs.from_json({"format": 9}), "its format is 9"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(make, said):
+    """Catches silent nonsense."""
+    with pytest.raises(ValueError, match=said):
+        make()
+
+
+def test_profiles_survive_a_file(tmp_path):
+    """Catches a number lost on the way, half-written files, and files that are something else."""
+    table = CHEAP._replace(about=(("jax", "1"),))
+    table.save(tmp_path / "new" / "profile.json")
+    assert costs.load(tmp_path / "new" / "profile.json") == table
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["profile.json"]
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        costs.load(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError, match="make a profile"):
+        costs.load(tmp_path / "none.json")
+
+
+def test_costs_between_what_was_measured():
+    """Catches interpolation along the wrong axis."""
+    four = [
+        Costs(batch, context, batch * 1.0, (batch * context * 1.0, 2.0 * batch * context), (0.0, 0.1), 0.0)
+        for batch in (1, 5)
+        for context in (100, 200)
+    ]
+    table = Profile("x", (0, 1), tuple(four))
+    assert table.at(3, 150).rounds == (450.0, 900.0)
+    assert table.at(1, 50)._replace(context=100) == four[0]
+    assert table.at(9, 900).rounds == four[3].rounds
+
+
+def test_statistics_tell_what_was_paid_for():
+    """Catches histograms that count rows for rounds, and times that leave rounds out."""
+    model, params, draft, draft_params = _pair("table")
+    out = specjax.generate(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=25,
+        controller=SOMETIMES,
+    )  # fmt: skip
+    counted = jax.device_get(out.stats)
+    assert stats.draft_lengths(counted).sum() == counted.rounds.sum()
+    assert stats.draft_lengths(counted)[0] >= counted.by_longest[:, 0].sum()
+    assert counted.by_longest.sum() == counted.rounds.sum()
+    table = profile((1.0, 1.5, 2.0, 3.0), batch=3)
+    split = stats.time_split(counted, table, context=20)
+    longest_row = counted.by_longest[np.argmax(counted.rounds)]
+    assert split.total == pytest.approx(longest_row @ [1.0, 1.5, 2.0, 3.0])
+    assert split.plain == longest_row[0]
+    assert split.drafting == pytest.approx(longest_row @ [0.0, 0.05, 0.1, 0.15])
+    assert stats.profiled_speedup(counted, table, context=20) == pytest.approx(24 / split.total)
+    used = counted.accepted.sum() / (counted.by_longest @ [0, 1, 2, 3]).sum()
+    assert stats.draft_utilisation(counted) == pytest.approx(used)
+    with pytest.raises(ValueError, match="longest=3"):
+        stats.time_split(counted, profile((1.0, 2.0)), context=20)
