@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import jax
+from jax.tree_util import Partial
 
 from specjax import noise
 from specjax.noise import Role
@@ -19,14 +20,17 @@ def make_context(
     coupled: bool = False,
 ) -> Context:
     """The context of these rows; `coupled` as the verifier asks for (see `types.Verifier`)."""
-
-    def draft_keys(step: Array | int) -> Array:
-        if coupled:
-            return noise.derive(rows.keys, Role.TARGET, rows.lengths + step)
-        keys = noise.derive(rows.keys, Role.DRAFT, rows.rounds)
-        return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
-
+    draft_keys = Partial(_coupled_keys if coupled else _own_keys, rows)
     return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys)
+
+
+def _own_keys(rows: Rows, step: Array | int) -> Array:
+    keys = noise.derive(rows.keys, Role.DRAFT, rows.rounds)
+    return jax.vmap(jax.random.fold_in, (0, None))(keys, step)
+
+
+def _coupled_keys(rows: Rows, step: Array | int) -> Array:
+    return noise.derive(rows.keys, Role.TARGET, rows.lengths + step)
 
 
 def context_of(roles: Roles, rows: Rows, target_cache: PyTree) -> Context:

@@ -205,8 +205,8 @@ def plain_loop(
     """One token per target pass, from rows and the cache that holds all their tokens but the last, until all end."""
 
     def one(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        done = step(model, processor, capacity, params, *carry)
-        return constrain(model.layout, done.moved.rows, "rows"), done.cache
+        rows, cache = step(model, processor, capacity, params, *carry)
+        return constrain(model.layout, rows, "rows"), cache
 
     return _until_done(one, lambda carry: carry[0], carry, rounds_per_test)
 

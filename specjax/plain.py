@@ -9,44 +9,30 @@ import jax.numpy as jnp
 from specjax import log_probs, noise
 from specjax.noise import Role
 from specjax.processors import without_padding
-from specjax.rows import Advance, advance, last_tokens
+from specjax.rows import Decision, append, decide, last_tokens
 from specjax.sampling import processing, sample
-from specjax.types import Array, Model, Output, Processor, PyTree, Rows, Status
+from specjax.types import Array, LogProbs, Model, Processor, PyTree, Rows, Status
 
 
 class Step(NamedTuple):
-    """One token of each active row."""
+    """One token for each active row, not yet appended."""
 
-    moved: Advance  # tokens [B, 1]
-    log_probs: log_probs.LogProbs  # [B, 1] each
-    out: Output  # of the target's pass
-    cache: PyTree
+    tokens: Array  # [B, 1] int32
+    log_probs: LogProbs  # [B, 1] each
+    decision: Decision
 
 
-def step(
-    model: Model,
-    processor: Processor | None,
-    capacity: int,
-    params: PyTree,
-    rows: Rows,
-    cache: PyTree,
-    hidden_layers: tuple[int, ...] = (),
-) -> Step:
-    """One target pass over each row's last token, and the token after it; the cache holds all tokens before."""
+def step(model: Model, processor: Processor | None, capacity: int, params: PyTree, rows: Rows, cache: PyTree):
+    """One target pass over each row's last token, and the token after it: the rows and the cache after. The cache holds
+    all tokens of a row but the last, before and after."""
     block = model.init_block(params, rows.lengths.shape[0], 1)
-    out = model.apply(params, last_tokens(rows, 1), cache, block, hidden_layers=hidden_layers)
-    emitted = emit_one(model, processor, rows, out.logits[:, 0], capacity)
-    return Step(*emitted, out, model.commit(cache, out.block, emitted.moved.num_emitted, None))
+    out = model.apply(params, last_tokens(rows, 1), cache, block)
+    new = next_token(model, processor, rows, out.logits[:, 0], capacity)
+    cache = model.commit(cache, out.block, new.decision.num_emitted, None)
+    return append(rows, new.tokens, new.log_probs, new.decision), cache
 
 
-class Emitted(NamedTuple):
-    """What `emit_one` found."""
-
-    moved: Advance
-    log_probs: log_probs.LogProbs  # [B, 1] each
-
-
-def emit_one(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Emitted:
+def next_token(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Step:
     """One token from the target's own law: noise is addressed by position, so any verifier can find it again."""
     batch = rows.tokens.shape[0]
     logits = logits[:, None]
@@ -54,15 +40,15 @@ def emit_one(model: Model, processor: Processor | None, rows: Rows, logits: Arra
     processed = processing(rows, processor, model.vocab_size)(logits, nothing, unseen)
     token = sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), processed[:, 0], rows.sampling)[:, None]
     fault = fault_of(logits, processed, model.vocab_size)[:, 0]
-    scored = log_probs.of_tokens(logits, processed, token, model.vocab_size)
     is_sound = jnp.where(fault == Status.ACTIVE, 1, 0)
-    return Emitted(advance(rows, token, scored, is_sound, fault, capacity=capacity), scored)
+    scored = log_probs.of_tokens(logits, processed, token, model.vocab_size)
+    return Step(token, scored, decide(rows, token, is_sound, fault, capacity=capacity))
 
 
 def first_token(model: Model, processor: Processor | None, rows: Rows, logits: Array, capacity: int) -> Rows:
     """The token after the prompt; it is part of no round."""
-    moved = emit_one(model, processor, rows, logits, capacity).moved
-    return moved.rows._replace(rounds=rows.rounds)
+    new = next_token(model, processor, rows, logits, capacity)
+    return append(rows, new.tokens, new.log_probs, new.decision)._replace(rounds=rows.rounds)
 
 
 def fault_of(logits: Array, processed: Array, vocab_size: int) -> Array:

@@ -12,7 +12,7 @@ from specjax.branches import at_most_once, zeros_like
 from specjax.context import context_of
 from specjax.plain import first_token
 from specjax.prefill import prefill
-from specjax.rows import is_active, open_rows
+from specjax.rows import Decision, append, is_active, open_rows
 from specjax.settle import Settled, settle
 from specjax.sharding import constrain
 from specjax.types import Array, Controller, Draft, DraftPlan, Model, PyTree, Roles, Round, Rows, Stats
@@ -71,9 +71,11 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
     settled = _at_the_narrowest(roles, capacity, params, state, draft)
     info = settled.info
-    after = context_of(roles, settled.rows, settled.cache)
+    moved = append(rows, jnp.maximum(info.tokens, 0), info.log_probs, Decision(info.num_emitted, settled.status))
+    moved = constrain(roles.model.layout, moved, "rows")
+    after = context_of(roles, moved, settled.cache)
     next_state = State(
-        rows=settled.rows,
+        rows=moved,
         target_cache=settled.cache,
         drafter_state=drafter.commit(drafter_params, drafter_state, after, info),
         controller_state=controller.update(state.controller_state, info),
@@ -93,19 +95,19 @@ def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, state: State,
     narrower = () if draft.parents is not None else (size for size in roles.controller.buckets if size < widest)
     widths = [*narrower, widest]
 
-    def at(width: int) -> Callable[[Settled, Draft], Settled]:
-        return lambda found, draft: settle(roles, capacity, width, params, found.rows, found.cache, draft)
+    def at(width: int) -> Callable[[Settled, Rows, Draft], Settled]:
+        return lambda found, rows, draft: settle(roles, capacity, width, params, rows, found.cache, draft)
 
-    shape = zeros_like(
-        functools.partial(settle, roles, capacity, widest), params, state.rows, state.target_cache, draft
-    )
-    settled = Settled(state.rows, state.target_cache, shape.info)
+    # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
     if len(widths) == 1:
-        return at(widest)(settled, draft)
+        return settle(roles, capacity, widest, params, state.rows, state.target_cache, draft)
+    whole = functools.partial(settle, roles, capacity, widest, params)
+    shapes = zeros_like(whole, state.rows, state.target_cache, draft)
+    settled = Settled(state.target_cache, state.rows.status, shapes.info)
     needed = jnp.max(jnp.where(is_active(state.rows), draft.lengths, 0))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     for index, width in enumerate(widths):
-        settled = at_most_once(chosen == index, at(width), settled, draft)
+        settled = at_most_once(chosen == index, at(width), settled, state.rows, draft)
     return settled
 
 

@@ -13,12 +13,11 @@ from specjax.sampling import per_row
 from specjax.types import Array, LogProbs, Rows, Sampling, Status
 
 
-class Advance(NamedTuple):
-    """The rows after a round, and what each of them emitted."""
+class Decision(NamedTuple):
+    """What becomes of the rows in a round."""
 
-    rows: Rows
-    tokens: Array  # [B, W] int32, pad -1
     num_emitted: Array  # [B] int32
+    status: Array  # [B] int32, a `Status`
 
 
 def open_rows(
@@ -72,15 +71,12 @@ def is_active(rows: Rows) -> Array:
     return rows.status == Status.ACTIVE
 
 
-def advance(
-    rows: Rows, candidates: Array, log_probs: LogProbs, num_candidates: Array, fault: Array, *, capacity: int
-) -> Advance:
-    """Appends to each active row what it may emit of its candidates, and settles its status.
+def decide(rows: Rows, candidates: Array, num_candidates: Array, fault: Array, *, capacity: int) -> Decision:
+    """How many of its candidates each active row may emit, and what becomes of it.
 
     Args:
       rows: the rows before.
       candidates: [B, W] int32, the tokens to emit in order; entries from num_candidates on are arbitrary.
-      log_probs: [B, W] each, of the candidates.
       num_candidates: [B] int32 in 0..W.
       fault: [B] int32, the `Status` that ends the row after its last candidate; ACTIVE where nothing is wrong.
       capacity: the most tokens a row may hold, prompt included.
@@ -102,19 +98,24 @@ def advance(
     status = jnp.where(lengths >= capacity, Status.CACHE_FULL, status)
     status = jnp.where(lengths >= rows.limits, Status.LENGTH, status)
     status = jnp.where(num_emitted == until_stop, Status.STOPPED, status)
-    status = jnp.where(was_active, status, rows.status).astype(jnp.int32)
+    return Decision(num_emitted, jnp.where(was_active, status, rows.status).astype(jnp.int32))
+
+
+def append(rows: Rows, candidates: Array, log_probs: LogProbs, decision: Decision) -> Rows:
+    """The rows with as many of their candidates [B, W] and their log-probabilities [B, W] as was decided."""
+    width = candidates.shape[1]
 
     @jax.vmap  # by rows, which a mesh may cut: with row numbers as indices XLA would send the rows around
-    def append(text: Array, new: Array, start: Array) -> Array:
+    def write(text: Array, new: Array, start: Array) -> Array:
         at = start + jnp.arange(width)
         return text.at[at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
 
-    moved = rows._replace(
-        tokens=append(rows.tokens, candidates, rows.lengths),
-        lengths=lengths,
-        status=status,
-        rounds=rows.rounds + was_active.astype(jnp.int32),
-        log_probs=LogProbs(*(append(*both, rows.lengths) for both in zip(rows.log_probs, log_probs, strict=True))),
-        counts=None if rows.counts is None else count(rows.counts, candidates, num_emitted),
+    both = zip(rows.log_probs, log_probs, strict=True)
+    return rows._replace(
+        tokens=write(rows.tokens, candidates, rows.lengths),
+        lengths=rows.lengths + decision.num_emitted,
+        status=decision.status,
+        rounds=rows.rounds + is_active(rows).astype(jnp.int32),
+        log_probs=LogProbs(*(write(old, new, rows.lengths) for old, new in both)),
+        counts=None if rows.counts is None else count(rows.counts, candidates, decision.num_emitted),
     )
-    return Advance(moved, jnp.where(place < num_emitted[:, None], candidates, -1), num_emitted)

@@ -7,9 +7,12 @@ keep an arbitrary one).
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.tree_util import Partial
 
 from specjax import noise
 from specjax.processors import Before, adjust, without_padding
@@ -48,12 +51,21 @@ def per_row(sampling: Sampling, batch: int) -> RowSampling:
 def processing(rows: Rows, processor: Processor | None, vocab_size: int) -> Process:
     """The one path from logits to a law for these rows, for draft and target alike; see `types.Process`."""
 
-    def run(logits: Array, drafted: Array, visible: Array, depths: Array | None = None) -> Array:
-        depths = jnp.arange(drafted.shape[1])[None] if depths is None else depths
-        adjusted = adjust(logits, Before(rows, drafted, visible, depths), processor, vocab_size)
-        return process(adjusted, rows.sampling, vocab_size)
+    return Partial(functools.partial(_process_of, processor, vocab_size), rows)
 
-    return run
+
+def _process_of(
+    processor: Processor | None,
+    vocab_size: int,
+    rows: Rows,
+    logits: Array,
+    drafted: Array,
+    visible: Array,
+    depths: Array | None = None,
+) -> Array:
+    depths = jnp.arange(drafted.shape[1])[None] if depths is None else depths
+    adjusted = adjust(logits, Before(rows, drafted, visible, depths), processor, vocab_size)
+    return process(adjusted, rows.sampling, vocab_size)
 
 
 def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:

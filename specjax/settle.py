@@ -16,7 +16,7 @@ from specjax import log_probs, noise, plain, tree
 from specjax.context import context_of
 from specjax.noise import Role
 from specjax.plain import fault_of
-from specjax.rows import advance, is_active, last_tokens
+from specjax.rows import decide, is_active, last_tokens
 from specjax.sampling import sample
 from specjax.sharding import constrain
 from specjax.types import Array, Draft, LogProbs, PyTree, Roles, Round, Rows, Status, Target
@@ -24,28 +24,23 @@ from specjax.verify.prefix import at_tokens
 
 
 class Settled(NamedTuple):
-    """What the target made of a draft."""
+    """What the target made of a draft; the rows are as they were."""
 
-    rows: Rows
     cache: PyTree  # the target's
+    status: Array  # [B] int32, of each row after the round
     info: Round
 
 
 def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
     """Verifies the first `width` places of the draft, which hold all of it; 0 is a plain decoding step."""
-    longest = draft.tokens.shape[1]
+    rest = draft.tokens.shape[1] - width
     first = draft._replace(
         tokens=draft.tokens[:, :width],
         probs=None if draft.probs is None else draft.probs[:, :width],
         parents=None if draft.parents is None else draft.parents[..., :width],
     )
-    settled = (
-        _verify(roles, capacity, params, rows, cache, first)
-        if width
-        else _plainly(roles, capacity, params, rows, cache)
-    )
+    settled = (_verify if width else _plainly)(roles, capacity, params, rows, cache, first)
     info = settled.info
-    rest = longest - width
     return settled._replace(
         info=info._replace(
             tokens=_pad(info.tokens, rest, -1),
@@ -58,27 +53,25 @@ def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, 
     )
 
 
-def _plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree) -> Settled:
-    model, drafter = roles.model, roles.drafter
-    step = plain.step(model, roles.processor, capacity, params, rows, cache, drafter.hidden_layers)
-    moved = step.moved
-    none, nothing = jnp.zeros_like(moved.num_emitted), jnp.zeros((rows.lengths.shape[0], 0), jnp.int32)
-    unscored = nothing.astype(jnp.float32)
-    return Settled(
-        constrain(model.layout, moved.rows, "rows"),
-        step.cache,
-        Round(
-            tokens=moved.tokens,
-            num_emitted=moved.num_emitted,
-            num_accepted=none,
-            draft_tokens=nothing,
-            draft_lengths=none,
-            draft_probs=unscored,
-            target_log_probs=LogProbs(unscored, unscored),
-            log_probs=step.log_probs,
-            hidden=step.out.hidden,
-        ),
+def _plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
+    model = roles.model
+    block = model.init_block(params, rows.lengths.shape[0], 1)
+    out = model.apply(params, last_tokens(rows, 1), cache, block, hidden_layers=roles.drafter.hidden_layers)
+    new = plain.next_token(model, roles.processor, rows, out.logits[:, 0], capacity)
+    num_emitted = new.decision.num_emitted
+    nothing = jnp.zeros(draft.tokens.shape, jnp.float32)
+    info = Round(
+        tokens=jnp.where(num_emitted[:, None] > 0, new.tokens, -1),
+        num_emitted=num_emitted,
+        num_accepted=jnp.zeros_like(num_emitted),
+        draft_tokens=draft.tokens,
+        draft_lengths=jnp.zeros_like(num_emitted),
+        draft_probs=nothing,
+        target_log_probs=LogProbs(nothing, nothing),
+        log_probs=new.log_probs,
+        hidden=out.hidden,
     )
+    return Settled(model.commit(cache, out.block, num_emitted, None), new.decision.status, info)
 
 
 def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
@@ -120,34 +113,30 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         jnp.pad(drafted, ((0, 0), (0, 1))),
     )
     scored = log_probs.of_tokens(logits, processed, candidates, model.vocab_size)
-    moved = advance(
+    decision = decide(
         rows,
         candidates,
-        scored,
         num_accepted + jnp.where(ends, 0, 1),
         jnp.where(ends, jnp.take_along_axis(fault, num_accepted[:, None], 1)[:, 0], Status.ACTIVE),
         capacity=capacity,
     )
+    num_emitted = decision.num_emitted
 
     block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
-    place = jnp.arange(width)[None]
     lengths = jnp.where(is_active(rows), draft.lengths, 0)
-    return Settled(
-        constrain(model.layout, moved.rows, "rows"),
-        model.commit(cache, out.block, moved.num_emitted, block_path),
-        Round(
-            tokens=moved.tokens,
-            num_emitted=moved.num_emitted,
-            num_accepted=jnp.minimum(num_accepted, moved.num_emitted),
-            draft_tokens=jnp.where(place < lengths[:, None], draft.tokens, -1),
-            draft_lengths=lengths,
-            draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(draft.probs, draft.tokens),
-            target_log_probs=target_log_probs,
-            log_probs=scored,
-            hidden=out.hidden,
-            path=path,
-        ),
+    info = Round(
+        tokens=jnp.where(jnp.arange(candidates.shape[1])[None] < num_emitted[:, None], candidates, -1),
+        num_emitted=num_emitted,
+        num_accepted=jnp.minimum(num_accepted, num_emitted),
+        draft_tokens=jnp.where(jnp.arange(width)[None] < lengths[:, None], draft.tokens, -1),
+        draft_lengths=lengths,
+        draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(draft.probs, draft.tokens),
+        target_log_probs=target_log_probs,
+        log_probs=scored,
+        hidden=out.hidden,
+        path=path,
     )
+    return Settled(model.commit(cache, out.block, num_emitted, block_path), decision.status, info)
 
 
 def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) -> Array:

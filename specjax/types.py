@@ -133,7 +133,7 @@ class Process(Protocol):
 
 
 class Context(NamedTuple):
-    """What a drafter or a verifier may look at in a round. Read-only."""
+    """What a drafter or a verifier may look at in a round. Read-only; a pytree, functions included."""
 
     rows: Rows  # text, lengths, keys and settings of each row
     target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)

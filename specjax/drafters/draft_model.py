@@ -77,7 +77,7 @@ def _draft_model(model: Model) -> Drafter:
             drafts = jnp.asarray(plan.steps > 0)
             state = _catch_up(model, params, state, rows, drafts, plan.longest + 1)
 
-        def add(drafted: _Drafted, index: Array | int, out: Output) -> _Drafted:
+        def add(context: Context, drafted: _Drafted, index: Array | int, out: Output) -> _Drafted:
             drawn = draw(context, out.logits[:, 0], drafted.tokens, index)
             return _Drafted(
                 lax.dynamic_update_slice_in_dim(drafted.tokens, drawn.token[:, None], index, 1),
@@ -86,14 +86,14 @@ def _draft_model(model: Model) -> Drafter:
                 drafted.goes_on if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
             )
 
-        def first(drafted: _Drafted, rows: Rows) -> _Drafted:
+        def first(drafted: _Drafted, context: Context) -> _Drafted:
             second = jnp.ones((batch, 1), jnp.int32)
-            out = model.apply(params, last_tokens(rows, 2), state.cache, drafted.block, logits_at=second)
-            return add(drafted, 0, out)
+            out = model.apply(params, last_tokens(context.rows, 2), state.cache, drafted.block, logits_at=second)
+            return add(context, drafted, 0, out)
 
         def step(index: Array, drafted: _Drafted) -> _Drafted:
             previous = lax.dynamic_slice_in_dim(drafted.tokens, index - 1, 1, 1)
-            return add(drafted, index, model.apply(params, previous, state.cache, drafted.block))
+            return add(context, drafted, index, model.apply(params, previous, state.cache, drafted.block))
 
         drafted = _Drafted(
             jnp.zeros((batch, plan.longest), jnp.int32),
@@ -101,7 +101,7 @@ def _draft_model(model: Model) -> Drafter:
             model.init_block(params, batch, plan.longest + 1),
             jnp.ones((batch,), bool),
         )
-        drafted, lengths = at_most_once(drafts, first, drafted, rows), plan.lengths
+        drafted, lengths = at_most_once(drafts, first, drafted, context._replace(target_cache=None)), plan.lengths
         if plan.keep_drafting is None:
             drafted = lax.fori_loop(1, plan.steps, step, drafted)
         else:
