@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from specjax import limits, report, speed, text
+from specjax import contest, limits, report, speed, text
 from specjax.machine import Machine, this_machine
 from specjax.pair import load_pair
 from specjax.passes import time_pass
@@ -100,7 +100,7 @@ def main(
         said["parts"][name] = {**_part(task, task.config(name), machine), "transformers": peers[name]}
         _show(name, said["parts"][name], task, machine)
         _write(json_file, said)
-    setting = speed.Setting(
+    setting = contest.Setting(
         tuple(sorted({min(5, draft_len), draft_len})),
         prompts=1 if rehearse else 8,
         max_new_tokens=max(128, 4 * (draft_len + 1)),
@@ -108,7 +108,7 @@ def main(
     )
     found = speed.measure(load_pair(None, None, None, None), setting, lambda what: contextlib.nullcontext())
     report.Display(plain=False, silent=False).speed(found)
-    said["shipped pair"] = report.speed_as_json(found)
+    said["shipped pair"] = report.speed_as_json([found])
     _write(json_file, said)
 
 
@@ -125,10 +125,10 @@ def _part(task: Task, config: dict[str, Any], machine: Machine) -> dict[str, Any
         "synthetic drafter, a small model's cost": _speculative(task, model, params, draft, draft_params),
     }
     outputs = {name: run(task.max_new_tokens, prompts).new_tokens() for name, run in runs.items()}  # compiles
-    timed: dict[str, list[speed.Timed]] = {name: [] for name in runs}
+    timed: dict[str, list[contest.Timed]] = {name: [] for name in runs}
     for _ in range(task.repeats):
         for name, run in runs.items():
-            timed[name].append(speed.time_generations(run, [prompts], task.max_new_tokens))
+            timed[name].append(contest.time_generations(run, [prompts], task.max_new_tokens))
     live = task.context + 5 * task.max_new_tokens / 8
     options = {"batch": task.batch, "live": live}
     least = limits.seconds(limits.step(model, params, **options), machine)

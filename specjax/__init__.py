@@ -1,6 +1,7 @@
 """specjax: exact speculative decoding for JAX models, one XLA program on TPU, GPU and CPU."""
 
 from specjax import controllers, costs, drafters, stats, trace, verify, viewer
+from specjax.calibration import calibrate
 from specjax.decode import autoregressive, generate
 from specjax.profiling import profile
 from specjax.stream import Chunk, LogProb, Origin, stream
@@ -50,6 +51,7 @@ __all__ = [
     "Verdict",
     "Verifier",
     "autoregressive",
+    "calibrate",
     "controllers",
     "costs",
     "drafters",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ from specjax import (
     Sampling,
     __version__,
     complaints,
+    contest,
     doctor,
     doctor_report,
     environment,
@@ -27,48 +27,12 @@ from specjax import (
     speed,
     viewer,
 )
+from specjax import plot as picture
+from specjax.options import EXACTNESS, SPEED, Cache, Check, Draft, Dtype, Json, Model, Part, Rule, Tokenizer, Verbose
 from specjax.pair import in_int8, load_pair
+from specjax.policy import Policy
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
-
-
-class Rule(enum.StrEnum):
-    """The verifiers, by the names of their makers; the lossy ones do not follow the target's law."""
-
-    rejection = "rejection"
-    block = "block"
-    coupled = "coupled"
-    greedy = "greedy"
-    typical_lossy = "typical-lossy"
-    top_k_lossy = "top-k-lossy"
-
-
-class Check(enum.StrEnum):
-    """What `bench --verify` verifies."""
-
-    exactness = "exactness"
-
-
-class Part(enum.StrEnum):
-    """What can be kept in int8."""
-
-    target = "target"
-    draft = "draft"
-
-
-Model = Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")]
-Draft = Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")]
-Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
-Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
-Verbose = Annotated[
-    int,
-    typer.Option(
-        "--verbose", "-v", count=True, show_default=False, metavar="", help="Log what is loaded and traced; -vv: more."
-    ),
-]
-_SPEED, _EXACTNESS = "Speed", "Exactness"  # panels of bench's help
 
 
 def main() -> None:
@@ -103,7 +67,10 @@ def generate(
     draft: Draft = None,
     tokenizer: Tokenizer = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
-    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 5,
+    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round, at most.")] = 5,
+    controller: Annotated[
+        Policy, typer.Option(help="Who chooses how many, up to K; throughput measures this machine first.")
+    ] = Policy.fixed,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="In (0, 1]; 1 keeps all.")] = 1.0,
     top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
@@ -139,7 +106,8 @@ def generate(
     if cache:
         environment.keep_programs()
     task = runner.Task(
-        model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, max_new_tokens=max_new_tokens,
+        model=model, draft=draft, tokenizer=tokenizer, dtype=dtype, draft_len=draft_len, controller=controller,
+        max_new_tokens=max_new_tokens, kept_in=_profiles(cache),
         sampling=Sampling(
             temperature, top_k, top_p, min_p, repetition_penalty=repetition_penalty,
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, min_new_tokens=min_new_tokens,
@@ -170,20 +138,31 @@ def bench(
     dtype: Dtype = None,
     int8: Annotated[list[Part], typer.Option(help="Keep its matrices in int8; may be given for both.")] = [],  # noqa: B006
     draft_len: Annotated[
-        list[int], typer.Option(min=1, help="K; may be given several times.", rich_help_panel=_SPEED)
+        list[int], typer.Option(min=1, help="K; may be given several times.", rich_help_panel=SPEED)
     ] = [5],  # noqa: B006
-    batch: Annotated[int, typer.Option(min=1, help="Rows at once.", rich_help_panel=_SPEED)] = 1,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.", rich_help_panel=_SPEED)] = 8,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.", rich_help_panel=_SPEED)] = 64,
+    controller: Annotated[
+        list[Policy],
+        typer.Option(
+            help="Measure it beside each K, with the largest; may be given several times.", rich_help_panel=SPEED
+        ),
+    ] = [],  # noqa: B006
+    batch: Annotated[
+        list[int], typer.Option(min=1, help="Rows at once; may be given several times.", rich_help_panel=SPEED)
+    ] = [1],  # noqa: B006
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw speed-up against K and batch into this PNG.", rich_help_panel=SPEED)
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.", rich_help_panel=SPEED)] = 8,
+    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.", rich_help_panel=SPEED)] = 64,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate per row.", rich_help_panel=_SPEED)
+        int, typer.Option(min=1, help="Tokens to generate per row.", rich_help_panel=SPEED)
     ] = 128,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Paired repetitions; medians are shown.", rich_help_panel=_SPEED)
+        int, typer.Option(min=1, help="Paired repetitions; medians are shown.", rich_help_panel=SPEED)
     ] = 5,
-    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.", rich_help_panel=_SPEED)] = 0.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.", rich_help_panel=SPEED)] = 0.0,
     samples: Annotated[
-        int, typer.Option(min=1000, help="Sequences of each chi-square test.", rich_help_panel=_EXACTNESS)
+        int, typer.Option(min=1000, help="Sequences of each chi-square test.", rich_help_panel=EXACTNESS)
     ] = 20_000,
     json_output: Json = False,
     cache: Cache = True,
@@ -195,6 +174,8 @@ def bench(
     that can be enumerated, the contracts of both models and of the drafter, then speculation against plain decoding,
     token for token, where near-ties that bfloat16 turns the other way are counted.
     """
+    if plot is not None:
+        picture.check(plot)
     environment.quiet_platform()
     if cache:
         environment.keep_programs()
@@ -203,12 +184,20 @@ def bench(
     with display.busy("loading the models"):
         pair = in_int8(load_pair(model, draft, tokenizer, dtype), int8)
     if verify is None:
-        setting = speed.Setting(tuple(draft_len), batch, prompts, context, max_new_tokens, repeats, temperature)
-        found = speed.measure(pair, setting, display.busy)
+        chosen = tuple(policy for policy in controller if policy is not Policy.fixed)
+        found = []
+        for rows in batch:
+            setting = contest.Setting(
+                tuple(draft_len), chosen, rows, prompts, context, max_new_tokens, repeats, temperature
+            )
+            found.append(speed.measure(pair, setting, display.busy, kept_in=_profiles(cache)))
+            if not json_output:
+                display.speed(found[-1])
         if json_output:
             typer.echo(json.dumps(report.speed_as_json(found)))
-        else:
-            display.speed(found)
+        if plot is not None:
+            picture.save(found, plot)
+            typer.echo(f"plot: {plot}", err=True)
         return
     findings = []
     for name, run in exactness.suite(pair, samples):
@@ -303,6 +292,11 @@ def examine(
         display.show(doctor_report.result(result.check))
     if not result.is_healthy:
         raise typer.Exit(1)
+
+
+def _profiles(cache: bool) -> Path | None:
+    """Where profiles of this machine are kept."""
+    return environment.cache_folder().parent / "profiles" if cache else None
 
 
 def _axes(mesh: str | None) -> dict[str, int] | None:

@@ -29,6 +29,7 @@ _log = logging.getLogger(__name__)
 
 _TOKENS = 48  # emitted at most in a timed loop of n rounds: the context stays near the one that is asked for
 _FEWEST, _MOST = 4, 16  # rounds of such a loop
+_SUSTAINED, _MOST_CALLS = 0.12, 20  # seconds that such loops last together, and how many they are at most
 _IDLE = 16  # rounds without a draft, before the one that catches up
 
 Busy = Callable[[str], AbstractContextManager[Any]]
@@ -46,7 +47,7 @@ def profile(
     buckets: Sequence[int] | None = None,
     sampling: Sampling = Sampling(),
     verifier: Verifier | None = None,
-    repeats: int = 15,
+    repeats: int = 9,
     cache: str | Path | None = None,
     busy: Busy | None = None,
 ) -> Profile:
@@ -219,14 +220,20 @@ class _Bench:
         return Costs(self.batch, context, plain, tuple(rounds), drafts, late / _IDLE)
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
-        """Of one turn: what a loop of 2n takes longer than one of n, over n; after a few that bring its data near."""
-        taken = []
-        jax.block_until_ready(self._call(run, state, _FEWEST))
-        for turns in (count, 2 * count):
-            begin = time.perf_counter()
-            jax.block_until_ready(self._call(run, state, turns))
-            taken.append(time.perf_counter() - begin)
-        return max(taken[1] - taken[0], 1e-9) / count
+        """Of one turn: what loops of 2n take longer than as many of n, over n; after one that brings its data near.
+
+        Loops are repeated until they last as long as a generation does: a machine runs faster for a moment.
+        """
+        once = self._time(run, state, count, 1)
+        calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
+        short, long = (self._time(run, state, turns, calls) for turns in (count, 2 * count))
+        return max(long - short, 1e-9) / (calls * count)
+
+    def _time(self, run: Callable[..., Any], state: State, count: int, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(self._call(run, state, count))
+        return time.perf_counter() - begin
 
     def _call(self, run: Callable[..., Any], state: State, count: int) -> Any:
         return run(self.roles, self.capacity, self.params, self.drafter_params, state, jnp.int32(count))

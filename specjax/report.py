@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -107,7 +107,7 @@ class Display:
     def speed(self, found: Speed) -> None:
         """What was measured, to standard output."""
         setting, machine = found.setting, found.machine
-        names = ["plain decoding" if line.draft_len is None else f"K = {line.draft_len}" for line in found.lines]
+        names = [_way(line) for line in found.lines]
         rows = f"{setting.prompts} prompts, {setting.batch} at once"
         title = f"{machine.name}, {found.dtype}, {rows}, temperature {setting.temperature:g}"
         table = Table("", *names, title=title)
@@ -173,19 +173,27 @@ def findings_as_json(findings: list[Finding], pair: Pair) -> dict[str, Any]:
 
 
 _SPEED_ROWS = (
-    "time of a step, a round", "tokens a round", "acceptance", "tokens/s", "speed-up", "tokens/s, whole calls",
-    "speed-up, whole calls", "moved a step, a round", "computed", "limit", "measured / limit",
+    "time of a step, a round", "tokens a round", "acceptance", "by position", "places used", "rounds by length",
+    "tokens/s", "speed-up", "predicted", "drafting, verifying", "tokens/s, whole calls", "speed-up, whole calls",
+    "moved a step, a round", "computed", "limit", "measured / limit",
 )  # fmt: skip
 
 
 def _speed_cells(line: Line) -> list[str]:
-    speculates = line.acceptance is not None
+    speculates = line.controller is not None
+    total, split = sum(line.draft_lengths), line.time_split
+    shares = [f"{place}: {count / total:.0%}" for place, count in enumerate(line.draft_lengths) if count]
     return [
         f"{1e3 * line.seconds:.2f} ms",
         f"{line.tokens_per_pass:.2f}" if speculates else "",
-        f"{line.acceptance:.0%}" if speculates else "",
+        _percent(line.acceptance),
+        " ".join(_percent(share) or "-" for share in line.acceptance_by_position),
+        _percent(line.draft_utilisation),
+        "\n".join(shares),
         f"{line.tokens_per_second:.0f}",
         f"{line.speedup:.2f}",
+        "" if line.predicted_speedup is None else f"{line.predicted_speedup:.2f}",
+        "" if split is None else f"{1e3 * split['drafting']:.2f}, {1e3 * split['verification']:.2f} ms",
         f"{line.call_tokens_per_second:.0f}",
         f"{line.call_speedup:.2f}",
         f"{line.work.bytes / 1e6:.4g} MB",
@@ -195,20 +203,31 @@ def _speed_cells(line: Line) -> list[str]:
     ]
 
 
-def speed_as_json(found: Speed) -> dict[str, Any]:
-    """The speed measurement as plain data, in seconds, bytes and floating-point operations."""
+def _way(line: Line) -> str:
+    if line.controller == "fixed":
+        return f"K = {line.draft_len}"
+    return "plain decoding" if line.controller is None else f"{line.controller}, K <= {line.draft_len}"
+
+
+def speed_as_json(found: Sequence[Speed]) -> dict[str, Any]:
+    """Speed measurements as plain data, in seconds, bytes and floating-point operations; one for each batch size."""
     lines = []
-    for line in found.lines:
+    for line in (line for speed in found for line in speed.lines):
         work = {"bytes": line.work.bytes, "flops": line.work.flops}
         lines.append({**line._asdict(), "work": work, "measured_over_limit": line.seconds / line.limit_seconds})
     return {
         "lines": lines,
-        "setting": found.setting._asdict(),
-        "machine": found.machine._asdict(),
-        "live_tokens": found.live,
-        "dtype": found.dtype,
+        "setting": found[0].setting._asdict(),
+        "batches": [speed.setting.batch for speed in found],
+        "machine": found[0].machine._asdict(),
+        "live_tokens": found[0].live,
+        "dtype": found[0].dtype,
         "jax": jax.__version__,
     }
+
+
+def _percent(share: float | None) -> str:
+    return "" if share is None else f"{share:.0%}"
 
 
 def _dtype(pair: Pair) -> str:
@@ -232,7 +251,9 @@ def as_json(summary: Summary) -> dict[str, Any]:
     return {
         "results": rows,
         "draft_len": summary.draft_len,
+        "controller": summary.controller,
         **numbers,
+        "draft_lengths": stats.draft_lengths(summary.stats).tolist(),
         "acceptance_by_position": [
             None if math.isnan(share) else share for share in stats.acceptance_by_position(summary.stats).tolist()
         ],
@@ -251,6 +272,8 @@ def _rates(summary: Summary) -> dict[str, float | None]:
         "plain_tokens_per_second": plain,
         "speedup": speculative / plain if speculative and plain else None,
         "predicted_speedup": predicted_speedup(summary),
+        "profiled_speedup": summary.profiled_speedup,
+        "draft_utilisation": stats.draft_utilisation(summary.stats),
         "acceptance_rate": stats.acceptance_rate(summary.stats),
         "tokens_per_round": stats.tokens_per_round(summary.stats),
     }
@@ -277,10 +300,16 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     if drafted:
         lines.append(("acceptance", f"{show('acceptance_rate', '.0%')} ({accepted} of {drafted} drafted tokens)"))
     lines.append(("tokens per round", f"{show('tokens_per_round', '.2f')} of at most {summary.draft_len + 1}"))
+    if summary.controller != "fixed":
+        counts = stats.draft_lengths(summary.stats)
+        shares = ", ".join(f"{size} in {count / counts.sum():.0%}" for size, count in enumerate(counts) if count)
+        lines.append(("tokens drafted", f"{shares} of the rounds ({summary.controller})"))
     if summary.interrupted:
         lines.append(("interrupted", "what was generated until then is shown"))
     return lines
 
 
 def _prediction(summary: Summary, show) -> str:
+    if summary.profiled_speedup is not None:
+        return f"{show('profiled_speedup', '.2f')}x predicted by the profile of this machine, prompts left out"
     return f"{show('predicted_speedup', '.2f')}x predicted where a pass costs what it reads (an accelerator, few rows)"

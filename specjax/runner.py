@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from specjax import controllers, drafters, stats, text, trace, verify
+from specjax import drafters, stats, text, trace, verify
 from specjax.decode import autoregressive
 from specjax.pair import Pair, load_pair
+from specjax.policy import Policy, choose
 from specjax.stream import Chunk, stream
 from specjax.trace import Setting, Trace, TracedRow
-from specjax.types import Generation, Sampling, Stats, Status
+from specjax.types import Controller, Generation, Sampling, Stats, Status
 
 CAPACITY_STEP = 128
 
@@ -28,12 +31,14 @@ class Task(NamedTuple):
     tokenizer: str | None
     dtype: str | None
     draft_len: int
+    controller: Policy
     max_new_tokens: int
     sampling: Sampling
     verifier: str  # its maker's name in `specjax.verify`
     seed: int
     batch: int
     baseline: bool
+    kept_in: Path | None = None  # a folder for profiles; None measures anew
 
 
 class Row(NamedTuple):
@@ -52,11 +57,13 @@ class Summary(NamedTuple):
     rows: list[Row]
     stats: Stats  # all rows, NumPy
     draft_len: int
+    controller: str
     seconds: float  # with speculation, compilation not counted
     baseline_seconds: float | None  # plain decoding of the same prompts
     baseline_tokens: int
     same_tokens: bool | None  # greedy only: whether both gave the same tokens
     draft_cost: float  # bytes of the draft's parameters over those of the target's
+    profiled_speedup: float | None  # what the profile predicts, for controllers that have one
     device: str
     interrupted: bool
 
@@ -97,14 +104,23 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
             f"{trained}: past that its text is worth little."
         )
     size = min(task.batch, len(texts))
+    chosen = choose(
+        task.controller, pair, task.draft_len, batch=size,
+        context=int(prompts.lengths.mean()) + task.max_new_tokens // 2, sampling=task.sampling,
+        verifier=getattr(verify, task.verifier)(), kept_in=task.kept_in, busy=display.busy,
+    )  # fmt: skip
+    expected: list[float] = []
     for start in range(0, len(texts), size):
-        batch = _Batch(task, pair, prompts, start, size)
+        batch = _Batch(task, pair, chosen.controller, prompts, start, size)
         with display.busy("compiling the speculative loop (once per shape)"):
             batch.warm_up()
         began = time.perf_counter()
         part, interrupted = _stream(batch, texts[start : start + size], rows, display)
         seconds += time.perf_counter() - began
         parts.append(part)
+        if chosen.profile is not None and batch.chunks:
+            context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
+            expected.append(stats.profiled_speedup(batch.chunks[-1].stats, chosen.profile, context=context))
         if keep is not None:
             traced += batch.traced()
             keep(Trace(traced, _settings(task, pair, sum(len(row.tokens) for row in rows), seconds)))
@@ -123,11 +139,13 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         rows=rows,
         stats=total,
         draft_len=task.draft_len,
+        controller=task.controller.value,
         seconds=seconds,
         baseline_seconds=baseline_seconds if measured else None,
         baseline_tokens=sum(map(len, plain)),
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
+        profiled_speedup=statistics.mean(expected) if expected else None,
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )
@@ -150,6 +168,7 @@ def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[s
         "draft": task.draft or "shipped",
         "dtype": ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(pair.target.params)})),
         "K": task.draft_len,
+        "controller": task.controller.value,
         "verifier": task.verifier,
         **{"temperature": 0, **sampling},
         "seed": task.seed,
@@ -165,8 +184,8 @@ def _pace(num_tokens: int, seconds: float) -> str:
 class _Batch:
     """One batch of prompts, ready to be generated in several ways."""
 
-    def __init__(self, task: Task, pair: Pair, prompts: text.Prompts, start: int, size: int):
-        self.task, self.pair = task, pair
+    def __init__(self, task: Task, pair: Pair, controller: Controller, prompts: text.Prompts, start: int, size: int):
+        self.task, self.pair, self.controller = task, pair, controller
         chosen = np.arange(start, start + size) % len(prompts.lengths)
         self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
         self.count = min(size, len(prompts.lengths) - start)
@@ -185,7 +204,7 @@ class _Batch:
         rule = getattr(verify, self.task.verifier)()
         return stream(
             pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-            *self.prompts, verifier=rule, controller=controllers.fixed(self.task.draft_len),
+            *self.prompts, verifier=rule, controller=self.controller,
             max_new_tokens=self._limits(limit),
             **self.options,
         )  # fmt: skip

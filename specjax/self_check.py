@@ -12,16 +12,18 @@ from typing import Any, NamedTuple, TypeAlias
 import jax
 import jax.numpy as jnp
 
-from specjax import controllers, drafters, passes, speed, testing
+from specjax import controllers, drafters, passes, testing
+from specjax.contest import SHORTER, Contest, Setting, compile_all, paired_ratio, prepare, time_all
 from specjax.decode import generate
 from specjax.exactness import Finding
 from specjax.pair import Pair
+from specjax.speed import floating_dtype
 from specjax.types import Sampling
 
 Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 
 DRAFT_LEN = 3
-SETTING = speed.Setting(draft_lens=(DRAFT_LEN,), prompts=3, max_new_tokens=96, repeats=5)
+SETTING = Setting(draft_lens=(DRAFT_LEN,), prompts=3, max_new_tokens=96, repeats=5)
 _SECONDS, _LEAST = 3.5, 3  # for all repetitions: a slow machine gets fewer of them, but not fewer than 3
 _SAMPLES, _LENGTH, _PROMPT = 20_000, 4, [1, 2]
 _FALSE_ALARM = 1e-6
@@ -89,7 +91,7 @@ class _Clock:
         return time.perf_counter() - self.began - self.compiling
 
 
-def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
+def run(pair: Pair, busy: Busy, setting: Setting = SETTING) -> SelfCheck:
     """Checks that speculation changes nothing, then measures what it brings.
 
     Args:
@@ -99,7 +101,7 @@ def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
     """
     clock = _Clock(busy)
     wide = _in_float32(pair)
-    contest = speed.prepare(wide, setting)
+    contest = prepare(wide, setting)
     findings = [
         _finding("greedy speculation against plain decoding, float32", lambda: _same_tokens(wide, contest, clock)),
         _finding("sampled speculation against its exact law", lambda: _same_law(clock)),
@@ -107,7 +109,7 @@ def run(pair: Pair, busy: Busy, setting: speed.Setting = SETTING) -> SelfCheck:
     paces: list[Pace] = []
 
     def measure() -> str:
-        pace = _pace(pair, contest if wide is pair else speed.prepare(pair, setting), clock)
+        pace = _pace(pair, contest if wide is pair else prepare(pair, setting), clock)
         if min(pace.round_cost, pace.pass_cost) <= 0:
             return "times differ so much that they say nothing: is the machine busy?"
         paces.append(pace)
@@ -165,7 +167,7 @@ def _finding(check: str, run: Callable[[], str]) -> Finding:
 
 def _in_float32(pair: Pair) -> Pair:
     """Where nothing may differ: in bfloat16 near-ties may. The pair itself where it is in float32 already."""
-    if speed.floating_dtype(pair) == jnp.float32:
+    if floating_dtype(pair) == jnp.float32:
         return pair
 
     def widened(loaded):
@@ -174,13 +176,13 @@ def _in_float32(pair: Pair) -> Pair:
     return pair._replace(target=widened(pair.target), draft=widened(pair.draft))
 
 
-def _same_tokens(pair: Pair, contest: speed.Contest, clock: _Clock) -> str:
+def _same_tokens(pair: Pair, contest: Contest, clock: _Clock) -> str:
     with clock.compile("plain decoding and speculation"):
-        speed.compile_all(contest, clock.busy)
+        compile_all(contest, clock.busy)
     began = time.perf_counter()
     limit = contest.setting.max_new_tokens
     texts = [[run(limit, prompts).new_tokens() for run in contest.runs.values()] for prompts in contest.prompts]
-    clock.repetition = (1 + 1 / speed.SHORTER) * (time.perf_counter() - began)
+    clock.repetition = (1 + 1 / SHORTER) * (time.perf_counter() - began)
     count = ties = 0
     for prompts, (plain, ours) in zip(contest.prompts, texts, strict=True):
         for prompt, length, wanted, got in zip(*prompts, plain, ours, strict=True):
@@ -229,15 +231,15 @@ def _same_law(clock: _Clock) -> str:
     return f"{_SAMPLES:,} texts of {_LENGTH} tokens (chi-square, false alarms at most {_FALSE_ALARM:g})"
 
 
-def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
+def _pace(pair: Pair, contest: Contest, clock: _Clock) -> Pace:
     target, (draft_len,) = pair.target, contest.setting.draft_lens
     widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": contest.setting.context, "passes": 16}
     with clock.compile("what is timed"):
-        speed.compile_all(contest, clock.busy)
+        compile_all(contest, clock.busy)
         passes.time_passes(target.model, target.params, **widths, repeats=0)
     most = contest.setting.repeats
     repeats = min(most, max(_LEAST, int(_SECONDS / clock.repetition)))
-    timed = speed.time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
+    timed = time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
     with clock.busy("measuring single passes"):
         one, several = passes.time_passes(target.model, target.params, **widths, repeats=5)
     plain, ours = timed[None], timed[draft_len]
@@ -245,10 +247,10 @@ def _pace(pair: Pair, contest: speed.Contest, clock: _Clock) -> Pace:
         draft_len=draft_len,
         step_seconds=statistics.median(run.seconds for run in plain),
         round_seconds=statistics.median(run.seconds for run in ours),
-        round_cost=speed.paired_ratio(ours, plain),
+        round_cost=paired_ratio(ours, plain),
         pass_cost=statistics.median(b / a for a, b in zip(one, several, strict=True)),
         tokens_per_round=ours[0].tokens_per_pass,
         acceptance=ours[0].acceptance,
         speedups=[ours[0].tokens_per_pass * a.seconds / b.seconds for a, b in zip(plain, ours, strict=True)],
-        dtype=str(speed.floating_dtype(pair)),
+        dtype=str(floating_dtype(pair)),
     )

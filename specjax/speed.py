@@ -2,53 +2,44 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
-import re
+import math
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, TypeAlias
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import controllers, drafters, limits, stats, text
-from specjax.decode import autoregressive, generate
+from specjax import limits, stats
+from specjax.contest import (
+    SHORTER,
+    Contest,
+    Setting,
+    Timed,
+    Way,
+    compile_all,
+    paired_ratio,
+    prepare,
+    time_all,
+    together,
+)
+from specjax.costs import Profile
 from specjax.limits import Work
 from specjax.machine import Machine, this_machine
 from specjax.pair import Pair
-from specjax.types import Generation, Sampling, Stats
-
-# Real text that every machine has, in a language that the shipped pair knows, and none that it was trained on.
-_MODULES = (
-    "argparse", "tarfile", "inspect", "subprocess", "pickle", "socket", "zipfile", "doctest", "difflib", "logging",
-    "threading", "mailbox",
-)  # fmt: skip
-SHORTER = 4  # the short generation is a quarter of the long one
-
-
-Run: TypeAlias = Callable[[int, text.Prompts], Generation]  # (tokens to generate, one batch)
-
-
-class Setting(NamedTuple):
-    """The arguments of one measurement."""
-
-    draft_lens: tuple[int, ...] = (5,)
-    batch: int = 1
-    prompts: int = 8  # in all; rounded up to whole batches
-    context: int = 64  # tokens of each prompt
-    max_new_tokens: int = 128
-    repeats: int = 5
-    temperature: float = 0.0
+from specjax.policy import Policy
+from specjax.types import Stats
 
 
 class Line(NamedTuple):
     """One way to decode."""
 
-    draft_len: int | None  # None is plain decoding
+    draft_len: int | None  # K; None is plain decoding
+    controller: str | None  # None is plain decoding
+    batch: int
     seconds: float  # of one step or round, less prefill and the call
     tokens_per_pass: float  # emitted by each row in one step or round
     acceptance: float | None  # accepted over drafted tokens
@@ -58,23 +49,11 @@ class Line(NamedTuple):
     call_speedup: float
     work: Work  # of one step or round
     limit_seconds: float  # what the machine needs at least for that work
-
-
-class Timed(NamedTuple):
-    """What one repetition took."""
-
-    seconds: float  # of one step or round
-    tokens_per_pass: float
-    acceptance: float  # NaN where nothing was drafted
-    call_seconds: float  # of the long generation, whole
-
-
-class Contest(NamedTuple):
-    """The ways to decode, and what all of them are given."""
-
-    runs: dict[int | None, Run]  # by draft length; None is plain decoding
-    prompts: list[text.Prompts]
-    setting: Setting
+    draft_lengths: list[int]  # rounds that drafted 0, 1, ..., K tokens for a row
+    draft_utilisation: float | None  # accepted tokens over the places for draft tokens that were paid for
+    acceptance_by_position: list[float | None]
+    predicted_speedup: float | None  # by the profile
+    time_split: dict[str, float] | None  # seconds of a round by the profile: drafting, verification, plain
 
 
 class Speed(NamedTuple):
@@ -88,7 +67,11 @@ class Speed(NamedTuple):
 
 
 def measure(
-    pair: Pair, setting: Setting, busy: Callable[[str], AbstractContextManager[Any]], machine: Machine | None = None
+    pair: Pair,
+    setting: Setting,
+    busy: Callable[[str], AbstractContextManager[Any]],
+    machine: Machine | None = None,
+    kept_in: Path | None = None,
 ) -> Speed:
     """Plain decoding and speculation for each K, in turn and on the same prompts, `setting.repeats` times.
 
@@ -101,11 +84,12 @@ def measure(
       setting: what to measure.
       busy: called with what is going on, for a spinner.
       machine: its limits; None looks them up, or measures them where the device is not known.
+      kept_in: a folder for profiles, which adaptive controllers need; None measures anew.
 
     Raises:
       ValueError: max_new_tokens below 4 * (K + 1): too few rounds to tell them from the rest.
     """
-    contest = prepare(pair, setting)
+    contest = prepare(pair, setting, busy, kept_in)
     setting = contest.setting
     dtype = floating_dtype(pair)
     compile_all(contest, busy)
@@ -114,155 +98,76 @@ def measure(
     timed = time_all(contest, busy)
     live = setting.context + (1 + 1 / SHORTER) * setting.max_new_tokens / 2
     with busy("counting bytes and operations"):
-        lines = [_line(pair, setting, machine, live, draft_len, timed) for draft_len in contest.runs]
+        lines = [_line(pair, contest, machine, live, way, timed) for way in contest.runs]
     return Speed(lines, setting, machine, live, str(dtype))
 
 
-def prepare(pair: Pair, setting: Setting) -> Contest:
-    """Prompts, and plain decoding and speculation for each K; nothing is compiled yet. Errors as for `measure`."""
-    least = SHORTER * (max(setting.draft_lens) + 1)
-    if setting.max_new_tokens < least:
-        raise ValueError(
-            f"max_new_tokens must be at least {least} to measure rounds of K = {max(setting.draft_lens)}, "
-            f"got {setting.max_new_tokens}."
-        )
-    setting = setting._replace(prompts=-(-setting.prompts // setting.batch) * setting.batch)
-    runs: dict[int | None, Run] = {None: _plain(pair, setting)}
-    runs |= {draft_len: _speculative(pair, setting, draft_len) for draft_len in setting.draft_lens}
-    return Contest(runs, _prompts(pair, setting), setting)
-
-
-def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> None:
-    """Compiles every way to decode."""
-    for draft_len, run in contest.runs.items():
-        with busy("compiling plain decoding" if draft_len is None else f"compiling speculation, K = {draft_len}"):
-            jax.block_until_ready(run(1, contest.prompts[0]))
-
-
-def time_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> dict[int | None, list[Timed]]:
-    """Every way to decode in turn, `setting.repeats` times."""
-    setting = contest.setting
-    timed: dict[int | None, list[Timed]] = {draft_len: [] for draft_len in contest.runs}
-    for repeat in range(setting.repeats):
-        for draft_len, run in contest.runs.items():
-            with busy(f"measuring, {repeat + 1} of {setting.repeats}"):
-                timed[draft_len].append(time_generations(run, contest.prompts, setting.max_new_tokens))
-    return timed
-
-
-def paired_ratio(above: list[Timed], below: list[Timed]) -> float:
-    """Seconds of a step or round over those of another, each pair measured one after the other: the median."""
-    return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
-
-
-def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int) -> Timed:
-    """One repetition: all batches to a quarter of `max_new_tokens`, then to all of it.
-
-    Args:
-      run: (tokens to generate, one batch) -> Generation; the number must not be part of the compiled program, which
-        has been compiled.
-      batches: the prompts.
-
-    Raises:
-      ValueError: no more passes for the longer ones than for the shorter.
-    """
-    times, passes, counts = [], [], []
-    for limit in (max_new_tokens // SHORTER, max_new_tokens):
-        start = time.perf_counter()
-        parts = [jax.block_until_ready(run(limit, batch)).stats for batch in batches]
-        times.append(time.perf_counter() - start)
-        passes.append(sum(int(part.rounds.max()) for part in parts))  # a loop goes on until its last row ends
-        counts.append(Stats(*(np.concatenate(rows) for rows in zip(*parts, strict=True))))  # type: ignore[arg-type]
-    if passes[1] <= passes[0]:
-        raise ValueError("the rows ended before a round could be measured: are the parameters finite?")
-    between = Stats(*(long - short for short, long in zip(*counts, strict=True)))
-    return Timed(
-        (times[1] - times[0]) / (passes[1] - passes[0]),
-        stats.tokens_per_round(between),
-        stats.acceptance_rate(between),
-        times[1],
-    )
-
-
-def _line(
-    pair: Pair,
-    setting: Setting,
-    machine: Machine,
-    live: float,
-    draft_len: int | None,
-    timed: dict[int | None, list[Timed]],
-) -> Line:
-    target, draft = pair.target, pair.draft
-    own, plain = timed[draft_len], timed[None]
-    if draft_len is None:
-        passes = limits.step(target.model, target.params, batch=setting.batch, live=live)
-    else:
-        passes = limits.speculation(
-            target.model, target.params, draft.model, draft.params, batch=setting.batch, live=live, draft_len=draft_len
-        )
+def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way, timed: dict[Way, list[Timed]]) -> Line:
+    setting, own, plain = contest.setting, timed[way], timed[None]
+    whole = together(own[0].between)
+    lengths = stats.draft_lengths(whole)
+    works = _works(pair, setting, live, way, lengths)
     middle = statistics.median(x.seconds for x in own)
     call = statistics.median(x.call_seconds for x in own)
     per_pass = own[0].tokens_per_pass  # the same in every repetition: so are the keys
+    split = _split(own[0].between, contest.profiles.get(way), live)
+    by_position = stats.acceptance_by_position(whole).tolist()
+    utilisation = stats.draft_utilisation(whole)
     return Line(
-        draft_len=draft_len,
+        draft_len=None if way is None else len(lengths) - 1,
+        controller=None if way is None else way.value if isinstance(way, Policy) else "fixed",
+        batch=setting.batch,
         seconds=middle,
         tokens_per_pass=per_pass,
-        acceptance=None if draft_len is None else own[0].acceptance,
+        acceptance=None if math.isnan(own[0].acceptance) else own[0].acceptance,
         tokens_per_second=setting.batch * per_pass / middle,
         speedup=per_pass * paired_ratio(plain, own),
         call_tokens_per_second=setting.prompts * setting.max_new_tokens / call,
         call_speedup=statistics.median(a.call_seconds / b.call_seconds for a, b in zip(plain, own, strict=True)),
-        work=limits.total(passes),
-        limit_seconds=limits.seconds(passes, machine),
+        work=Work(
+            *(sum(share * getattr(limits.total(passes), name) for share, passes in works) for name in Work._fields)
+        ),
+        limit_seconds=sum(share * limits.seconds(passes, machine) for share, passes in works),
+        draft_lengths=[] if way is None else lengths.tolist(),
+        draft_utilisation=None if math.isnan(utilisation) else utilisation,
+        acceptance_by_position=[None if math.isnan(share) else share for share in by_position],
+        predicted_speedup=None if split is None else split.pop("speedup"),
+        time_split=split,
     )
 
 
-def _plain(pair: Pair, setting: Setting) -> Run:
-    target = pair.target
-
-    def run(limit: int, prompts: text.Prompts) -> Generation:
-        return autoregressive(target.model, target.params, *prompts, **_options(setting, limit))
-
-    return run
+def _mean(works: list[tuple[float, Work]]) -> Work:
+    return Work(*(sum(share * getattr(work, name) for share, work in works) for name in Work._fields))
 
 
-def _speculative(pair: Pair, setting: Setting, draft_len: int) -> Run:
+def _works(pair: Pair, setting: Setting, live: float, way: Way, lengths: np.ndarray) -> list[tuple[float, Any]]:
+    """(share of the rounds, the passes of such a round) for each draft length that came."""
     target, draft = pair.target, pair.draft
-    drafter, controller = drafters.draft_model(draft.model), controllers.fixed(draft_len)
-
-    def run(limit: int, prompts: text.Prompts) -> Generation:
-        return generate(
-            target.model, target.params, drafter, draft.params, *prompts, controller=controller,
-            **_options(setting, limit),
-        )  # fmt: skip
-
-    return run
-
-
-def _options(setting: Setting, limit: int) -> dict[str, Any]:
-    """The limit is data, not part of the program: both lengths run the same one."""
-    return {
-        "max_new_tokens": np.full((setting.batch,), limit, np.int32),
-        "capacity": setting.context + setting.max_new_tokens,
-        "sampling": Sampling(setting.temperature),
-    }
+    where: dict[str, Any] = {"batch": setting.batch, "live": live}
+    if way is None:
+        return [(1.0, limits.step(target.model, target.params, **where))]
+    fixed = not isinstance(way, Policy)
+    counts = {len(lengths) - 1: 1} if fixed else {size: count for size, count in enumerate(lengths) if count}
+    works = []
+    for size, count in counts.items():
+        if size == 0:
+            passes = limits.step(target.model, target.params, **where)
+        else:
+            passes = limits.speculation(target.model, target.params, draft.model, draft.params, draft_len=size, **where)
+        works.append((float(count) / sum(counts.values()), passes))
+    return works
 
 
-def _prompts(pair: Pair, setting: Setting) -> list[text.Prompts]:
-    tokens = np.zeros((setting.prompts, setting.context), np.int32)
-    for row in range(setting.prompts):
-        first, further = row % len(_MODULES), row // len(_MODULES)
-        names = _MODULES[first:] + _MODULES[:first]
-        source = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
-        # From a definition on: a file's opening is a licence in prose. Rows past the modules begin at later ones.
-        starts = [match.start() for match in re.finditer(r"^(def|class) ", source, re.MULTILINE)]
-        opening = source[starts[further] :][: 16 * setting.context]  # no tokenizer makes less of it
-        ids = pair.tokenizer.encode(opening).ids
-        if len(ids) < setting.context:
-            raise ValueError(f"--context {setting.context}: the prompts at hand have {len(ids)} tokens at most.")
-        tokens[row] = ids[: setting.context]
-    lengths = np.full((setting.batch,), setting.context, np.int32)
-    return [text.Prompts(batch, lengths) for batch in np.split(tokens, setting.prompts // setting.batch)]
+def _split(parts: Sequence[Stats], profile: Profile | None, live: float) -> dict[str, float] | None:
+    """Seconds of a round by the profile, and the speed-up that they predict."""
+    if profile is None:
+        return None
+    splits = [stats.time_split(part, profile, context=live) for part in parts]
+    rounds = sum(int(part.rounds.max()) for part in parts)
+    steps = sum(int(part.emitted.max()) for part in parts)
+    plain = profile.at(len(parts[0].rounds), live).plain
+    fields = {name: sum(getattr(split, name) for split in splits) / rounds for name in stats.Split._fields}
+    return {**fields, "speedup": steps * plain / sum(split.total for split in splits)}
 
 
 def floating_dtype(pair: Pair) -> Any:

@@ -11,7 +11,7 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from specjax import cli, drafters, exactness, limits, machine, models, speed, testing, text
+from specjax import cli, contest, drafters, exactness, limits, machine, models, speed, testing, text
 from specjax.pair import in_int8, load_pair
 
 MODEL, TABLE = tiny.model("table")
@@ -148,8 +148,8 @@ def test_speed_as_a_table(made_up_machine):
 def test_prompts_are_as_long_as_asked_and_apart():
     """Catches rows that share a prompt, and contexts that real text cannot fill."""
     pair = load_pair(None, None, None, None)
-    setting = speed.Setting(batch=5, prompts=15, context=700)
-    batches = speed._prompts(pair, setting)
+    setting = contest.Setting(batch=5, prompts=15, context=700)
+    batches = contest._prompts(pair, setting)
     assert [(part.tokens.shape, part.lengths.tolist()) for part in batches] == [((5, 700), [700] * 5)] * 3
     assert len({row.tobytes() for part in batches for row in part.tokens}) == 15
 
@@ -158,7 +158,7 @@ def test_too_few_tokens_are_refused():
     """Catches a time of no rounds at all."""
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match="at least 24"):
-        speed.measure(pair, speed.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
+        speed.measure(pair, contest.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
 
 
 def test_parts_in_int8():

@@ -12,7 +12,7 @@ import numpy as np
 import test_doctor
 import typer
 
-from specjax import cli, doctor, doctor_report, exactness, limits, machine, report, runner, speed
+from specjax import cli, contest, doctor, doctor_report, exactness, limits, machine, report, runner, speed
 from specjax.aot import planning, show
 from specjax.self_check import SelfCheck
 from specjax.types import Stats, Status
@@ -68,9 +68,15 @@ def test_json_keys_are_documented():
     counts = np.ones((1, 2), np.int32)
     stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 3, by_longest=counts)
     row = runner.Row("prompt", "text", [1], [0], Status.LENGTH)
-    summary = runner.Summary([row], stats, 2, 1.0, 1.0, 1, True, 0.1, "cpu", False)
+    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, 1, True, 0.1, None, "cpu", False)
     made_up = machine.Machine("made up", 1e9, 1e12, "measured")
-    line = speed.Line(2, 1.0, 2.0, 0.5, 2.0, 1.0, 2.0, 1.0, limits.Work(1.0, 1.0), 1.0)
+    split = {"drafting": 1.0, "verification": 1.0, "plain": 0.0}
+    rates = {"tokens_per_pass": 2.0, "acceptance": 0.5, "tokens_per_second": 2.0, "speedup": 1.0}
+    line = speed.Line(
+        2, "fixed", 1, 1.0, **rates, call_tokens_per_second=2.0, call_speedup=1.0, work=limits.Work(1.0, 1.0),
+        limit_seconds=1.0, draft_lengths=[0, 0, 1], draft_utilisation=0.5, acceptance_by_position=[0.5, 0.5],
+        predicted_speedup=1.0, time_split=split,
+    )  # fmt: skip
     pair = SimpleNamespace(target=SimpleNamespace(params=jnp.ones(1)))
     finding = exactness.Finding("a check", True, "in detail", 1.0)
     checked = doctor.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, 1.0, 1.0))
@@ -78,7 +84,7 @@ def test_json_keys_are_documented():
     plan = planning.Report(**nothing)  # type: ignore[arg-type]
     said = {
         "specjax generate": report.as_json(summary),
-        "specjax bench": report.speed_as_json(speed.Speed([line], speed.Setting(), made_up, 1.0, "float32")),
+        "specjax bench": report.speed_as_json([speed.Speed([line], contest.Setting(), made_up, 1.0, "float32")]),
         "specjax bench --verify exactness": report.findings_as_json([finding], pair),  # type: ignore[arg-type]
         "specjax compile": show.as_json(plan),
         "specjax doctor": doctor_report.as_json(checked),
@@ -87,7 +93,7 @@ def test_json_keys_are_documented():
         assert _documented(command) == found.keys(), command
     inside = {
         "results": said["specjax generate"]["results"][0],
-        "lines": {**said["specjax bench"]["lines"][0], **limits.Work(1, 1)._asdict()},
+        "lines": {**said["specjax bench"]["lines"][0], **limits.Work(1, 1)._asdict(), **split},
         "machine": made_up._asdict(),
         "checks": finding._asdict(),
         "host": said["specjax doctor"]["host"],

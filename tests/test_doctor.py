@@ -16,7 +16,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import specjax
-from specjax import cli, complaints, doctor, doctor_report, environment, models, self_check, speed, testing, text
+from specjax import cli, complaints, doctor, doctor_report, environment, models, self_check, testing, text
+from specjax.contest import Contest, Setting
 from specjax.doctor import Severity
 from specjax.environment import Device, Devices, Package
 from specjax.pair import Pair
@@ -239,7 +240,7 @@ def small_pair():
 @pytest.fixture
 def run(monkeypatch, small_pair):
     """`specjax doctor` on the small pair, with less to measure."""
-    setting = speed.Setting((3,), prompts=2, context=16, max_new_tokens=32, repeats=1)
+    setting = Setting((3,), prompts=2, context=16, max_new_tokens=32, repeats=1)
     whole = self_check.run
     monkeypatch.setattr(cli, "load_pair", lambda *args: small_pair)
     monkeypatch.setattr(self_check, "run", lambda pair, busy: whole(pair, busy, setting))
@@ -299,7 +300,7 @@ def test_a_near_tie_is_no_failure(slope, is_tied):
         return lambda limit, prompts: SimpleNamespace(new_tokens=lambda: [list(tokens)])
 
     prompts = [text.Prompts(np.array([[1, 2]], np.int32), np.array([2], np.int32))]
-    contest = speed.Contest({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, speed.Setting())
+    contest = Contest({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, Setting(), {}, {})
     check = (Pair(target, target, None), contest, self_check._Clock(lambda what: contextlib.nullcontext()))
     if is_tied:
         assert (

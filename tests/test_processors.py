@@ -146,8 +146,8 @@ def test_a_tree_is_processed_branch_by_branch():
     drafted = jnp.array([[1, 2, 2, 0, 1, 1], [3, 3, 1, 1, 0, 2]], jnp.int32)
     rows = open_rows(
         jnp.array([[1, 2, 1], [0, 0, 3]]), jnp.array([3, 2]), key=jax.random.key(0), seeds=jnp.arange(2),
-        limits=jnp.array([20, 20]), sampling=SETTINGS["all"], stop_tokens=jnp.array([[STOP], [STOP]]), slots=24,
-        vocab_size=VOCAB,
+        limits=jnp.array([20, 20]), draft_limits=jnp.array([9, 9]), sampling=SETTINGS["all"],
+        stop_tokens=jnp.array([[STOP], [STOP]]), slots=24, vocab_size=VOCAB,
     )  # fmt: skip
     context = make_context(rows, None, vocab_size=VOCAB, processor=_alternate)
     shape = tree.layout(parents)

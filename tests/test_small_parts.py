@@ -36,12 +36,14 @@ LAYERS = [
     {"stream", "stats", "profiling", "testing", "machine", "passes", "environment"},
     {"limits", "adapters", "trace"},
     {"text", "viewer"},
-    {"pair", "shapes"},
+    {"pair", "shapes", "calibration"},
+    {"policy"},
+    {"contest", "options"},
     {"aot"},
     {"runner", "exactness", "interrupts", "speed"},
     {"self_check", "complaints"},
     {"doctor"},
-    {"report", "doctor_report"},
+    {"report", "doctor_report", "plot"},
     {"cli"},
 ]
 

@@ -1,0 +1,47 @@
+"""Options that several commands take, and the values of those that choose."""
+
+from __future__ import annotations
+
+import enum
+from typing import Annotated
+
+import typer
+
+
+class Rule(enum.StrEnum):
+    """The verifiers, by the names of their makers; the lossy ones do not follow the target's law."""
+
+    rejection = "rejection"
+    block = "block"
+    coupled = "coupled"
+    greedy = "greedy"
+    typical_lossy = "typical-lossy"
+    top_k_lossy = "top-k-lossy"
+
+
+class Check(enum.StrEnum):
+    """What `bench --verify` verifies."""
+
+    exactness = "exactness"
+
+
+class Part(enum.StrEnum):
+    """What can be kept in int8."""
+
+    target = "target"
+    draft = "draft"
+
+
+Model = Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")]
+Draft = Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")]
+Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on standard output.")]
+Cache = Annotated[bool, typer.Option(help="Keep compiled programs in ~/.cache/specjax.")]
+Verbose = Annotated[
+    int,
+    typer.Option(
+        "--verbose", "-v", count=True, show_default=False, metavar="", help="Log what is loaded and traced; -vv: more."
+    ),
+]
+SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help
