@@ -110,14 +110,17 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         verifier=getattr(verify, task.verifier)(), kept_in=task.kept_in, busy=display.busy,
     )  # fmt: skip
     expected: list[float] = []
+    learnt: Any = None  # goes on from batch to batch
     for start in range(0, len(texts), size):
         batch = _Batch(task, pair, chosen.controller, prompts, start, size)
+        batch.learnt = learnt
         with display.busy("compiling the speculative loop (once per shape)"):
             batch.warm_up()
         began = time.perf_counter()
         part, interrupted = _stream(batch, texts[start : start + size], rows, display)
         seconds += time.perf_counter() - began
         parts.append(part)
+        learnt = batch.chunks[-1].controller_state if batch.chunks else learnt
         if chosen.profile is not None and batch.chunks:
             context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
             expected.append(stats.profiled_speedup(batch.chunks[-1].stats, chosen.profile, context=context))
@@ -186,6 +189,7 @@ class _Batch:
 
     def __init__(self, task: Task, pair: Pair, controller: Controller, prompts: text.Prompts, start: int, size: int):
         self.task, self.pair, self.controller = task, pair, controller
+        self.learnt: Any = None  # the controller's state to start from
         chosen = np.arange(start, start + size) % len(prompts.lengths)
         self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
         self.count = min(size, len(prompts.lengths) - start)
@@ -205,6 +209,7 @@ class _Batch:
         return stream(
             pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
             *self.prompts, verifier=rule, controller=self.controller,
+            controller_state=self.learnt,
             max_new_tokens=self._limits(limit),
             **self.options,
         )  # fmt: skip

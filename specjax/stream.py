@@ -72,6 +72,7 @@ class Chunk(NamedTuple):
     rounds: list[list[Drafted]]  # the rounds that each row took part in
     status: np.ndarray  # [B] int32, a `Status`
     stats: Stats  # since the start, NumPy arrays
+    controller_state: PyTree = ()  # to start the next call from what was learnt; NumPy arrays
 
 
 class _Log(NamedTuple):
@@ -145,19 +146,22 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
     capacity = request.capacity
     state = _start(roles, capacity, params, drafter_params, request.arrays, controller_state)
     layout = roles.model.layout
-    rows, stats = jax.device_get(_copies(layout, (state.rows._replace(keys=None), state.stats)))
+    first = (state.rows._replace(keys=None), state.stats, state.controller_state)
+    rows, stats, learnt = jax.device_get(_copies(layout, first))
     spans = [slice(start, end) for start, end in zip(rows.prompt_lengths, rows.lengths, strict=True)]
     head = [row[span].tolist() for row, span in zip(rows.tokens, spans, strict=True)]
     scores = [
         _pairs(raw[span].tolist(), own[span].tolist()) for raw, own, span in zip(*rows.log_probs, spans, strict=True)
     ]
     status = rows.status
-    yield Chunk(head, [[Origin.PROMPT_END] * len(row) for row in head], scores, [[] for _ in head], status, stats)
+    yield Chunk(
+        head, [[Origin.PROMPT_END] * len(row) for row in head], scores, [[] for _ in head], status, stats, learnt
+    )
 
     pending = None
     while (status == Status.ACTIVE).any():
         state, log = dispatch(roles, capacity, num_rounds, params, drafter_params, state)
-        sent = _copies(layout, (log, state.rows.status, state.stats))
+        sent = _copies(layout, (log, state.rows.status, state.stats, state.controller_state))
         if pending is not None:
             status, chunk = _read(pending)
             yield chunk
@@ -177,7 +181,7 @@ def warn_of_troubles(status: np.ndarray) -> None:
 
 
 def _read(sent) -> tuple[np.ndarray, Chunk]:
-    log, status, stats = jax.device_get(sent)
+    log, status, stats, learnt = jax.device_get(sent)
     tokens, origins, scores, rounds = ([[] for _ in status] for _ in range(4))
     for index in range(len(log.took_part)):
         entry: Any = jax.tree.map(lambda leaf: leaf[index].tolist(), log)  # a _Log of lists  # noqa: B023
@@ -199,7 +203,7 @@ def _read(sent) -> tuple[np.ndarray, Chunk]:
                     num_emitted=count,
                 )
             )
-    return status, Chunk(tokens, origins, scores, rounds, status, stats)
+    return status, Chunk(tokens, origins, scores, rounds, status, stats, learnt)
 
 
 def _pairs(raw: list[float], processed: list[float]) -> list[LogProb]:

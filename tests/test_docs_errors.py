@@ -153,6 +153,11 @@ def _a_tables_end():
     specjax.generate(adapted.model, adapted.params, draft, adapted.params, PROMPTS, max_new_tokens=60)
 
 
+def _profiled(device):
+    found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), 0.0)
+    return specjax.controllers.throughput(specjax.costs.Profile(device, (0, 1), (found,)))
+
+
 class _Unhashable:
     __hash__ = None  # type: ignore[assignment]
 
@@ -178,6 +183,10 @@ ERRORS = {
     "x64": _in_x64,
     "vocabularies": lambda: _fast(drafter=specjax.drafters.draft_model(testing.table_model(1, 9))),
     "greedy asked to sample": lambda: _fast(sampling=specjax.Sampling(0.5), verifier=specjax.verify.greedy()),
+    "another state": lambda: _fast(
+        controller=specjax.controllers.additive(4), controller_state=jnp.zeros((3,), jnp.int32)
+    ),
+    "a negative draft": lambda: _fast(max_draft_len=-1),
     "no draft": lambda: specjax.controllers.fixed(0),
     "a loaded model": lambda: _plain(models.random(tiny.config("llama"), jax.random.key(0))),
     "a loaded draft": lambda: specjax.drafters.draft_model(models.random(tiny.config("llama"), jax.random.key(0))),
@@ -236,6 +245,8 @@ ERRORS = {
 WARNINGS = {
     "a row in trouble": lambda: warn_of_troubles(np.array([Status.LENGTH, Status.CACHE_FULL])),
     "positions": lambda: validate._capacity(_positions()[0], 3, 50, np.array([3]), None),
+    "another device": lambda: _profiled("another chip").init(2),
+    "other batches": lambda: _profiled(jax.devices()[0].device_kind).init(5),
     "a large draft": lambda: pair.load_pair(
         *(str(models.PRETRAINED / name) for name in ("draft", "target")), None, None
     ),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
+from test_controllers import profile
 
 import specjax
 from specjax import Sampling, controllers, decode, drafters, hlo, models, sharding, testing, validate, verify
@@ -63,7 +64,7 @@ def _every_rule(repeats):
     return Verifier(run)
 
 
-def _run(family, layout, draft_layout, drafter=None, **options):
+def _run(family, layout, draft_layout, drafter=None, controller=controllers.fixed(3), **options):
     model, params = _model(family, layout)
     draft, draft_params = _model("llama", draft_layout, seed=1)
     part, part_params = drafter or (drafters.draft_model(draft), draft_params)
@@ -73,7 +74,7 @@ def _run(family, layout, draft_layout, drafter=None, **options):
     return specjax.generate(
         model, params, part, part_params, jnp.tile(PROMPTS, (rules, 1)), jnp.tile(LENGTHS, rules),
         max_new_tokens=jnp.tile(LIMITS, rules), capacity=30, sampling=Sampling(temperature, top_p=0.9),
-        verifier=_every_rule(len(LIMITS)), controller=controllers.fixed(3), stop_tokens=[3], **options,
+        verifier=_every_rule(len(LIMITS)), controller=controller, stop_tokens=[3], **options,
     )  # fmt: skip
 
 
@@ -102,6 +103,17 @@ def test_a_draft_model_kept_whole_and_seldom_tests():
     out = _run("llama", layout, whole, rounds_per_test=4)
     assert out.new_tokens() == _alone("llama").new_tokens()
     np.testing.assert_array_equal(out.stats.rounds, _alone("llama").stats.rounds)
+
+
+def test_draft_lengths_that_vary():
+    """Catches a choice among widths that a mesh takes otherwise, and rounds without a draft."""
+    layout = _layout(data=2, model=4)
+    adaptive = controllers.throughput(profile((1.0, 1.6, 1.9, 2.1), batch=24))
+    wanted = _run("llama", None, None, controller=adaptive)
+    out = _run("llama", layout, layout, controller=adaptive)
+    assert out.new_tokens() == wanted.new_tokens()
+    np.testing.assert_array_equal(out.stats.by_longest, wanted.stats.by_longest)
+    assert (np.asarray(out.stats.by_longest).sum(0) > 0).sum() > 1
 
 
 @pytest.mark.parametrize("kind", ["one-hot", "time-varying"])
@@ -146,8 +158,10 @@ def _programs():
         seeds=None, capacity=30,
     )  # fmt: skip
     arrays = sharding.globally(layout, request.arrays)
+    adaptive = roles._replace(controller=controllers.throughput(profile(batch=len(LIMITS), buckets=(0, 1, 3))))
     lowered = [
         decode._generate.lower(roles, 30, 1, params, draft_params, arrays, None, 0),
+        decode._generate.lower(adaptive, 30, 1, params, draft_params, arrays, None, 0),
         decode._autoregressive.lower(model, None, 30, 1, params, arrays, 0),
     ]
     return [hlo.parse(one.compile().as_text()) for one in lowered]

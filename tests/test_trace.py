@@ -151,12 +151,14 @@ def test_a_token_of_a_tree_is_judged_after_its_parent():
     assert (1, 3, 4) in paths or (1, 3) in paths  # off the first branch
 
 
-def test_generate_pays_nothing(monkeypatch):
+@pytest.mark.parametrize("buckets", [(5,), (0, 2, 5)])
+def test_generate_pays_nothing(monkeypatch, buckets):
     """Catches what only a trace needs staying in the program of `generate`."""
 
     def program():
         drafter = DRAFTER._replace(commit=lambda *args: DRAFTER.commit(*args))  # another one, to be traced anew
-        options = {"max_new_tokens": 8, "sampling": specjax.Sampling(0.8, top_p=0.9)}
+        controller = specjax.controllers.fixed(5)._replace(buckets=buckets)
+        options = {"max_new_tokens": 8, "sampling": specjax.Sampling(0.8, top_p=0.9), "controller": controller}
         run = jax.jit(
             lambda params, draft: specjax.generate(MODEL, params, drafter, draft, PROMPTS, LENGTHS, **options)
         )

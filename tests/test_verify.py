@@ -33,8 +33,8 @@ KINDS = ["dense", "sharp", "sparse", "one-hot", "ties"]
 def _context(temperature, seed, rows=ROWS):
     opened = open_rows(
         jnp.ones((rows, 2), jnp.int32), jnp.full((rows,), 2), key=jax.random.key(seed), seeds=jnp.arange(rows),
-        limits=jnp.full((rows,), 50), sampling=Sampling(temperature), stop_tokens=jnp.full((rows, 1), -1),
-        slots=60, vocab_size=WIDTH,
+        limits=jnp.full((rows,), 50), draft_limits=jnp.full((rows,), 50), sampling=Sampling(temperature),
+        stop_tokens=jnp.full((rows, 1), -1), slots=60, vocab_size=WIDTH,
     )  # fmt: skip
     return make_context(opened._replace(rounds=jnp.arange(rows) % 11), None, vocab_size=WIDTH)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 import math
 from typing import NamedTuple
 
@@ -14,6 +15,8 @@ from specjax import costs
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
+
+_log = logging.getLogger(__name__)
 
 # Rounds with a draft, over which evidence fades to 1/e: the recent one follows a shift in the text within a few rounds,
 # the long one knows the pair.
@@ -74,6 +77,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     longest, contexts = profile.longest, profile.contexts()
 
     def init(batch: int) -> ThroughputState:
+        _warn(profile, batch)
         none = jnp.zeros((batch, longest), jnp.float32)
         soon, late = _waits(profile, batch, exploration)
         zero = jnp.int32(0)
@@ -149,6 +153,19 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
     own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
     return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
+
+
+def _warn(profile: Profile, batch: int) -> None:
+    """Logs, while tracing, where the profile is not of this."""
+    here = jax.devices()[0].device_kind
+    if profile.device != here:
+        _log.warning("this profile is of %s, and this is %s: measure it here by specjax.profile", profile.device, here)
+    measured = sorted({found.batch for found in profile.costs})
+    if not measured[0] <= batch <= measured[-1]:
+        _log.warning(
+            "%d rows, and the profile is of %d to %d: costs are those of the nearest; profile with batch_sizes=(%d,)",
+            batch, measured[0], measured[-1], batch,
+        )  # fmt: skip
 
 
 def _seconds(profile: Profile, contexts: list[int], batch: int, live: Array) -> Array:

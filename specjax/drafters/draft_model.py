@@ -14,6 +14,7 @@ from specjax.cache import after
 from specjax.drafters.draw import draw
 from specjax.prefill import prefill
 from specjax.rows import is_active, last_tokens
+from specjax.sharding import constrain
 from specjax.types import (
     Array,
     Context,
@@ -67,6 +68,7 @@ def _draft_model(model: Model) -> Drafter:
         seen = jnp.maximum(context.rows.prompt_lengths - 1, 0)
         filled = prefill(model, params, prompts, seen, cache)
         laws = jnp.zeros((len(seen), longest, filled.logits.shape[-1]), jnp.float32)
+        laws = constrain(model.layout, laws, "rows", None, "width")
         return DraftModelState(filled.cache, seen, laws)
 
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:

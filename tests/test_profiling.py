@@ -1,0 +1,83 @@
+"""Profiles: measured numbers that make sense, kept and found again; thresholds that cost least."""
+
+from __future__ import annotations
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_controllers import profile as made_up
+
+import specjax
+from specjax import controllers, costs, profiling, testing
+
+MODEL = testing.table_model(1, 8)
+TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+PAIR = (MODEL, TABLE, specjax.drafters.draft_model(MODEL), TABLE)
+
+
+def test_a_profile_is_measured_once_and_kept(tmp_path, monkeypatch):
+    """Catches a cache that is not read, one that is read for other settings, and a broken file that ends it all."""
+    options = {"batch_sizes": (1, 2), "contexts": (8, 16), "longest": 3, "repeats": 1, "cache": tmp_path}
+    found = specjax.profile(*PAIR, **options)
+    assert [(part.batch, part.context) for part in found.costs] == [(1, 8), (1, 16), (2, 8), (2, 16)]
+    assert found.device == jax.devices()[0].device_kind
+    assert found.buckets == (0, 1, 2, 3)
+    for part in found.costs:
+        assert part.plain > 0 < part.rounds[0]
+        assert list(part.rounds) == sorted(part.rounds)
+        assert part.drafts[0] == 0
+        assert all(seconds >= 0 for seconds in part.verification())
+    (file,) = tmp_path.iterdir()
+    assert costs.load(file) == found
+
+    calls = []
+    time = profiling._Bench.time
+    monkeypatch.setattr(profiling._Bench, "time", lambda *args: calls.append(1) or time(*args))
+    assert specjax.profile(*PAIR, **options) == found
+    assert calls == []
+    file.write_text("{}")
+    assert specjax.profile(*PAIR, **options).buckets == found.buckets
+    assert len(calls) == 4
+    specjax.profile(*PAIR, **{**options, "longest": 1, "contexts": (8,), "batch_sizes": (1,)})
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"longest": 0}, "longest must be 1 or more"),
+        ({"repeats": 0}, "repeats must be 1 or more"),
+        ({"buckets": (1, 2), "longest": 2}, "ascend from 0 to longest=2"),
+        ({"batch_sizes": ()}, "numbers from 1 on"),
+    ],
+)
+def test_bad_arguments_say_what_is_wrong(options, said):
+    """Catches a profile that cannot be used."""
+    with pytest.raises(ValueError, match=said):
+        specjax.profile(*PAIR, **options)
+    with pytest.raises(ValueError, match="cannot be traced"):
+        jax.jit(lambda params: specjax.profile(MODEL, params, *PAIR[2:]))(TABLE)
+
+
+def test_foreign_profiles_are_told(caplog):
+    """Catches costs of another machine, or of other batches, that are used without a word."""
+    with caplog.at_level(logging.WARNING, "specjax"):
+        controllers.throughput(made_up(batch=2)).init(5)
+    assert "this profile is of no device" in caplog.text
+    assert "5 rows, and the profile is of 2 to 2" in caplog.text
+
+
+def test_a_threshold_for_good_drafts_and_for_bad_ones():
+    """Catches a calibration that takes the dearest, or runs one threshold for all: a draft that is always right should
+    draft on, one that is always wrong should stop at once."""
+    table = made_up((1.0, 1.3, 1.6, 1.9))
+    good = specjax.calibrate(*PAIR, jnp.array([[1, 2]]), profile=table, thresholds=(0.0, 1.0), max_new_tokens=32)
+    bad = specjax.calibrate(
+        *PAIR[:3], -TABLE, jnp.array([[1, 2]]), profile=table, thresholds=(0.0, 1.0), max_new_tokens=32
+    )
+    assert (good.threshold, bad.threshold) == (0.0, 1.0)
+    assert good.speedups[0] > 1.5 * good.speedups[1]
+    with pytest.raises(ValueError, match="one or more probabilities"):
+        specjax.calibrate(*PAIR, jnp.array([[1, 2]]), profile=table, thresholds=())
