@@ -57,7 +57,7 @@ def choose(
     if policy is Policy.confidence:
         return Chosen(controllers.confidence(longest=draft_len), None)
     if policy is Policy.additive:
-        return Chosen(controllers.additive(draft_len, min(5, draft_len)), None)
+        return Chosen(controllers.additive(draft_len), None)
     found = profile(
         pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
         batch_sizes=(batch,), contexts=(context,), longest=draft_len, sampling=sampling, verifier=verifier,

@@ -216,6 +216,7 @@ class _Bench:
         for k in range(longest + 1):
             bucket = min(size for size in controller.buckets if size >= k)
             rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
+        drafts = tuple(min(draft, whole) for draft, whole in zip(drafts, rounds, strict=True))
         late = max(middle["late", 1] - middle["draft", 1], 0.0)
         return Costs(self.batch, context, plain, tuple(rounds), drafts, late / _IDLE)
 

@@ -78,6 +78,6 @@ def test_a_threshold_for_good_drafts_and_for_bad_ones():
         *PAIR[:3], -TABLE, jnp.array([[1, 2]]), profile=table, thresholds=(0.0, 1.0), max_new_tokens=32
     )
     assert (good.threshold, bad.threshold) == (0.0, 1.0)
-    assert good.speedups[0] > 1.5 * good.speedups[1]
+    assert good.speedups[0] > 1.2 * good.speedups[1]
     with pytest.raises(ValueError, match="one or more probabilities"):
         specjax.calibrate(*PAIR, jnp.array([[1, 2]]), profile=table, thresholds=())

@@ -11,7 +11,7 @@ from specjax.types import Array, Controller, Round, Rows
 
 
 @functools.cache
-def additive(longest: int = 16, start: int = 5, *, up: int = 2, down: int = 1) -> Controller:
+def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: int = 1) -> Controller:
     """After a round that kept its whole draft a row drafts `up` tokens more, after any other `down` fewer; 1 or more.
 
     It knows no costs: on a machine where a wide pass is dear it drafts too much, and it never stops speculating. Its
@@ -19,7 +19,7 @@ def additive(longest: int = 16, start: int = 5, *, up: int = 2, down: int = 1) -
 
     Args:
       longest: K, the most it drafts.
-      start: of every row, at first.
+      start: of every row, at first; default 5, or `longest` where that is less.
       up, down: its steps.
 
     Raises:
@@ -31,6 +31,7 @@ def additive(longest: int = 16, start: int = 5, *, up: int = 2, down: int = 1) -
     >>> additive(8).longest
     8
     """
+    start = min(5, longest) if start is None else start
     if not 1 <= start <= longest or min(up, down) < 0:
         raise ValueError(
             f"additive needs 1 <= start <= longest and steps of 0 or more, got start={start}, longest={longest}, "
