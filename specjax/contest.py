@@ -55,6 +55,7 @@ class Timed(NamedTuple):
     acceptance: float  # NaN where nothing was drafted
     call_seconds: float  # of the long generation, whole
     between: tuple[Stats, ...]  # counts of what was measured, by batch of prompts
+    whole: tuple[Stats, ...]  # of the long generation
 
 
 class Contest(NamedTuple):
@@ -152,6 +153,7 @@ def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int)
         stats.acceptance_rate(whole),
         times[1],
         between,
+        tuple(counts[1]),
     )
 
 

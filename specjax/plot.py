@@ -37,6 +37,7 @@ def speedups(found: Sequence[Speed]) -> Figure:
     The star stands at the mean draft length of its rounds; a dashed line carries its speed-up across.
     """
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     figure = Figure(figsize=(7.2, 4.4), layout="constrained")
     axes = figure.subplots()
@@ -55,7 +56,9 @@ def speedups(found: Sequence[Speed]) -> Figure:
     axes.set_ylabel("speed-up over plain decoding")
     first = found[0]
     axes.set_title(f"{first.machine.name}, {first.dtype}, temperature {first.setting.temperature:g}", fontsize=10)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.08 * max(line.speedup for speed in found for line in speed.lines))
+    axes.set_xlim(left=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)
     return figure

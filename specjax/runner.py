@@ -21,6 +21,7 @@ from specjax.trace import Setting, Trace, TracedRow
 from specjax.types import Controller, Generation, Sampling, Stats, Status
 
 CAPACITY_STEP = 128
+_ROUNDS_PER_DISPATCH = 4  # a dispatch takes a millisecond of the host, and a round of a small model no more
 
 
 class Task(NamedTuple):
@@ -211,7 +212,7 @@ class _Batch:
             *self.prompts, verifier=rule, controller=self.controller,
             controller_state=self.learnt,
             max_new_tokens=self._limits(limit),
-            **self.options,
+            rounds_per_dispatch=_ROUNDS_PER_DISPATCH, **self.options,
         )  # fmt: skip
 
     def plain(self, limit: int) -> Generation:
@@ -220,8 +221,13 @@ class _Batch:
         return autoregressive(target.model, target.params, *self.prompts, max_new_tokens=limits, **self.options)
 
     def warm_up(self) -> None:
-        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs."""
-        for _ in self.stream(limit=2):
+        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs.
+
+        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another runs in
+        full.
+        """
+        limit = 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
+        for _ in self.stream(limit=limit):
             pass
 
     def traced(self) -> list[TracedRow]:

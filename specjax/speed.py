@@ -104,7 +104,7 @@ def measure(
 
 def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way, timed: dict[Way, list[Timed]]) -> Line:
     setting, own, plain = contest.setting, timed[way], timed[None]
-    whole = together(own[0].between)
+    whole = together(own[0].whole)
     lengths = stats.draft_lengths(whole)
     works = _works(pair, setting, live, way, lengths)
     middle = statistics.median(x.seconds for x in own)
