@@ -223,8 +223,8 @@ class _Batch:
     def warm_up(self) -> None:
         """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs.
 
-        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another runs in
-        full.
+        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another has a
+        whole run of them.
         """
         limit = 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
         for _ in self.stream(limit=limit):
