@@ -213,6 +213,8 @@ def _measure(
         parts = [jax.device_get(out.stats) for out in outs]
         emitted, rounds = (sum(int(getattr(part, field).sum()) for part in parts) for field in ("emitted", "rounds"))
         lengths = np.sum([stats.draft_lengths(part) for part in parts], 0) if way.name != "plain decoding" else []
+        adapts = way.name.startswith("throughput")
+        predicted = stats.profiled_speedup(*parts, profile=profile, context=CONTEXT + most / 2) if adapts else None
         lines.append(
             Line(
                 pair=name,
@@ -222,18 +224,11 @@ def _measure(
                 speedup=statistics.median(a / b for a, b in zip(plain, own, strict=True)),
                 over_best=statistics.median(b / a for a, b in zip(times[best], own, strict=True)),
                 tokens_per_round=emitted / rounds,
-                predicted=_predicted(parts, profile, most) if way.name.startswith("throughput") else None,
+                predicted=predicted,
                 draft_lengths=[int(count) for count in lengths],
             )
         )
     return lines
-
-
-def _predicted(parts: list[Any], profile: Profile, most: int) -> float:
-    context = CONTEXT + most / 2
-    spent = sum(stats.time_split(part, profile, context=context).total for part in parts)
-    steps = sum(float(part.emitted.max()) for part in parts)
-    return steps * profile.at(len(parts[0].rounds), context).plain / spent
 
 
 def _show(console: Console, lines: list[Line], profile: Profile) -> None:

@@ -79,6 +79,6 @@ def calibrate(
             controller_state=jnp.full((batch,), threshold, jnp.float32), max_new_tokens=max_new_tokens, **options,
         )  # fmt: skip
         context = float(np.mean(jax.device_get(out.prompt_lengths + out.lengths))) / 2
-        speedups.append(stats.profiled_speedup(jax.device_get(out.stats), profile, context=context))
+        speedups.append(stats.profiled_speedup(jax.device_get(out.stats), profile=profile, context=context))
     best = int(np.argmax(speedups))
     return Calibration(float(thresholds[best]), tuple(map(float, thresholds)), tuple(speedups))

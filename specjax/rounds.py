@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -101,9 +100,9 @@ def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, state: State,
     # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
     if len(widths) == 1:
         return settle(roles, capacity, widest, params, state.rows, state.target_cache, draft)
-    whole = functools.partial(settle, roles, capacity, widest, params)
-    shapes = zeros_like(whole, state.rows, state.target_cache, draft)
-    settled = Settled(state.target_cache, state.rows.status, shapes.info)
+    given = (params, state.rows, state.target_cache, draft)
+    none = zeros_like(lambda *given: settle(roles, capacity, widest, *given).info, *given)
+    settled = Settled(state.target_cache, state.rows.status, none)
     needed = jnp.max(jnp.where(is_active(state.rows), draft.lengths, 0))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     for index, width in enumerate(widths):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -110,7 +109,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         context=int(prompts.lengths.mean()) + task.max_new_tokens // 2, sampling=task.sampling,
         verifier=getattr(verify, task.verifier)(), kept_in=task.kept_in, busy=display.busy,
     )  # fmt: skip
-    expected: list[float] = []
+    finished: list[Stats] = []  # with the rows that only fill a batch up
     learnt: Any = None  # goes on from batch to batch
     for start in range(0, len(texts), size):
         batch = _Batch(task, pair, chosen.controller, prompts, start, size)
@@ -122,9 +121,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         seconds += time.perf_counter() - began
         parts.append(part)
         learnt = batch.chunks[-1].controller_state if batch.chunks else learnt
-        if chosen.profile is not None and batch.chunks:
-            context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
-            expected.append(stats.profiled_speedup(batch.chunks[-1].stats, chosen.profile, context=context))
+        finished += [chunk.stats for chunk in batch.chunks[-1:]]
         if keep is not None:
             traced += batch.traced()
             keep(Trace(traced, _settings(task, pair, sum(len(row.tokens) for row in rows), seconds)))
@@ -139,6 +136,9 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
             plain += out[: len(texts[start : start + size])]
     total = _join(parts, task.draft_len)
     measured = task.baseline and not interrupted
+    context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
+    profile = chosen.profile
+    profiled = None if profile is None else stats.profiled_speedup(*finished, profile=profile, context=context)
     summary = Summary(
         rows=rows,
         stats=total,
@@ -149,7 +149,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         baseline_tokens=sum(map(len, plain)),
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
-        profiled_speedup=statistics.mean(expected) if expected else None,
+        profiled_speedup=profiled,
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )

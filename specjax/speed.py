@@ -124,9 +124,7 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
         speedup=per_pass * paired_ratio(plain, own),
         call_tokens_per_second=setting.prompts * setting.max_new_tokens / call,
         call_speedup=statistics.median(a.call_seconds / b.call_seconds for a, b in zip(plain, own, strict=True)),
-        work=Work(
-            *(sum(share * getattr(limits.total(passes), name) for share, passes in works) for name in Work._fields)
-        ),
+        work=_mean([(share, limits.total(passes)) for share, passes in works]),
         limit_seconds=sum(share * limits.seconds(passes, machine) for share, passes in works),
         draft_lengths=[] if way is None else lengths.tolist(),
         draft_utilisation=None if math.isnan(utilisation) else utilisation,
@@ -164,10 +162,8 @@ def _split(parts: Sequence[Stats], profile: Profile | None, live: float) -> dict
         return None
     splits = [stats.time_split(part, profile, context=live) for part in parts]
     rounds = sum(int(part.rounds.max()) for part in parts)
-    steps = sum(int(part.emitted.max()) for part in parts)
-    plain = profile.at(len(parts[0].rounds), live).plain
     fields = {name: sum(getattr(split, name) for split in splits) / rounds for name in stats.Split._fields}
-    return {**fields, "speedup": steps * plain / sum(split.total for split in splits)}
+    return {**fields, "speedup": stats.profiled_speedup(*parts, profile=profile, context=live)}
 
 
 def floating_dtype(pair: Pair) -> Any:

@@ -95,14 +95,14 @@ def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
     return Split(drafting, verification, float(of_batch[0]) * costs.rounds[0])
 
 
-def profiled_speedup(stats: Stats, profile: Profile, *, context: float) -> float:
-    """Predicted speed-up of one batch over plain decoding of the same tokens, reading the prompts left out.
+def profiled_speedup(*parts: Stats, profile: Profile, context: float) -> float:
+    """Predicted speed-up of one batch or several over plain decoding of the same tokens, reading the prompts left out.
 
-    Plain decoding takes as many steps as the row with the most tokens. Arguments and errors as for `time_split`.
+    Plain decoding takes as many steps as the row of a batch with the most tokens. Arguments and errors as for
+    `time_split`; NaN where there were no rounds.
     """
-    seconds = time_split(stats, profile, context=context).total
-    steps = float(np.max(stats.emitted)) if np.size(stats.emitted) else 0.0
-    plain = steps * profile.at(len(np.asarray(stats.rounds)), context).plain
+    seconds = sum(time_split(part, profile, context=context).total for part in parts)
+    plain = sum(float(np.max(part.emitted)) * profile.at(len(part.rounds), context).plain for part in parts)
     return plain / seconds if seconds > 0 else float("nan")
 
 

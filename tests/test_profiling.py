@@ -7,10 +7,11 @@ import logging
 import jax
 import jax.numpy as jnp
 import pytest
-from test_controllers import profile as made_up
+from made_up import profile as made_up
 
 import specjax
 from specjax import controllers, costs, profiling, testing
+from specjax.costs import Costs, Profile
 
 MODEL = testing.table_model(1, 8)
 TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
@@ -81,3 +82,29 @@ def test_a_threshold_for_good_drafts_and_for_bad_ones():
     assert good.speedups[0] > 1.2 * good.speedups[1]
     with pytest.raises(ValueError, match="one or more probabilities"):
         specjax.calibrate(*PAIR, jnp.array([[1, 2]]), profile=table, thresholds=())
+
+
+def test_profiles_survive_a_file(tmp_path):
+    """Catches a number lost on the way, half-written files, and files that are something else."""
+    table = made_up()._replace(about=(("jax", "1"),))
+    table.save(tmp_path / "new" / "profile.json")
+    assert costs.load(tmp_path / "new" / "profile.json") == table
+    assert [file.name for file in (tmp_path / "new").iterdir()] == ["profile.json"]
+    (tmp_path / "broken.json").write_text("{")
+    with pytest.raises(ValueError, match="is not JSON"):
+        costs.load(tmp_path / "broken.json")
+    with pytest.raises(FileNotFoundError, match="make a profile"):
+        costs.load(tmp_path / "none.json")
+
+
+def test_costs_between_what_was_measured():
+    """Catches interpolation along the wrong axis."""
+    four = [
+        Costs(batch, context, batch * 1.0, (batch * context * 1.0, 2.0 * batch * context), (0.0, 0.1), 0.0)
+        for batch in (1, 5)
+        for context in (100, 200)
+    ]
+    table = Profile("x", (0, 1), tuple(four))
+    assert table.at(3, 150).rounds == (450.0, 900.0)
+    assert table.at(1, 50)._replace(context=100) == four[0]
+    assert table.at(9, 900).rounds == four[3].rounds

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tiny
 from jax.sharding import Mesh, PartitionSpec
-from test_controllers import profile
+from made_up import profile
 
 import specjax
 from specjax import Sampling, controllers, decode, drafters, hlo, models, sharding, testing, validate, verify

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import pytest
-from test_controllers import profile
+from made_up import profile
 from tpu import BATCH, CAPACITY, workload
 
 from specjax import controllers, hlo

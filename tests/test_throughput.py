@@ -1,0 +1,99 @@
+"""The throughput policy: against its reference, and after shifts in the text."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from made_up import profile, round_of
+from reference_throughput import Reference
+
+import specjax
+from specjax import controllers
+
+CHEAP = profile()
+DEAR = profile((1.0, 2.5, 4.0, 5.5))  # not even a perfect draft pays
+
+
+@pytest.mark.parametrize(
+    "table", [CHEAP, profile((1.0, 1.6, 1.9, 2.1), catch_up=0.01), DEAR], ids=["cheap", "middling", "dear"]
+)
+def test_throughput_is_its_reference(table):
+    """Catches a wrong estimate, cost or wait: 300 rounds of random acceptance with shifts, 3 rows that end at different
+    times, against the same policy in plain NumPy."""
+    rng = np.random.default_rng(4)
+    controller, wanted = controllers.throughput(table), Reference(table, batch=3)
+    state = controller.init(3)
+    choose, update = jax.jit(controller.draft_len), jax.jit(controller.update)
+    rows = _Rows(limits=[900, 400, 650])
+    picked = set()
+    for turn in range(300):
+        lengths = choose(state, rows.arrays())
+        room = np.maximum(np.minimum(rows.limits - rows.lengths - 1, 10), 0)
+        assert int(lengths[0]) == wanted.draft_len(rows.lengths, rows.limits, room, rows.active), turn
+        drafted = np.where(rows.active, np.minimum(np.asarray(lengths), room), 0)
+        alpha = (0.95, 0.05, 0.6)[turn // 40 % 3]
+        accepted = np.array([min(int(rng.geometric(1 - alpha)) - 1, size) for size in drafted])
+        emitted = np.where(rows.active, accepted + 1, 0)
+        state = update(state, round_of(drafted, accepted, emitted))
+        wanted.update(drafted, accepted, emitted)
+        rows.lengths = np.minimum(rows.lengths + emitted, rows.limits)
+        rows.active = rows.lengths < rows.limits
+        picked.add(int(lengths[0]))
+    assert picked == {0} if table is DEAR else picked >= {0, 1, 3} - ({0} if table is CHEAP else set())
+
+
+class _Rows:
+    """As much of `types.Rows` as the controller reads."""
+
+    def __init__(self, limits, lengths=(9, 5, 3)):
+        self.limits, self.lengths, self.active = np.array(limits), np.array(lengths), np.ones(len(lengths), bool)
+
+    def arrays(self):
+        fields = dict.fromkeys(specjax.types.Rows._fields)
+        status = np.where(self.active, specjax.Status.ACTIVE, specjax.Status.LENGTH)
+        given = {
+            "limits": self.limits,
+            "lengths": self.lengths,
+            "draft_limits": np.full(len(self.limits), 10),
+            "status": status,
+        }
+        return specjax.types.Rows(**{**fields, **{name: jnp.asarray(x, jnp.int32) for name, x in given.items()}})
+
+
+@pytest.mark.parametrize(
+    ("table", "rises"),
+    [
+        (profile((1.0, 1.05, 1.1, 1.15)), True),
+        (profile((1.0, 1.1, 1.25, 1.4), catch_up=0.001), True),
+        # A pass over two tokens costs nearly two, and catching up alone 2% of the time: nothing is tried again soon.
+        (profile((1.0, 1.8, 2.1, 2.3), catch_up=0.024), False),
+    ],
+    ids=["accelerator", "middling", "two cores"],
+)
+def test_throughput_adapts_within_twenty_rounds(table, rises):
+    """Catches evidence that outweighs what the text now does, and waiting for ever. Acceptance falls from 0.9 to 0
+    after 60 rounds and rises again after 60 more; 20 rounds later rounds cost less than 1.1 plain steps, or draft all
+    that they can. 40 runs, three quarters and one half of them."""
+    rng = np.random.default_rng(1)
+    costs, controller = table.costs[0].rounds, controllers.throughput(table)
+    rows = _Rows(limits=[10_000], lengths=[9]).arrays()
+
+    @jax.jit
+    def turn(state, longest):  # one round in which the target would accept so many draft tokens
+        size = controller.draft_len(state, rows)
+        accepted = jnp.minimum(size, longest)
+        return controller.update(state, round_of(size, accepted, accepted + 1)), size[0]
+
+    fallen, risen = [], []
+    for _ in range(40):
+        state, taken = controller.init(1), []
+        for index in range(180):
+            alpha = 0.9 if index // 60 % 2 == 0 else 0.0
+            state, size = turn(state, np.array([rng.geometric(1 - alpha) - 1], np.int32))
+            taken.append(int(size))
+        fallen.append(np.mean([costs[size] for size in taken[80:120]]))
+        risen.append(np.mean([size == 3 for size in taken[140:]]))
+    assert np.quantile(fallen, 0.75) < 1.1
+    assert np.median(risen) > 0.8 or not rises
