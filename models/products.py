@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import math
 import operator
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from specjax.types import Array
 _FEW_ROWS = 32
 _PADDED_ROWS = 8  # XLA's library works on so many at once
 _LANES = 16  # LLVM vectorises loops over 16 columns; loops over 8 or 32 it made ten times slower
-_MOST_ROWS_IN_LANES = 4  # from 6 on the library is as fast
 _MOST_COLUMNS = 1024  # every 16 are a term of the sum, which takes its time to compile
 # A smaller product is done before a second core wakes up, and narrower models, such as drafts, live in the cache.
 _FEWEST_WEIGHTS = 1 << 17
@@ -32,7 +32,7 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     """x [..., in] times weight [out, in] -> [..., out]."""
     rows = math.prod(x.shape[:-1])
     dtype = out_dtype or x.dtype
-    is_in_lanes = 0 < rows <= _MOST_ROWS_IN_LANES and _fits_lanes(x, weight)
+    is_in_lanes = 0 < rows <= most_rows_in_lanes() and _fits_lanes(x, weight)
 
     def plain(x: Array, weight: Array) -> Array:
         return _over_rows(x, weight, 1, dtype)
@@ -45,6 +45,13 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
     if is_in_lanes or 1 < rows <= _FEW_ROWS:
         return lax.platform_dependent(x, weight, cpu=on_cpu, default=plain)
     return plain(x, weight)
+
+
+@functools.cache
+def most_rows_in_lanes() -> int:
+    """Up to how many rows lanes are faster than the library here: 4 on AMD (Milan), 1 on Intel (Sapphire Rapids)."""
+    file = Path("/proc/cpuinfo")
+    return 4 if file.is_file() and "AuthenticAMD" in file.read_text() else 1
 
 
 def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
@@ -98,7 +105,7 @@ def _fits_lanes(x: Array, weight: Array) -> bool:
 # Under vmap the slices would read the weights once for each row: there the rows become those of one product.
 @jax.custom_jvp
 def _in_lanes(x: Array, weight: Array) -> Array:
-    """x [R, in] times weight [out, in] -> [R, out], R at most _MOST_ROWS_IN_LANES."""
+    """x [R, in] times weight [out, in] -> [R, out], R at most 4."""
     return _batched_in_lanes(x, weight)
 
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 1
+FORMAT = 2
 
 
 class Costs(NamedTuple):
@@ -20,7 +20,8 @@ class Costs(NamedTuple):
     plain: float  # one autoregressive step
     rounds: tuple[float, ...]  # [K+1]: a whole round with a draft of 0, 1, ..., K tokens; 0 is a plain step inside it
     drafts: tuple[float, ...]  # [K+1]: of that, the drafting
-    catch_up: float  # for each token emitted without a draft, what the next draft takes longer
+    # What a draft takes longer after rounds without one: for there being any, and for each token of theirs.
+    catch_up: tuple[float, float]
 
     def verification(self) -> tuple[float, ...]:
         """[K+1]: rounds less their drafting: the target's pass over K + 1 tokens, acceptance, and what goes with it."""
@@ -43,7 +44,7 @@ class Profile(NamedTuple):
     def at(self, batch: int, context: float) -> Costs:
         """Costs for as many rows and so long a text: between measured ones in proportion, outside of them the nearest.
 
-        >>> few, many = (Costs(b, 64, 1.0 * b, (1.0 * b, 2.0 * b), (0.0, 0.5), 0.0) for b in (1, 3))
+        >>> few, many = (Costs(b, 64, 1.0 * b, (1.0 * b, 2.0 * b), (0.0, 0.5), (0.0, 0.0)) for b in (1, 3))
         >>> Profile("chip", (0, 1), (few, many)).at(2, 500).rounds
         (2.0, 4.0)
         """
@@ -57,7 +58,10 @@ class Profile(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it."""
-        costs = [{**c._asdict(), "rounds": list(c.rounds), "drafts": list(c.drafts)} for c in self.costs]
+        costs = [
+            {**c._asdict(), "rounds": list(c.rounds), "drafts": list(c.drafts), "catch_up": list(c.catch_up)}
+            for c in self.costs
+        ]
         return {
             "format": FORMAT,
             "device": self.device,
@@ -81,7 +85,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
     Raises:
       ValueError: it is none, or of another format; what is wrong is said.
 
-    >>> costs = Costs(1, 64, 1.0, (1.0, 1.2), (0.0, 0.1), 0.01)
+    >>> costs = Costs(1, 64, 1.0, (1.0, 1.2), (0.0, 0.1), (0.1, 0.01))
     >>> from_json(Profile("chip", (0, 1), (costs,)).as_json()).at(1, 64) == costs
     True
     """
@@ -91,7 +95,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
         costs = tuple(
             Costs(
                 int(c["batch"]), int(c["context"]), float(c["plain"]), tuple(map(float, c["rounds"])),
-                tuple(map(float, c["drafts"])), float(c["catch_up"]),
+                tuple(map(float, c["drafts"])), tuple(map(float, c["catch_up"])),
             )
             for c in data["costs"]
         )  # fmt: skip
@@ -130,7 +134,9 @@ def check(profile: Profile) -> None:
         where = f"the profile's costs for batch {costs.batch}, context {costs.context}"
         if len(costs.rounds) != profile.longest + 1 or len(costs.drafts) != profile.longest + 1:
             raise ValueError(f"{where} must hold {profile.longest + 1} rounds and drafts, one for each draft length.")
-        if not np.all(np.isfinite((costs.plain, *costs.rounds, *costs.drafts, costs.catch_up))):
+        if len(costs.catch_up) != 2:
+            raise ValueError(f"{where} must hold two numbers of catching up, got {len(costs.catch_up)}.")
+        if not np.all(np.isfinite((costs.plain, *costs.rounds, *costs.drafts, *costs.catch_up))):
             raise ValueError(f"{where} hold numbers that are not finite.")
         if min(costs.plain, *costs.rounds) <= 0:
             raise ValueError(f"{where} hold a time of 0 or less.")
@@ -148,5 +154,5 @@ def _along(parts: list[Costs], axis: str, value: float) -> Costs:
         plain=at([part.plain for part in parts]),
         rounds=tuple(at(list(times)) for times in zip(*(part.rounds for part in parts), strict=True)),
         drafts=tuple(at(list(times)) for times in zip(*(part.drafts for part in parts), strict=True)),
-        catch_up=at([part.catch_up for part in parts]),
+        catch_up=tuple(at(list(times)) for times in zip(*(part.catch_up for part in parts), strict=True)),
     )

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 _TOKENS = 48  # emitted at most in a timed loop of n rounds: the context stays near the one that is asked for
 _FEWEST, _MOST = 4, 16  # rounds of such a loop
 _SUSTAINED, _MOST_CALLS = 0.12, 20  # seconds that such loops last together, and how many they are at most
-_IDLE = 16  # rounds without a draft, before the one that catches up
+_IDLE = 64  # rounds without a draft, before the one that catches up with a long way
 
 Busy = Callable[[str], AbstractContextManager[Any]]
 
@@ -169,7 +169,8 @@ class _Bench:
         self.roles, self.params, self.drafter_params = roles, params, drafter_params
         self.sampling, self.batch = sampling, batch
         longest = roles.controller.longest
-        self.capacity = widest + 2 + max(2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
+        grown = (2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
+        self.capacity = widest + 2 + max(*grown, _IDLE + longest)
         if roles.model.max_positions is not None:
             self.capacity = min(self.capacity, roles.model.max_positions)
 
@@ -194,10 +195,10 @@ class _Bench:
         state = self._state(context)
         controller = self.roles.controller
         longest = controller.longest
-        behind = self._call(_rounds, _told(state, 0), _IDLE)
         jobs = {("round", k): (_rounds, _told(state, k), self._rounds(k)) for k in controller.buckets}
         jobs |= {("draft", k): (_drafts, _told(state, k), _MOST) for k in {1, longest}}
-        jobs["late", 1] = (_drafts, _told(behind, 1), _MOST)
+        for idle in (1, _IDLE):
+            jobs["late", idle] = (_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
         # Each right after a plain step: what slows the machine down slows both, and their ratio stays.
         steps: list[float] = []
         ratios: dict[Any, list[float]] = {name: [] for name in jobs}
@@ -217,8 +218,9 @@ class _Bench:
             bucket = min(size for size in controller.buckets if size >= k)
             rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
         drafts = tuple(min(draft, whole) for draft, whole in zip(drafts, rounds, strict=True))
-        late = max(middle["late", 1] - middle["draft", 1], 0.0)
-        return Costs(self.batch, context, plain, tuple(rounds), drafts, late / _IDLE)
+        soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))
+        each = max(late - soon, 0.0) / (_IDLE - 1)
+        return Costs(self.batch, context, plain, tuple(rounds), drafts, (max(soon - each, 0.0), each))
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
         """Of one turn: what loops of 2n take longer than as many of n, over n; after one that brings its data near.

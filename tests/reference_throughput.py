@@ -13,27 +13,24 @@ class Reference:
     def __init__(self, profile, batch, prior=0.7, exploration=0.01):
         self.found, self.longest, self.prior = profile.at(batch, 0), profile.longest, prior
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
-        self.soon, self.late = self._wait(10 * exploration), self._wait(exploration)
-        self.idle, self.patience, self.wait = 0, self.soon, min(2 * self.soon, self.late)
+        self.least, self.most = exploration, 10 * exploration
+        self.idle, self.saved, self.share = 0, 0.0, self.most
         self.failures = np.zeros(batch, int)
 
-    def _wait(self, share):
+    def draft_len(self, lengths, limits, room, active, rounds):
         step, one = self.found.rounds[:2]
-        left = share * step - self.found.catch_up
-        return 256 if left <= 0 else min(max(math.ceil(max(one - step, 0) / left), 1), 256)
-
-    def draft_len(self, lengths, limits, room, active):
-        step = self.found.rounds[0]
         if all((k + 1) * step <= cost for k, cost in enumerate(self.found.rounds)):
             return 0
         needed = []
         for k in range(self.longest + 1):
-            rounds = [
+            needs = [
                 (limits[row] - lengths[row]) / self._tokens(row, min(k, room[row])) for row in np.flatnonzero(active)
             ]
-            needed.append(sum(value**8 for value in rounds) ** 0.125 * self.found.rounds[k])
+            needed.append(sum(value**8 for value in needs) ** 0.125 * self.found.rounds[k])
         best = int(np.argmin(needed))
-        if self.long[1].sum() == 0 or (best == 0 and self.idle >= self.patience):
+        missed = min(self.idle, max(rounds))
+        price = one - step + (missed > 0) * self.found.catch_up[0] + missed * self.found.catch_up[1]
+        if self.long[1].sum() == 0 or (best == 0 and self.saved * step >= price):
             return 1
         return best
 
@@ -53,6 +50,7 @@ class Reference:
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
             self.idle += 1
+            self.saved += self.share
             return
         succeeded = failed = 0
         for row, size in enumerate(drafted):
@@ -66,11 +64,9 @@ class Reference:
                     record[0][row, place] += place < accepted[row]
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
             succeeded, failed = succeeded + (accepted[row] > 0), failed + (accepted[row] == 0)
-        if max(drafted) == 1 and self.idle >= self.patience:
-            if succeeded >= failed:
-                self.patience, self.wait = 0, max(self.wait // 2, min(2 * self.soon, self.late))
-            else:
-                self.patience, self.wait = self.wait, min(2 * self.wait, self.late)
+        if max(drafted) == 1 and (self.idle > 0 or self.saved > 0):
+            self.saved = math.inf if succeeded >= failed else 0.0
+            self.share = min(max(self.share * (2 if succeeded >= failed else 0.5), self.least), self.most)
         else:
-            self.patience, self.wait = self.soon, min(2 * self.soon, self.late)
+            self.saved, self.share = 0.0, self.most
         self.idle = 0

@@ -220,7 +220,7 @@ def test_what_was_learnt_is_handed_on():
     """Catches a second call that starts afresh, or a state that does not fit and fails deep inside."""
     model, params, draft, _ = _pair("table")
     drafter, bad = specjax.drafters.draft_model(draft), -params
-    controller = controllers.throughput(profile((1.0, 1.7, 2.2, 2.6), catch_up=0.02))
+    controller = controllers.throughput(profile((1.0, 1.7, 2.2, 2.6), catch_up=(0.2, 0.02)))
     options = {"max_new_tokens": 60, "controller": controller}
     first = specjax.generate(model, params, drafter, bad, PROMPTS, LENGTHS, **options)
     second = specjax.generate(

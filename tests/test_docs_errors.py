@@ -154,7 +154,7 @@ def _a_tables_end():
 
 
 def _profiled(device):
-    found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), 0.0)
+    found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), (0.0, 0.0))
     return specjax.controllers.throughput(specjax.costs.Profile(device, (0, 1), (found,)))
 
 

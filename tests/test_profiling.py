@@ -100,7 +100,7 @@ def test_profiles_survive_a_file(tmp_path):
 def test_costs_between_what_was_measured():
     """Catches interpolation along the wrong axis."""
     four = [
-        Costs(batch, context, batch * 1.0, (batch * context * 1.0, 2.0 * batch * context), (0.0, 0.1), 0.0)
+        Costs(batch, context, batch * 1.0, (batch * context * 1.0, 2.0 * batch * context), (0.0, 0.1), (0.0, 0.0))
         for batch in (1, 5)
         for context in (100, 200)
     ]

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from specjax import costs
 from specjax.costs import Profile
@@ -23,7 +22,7 @@ _log = logging.getLogger(__name__)
 _RECENT, _LONG = 12.0, 256.0
 _WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
-_MOST_PATIENCE = 256
+_EAGER = 10.0  # times the share of exploration: what is put aside for tries before any of them failed
 _SLOWEST = 8.0  # the norm over rows: 1 is all of them alike, infinity the slowest alone
 
 
@@ -36,8 +35,8 @@ class ThroughputState(NamedTuple):
     long_tested: Array  # [B, K] float32
     failures: Array  # [B] int32, drafts in a row of which nothing was accepted
     idle: Array  # [] int32, rounds since the last draft
-    patience: Array  # [] int32, rounds without a draft after which one is tried
-    wait: Array  # [] int32, what patience becomes when a try fails; then twice as much
+    saved: Array  # [] float32, plain steps put aside for the next try
+    share: Array  # [] float32, of a plain step that each round without a draft adds to them
 
 
 @functools.cache
@@ -50,9 +49,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     share its draft length, and the slower rows count for more, as a batch ends with its last row. A row's own limit
     (`max_draft_len`) is counted in.
 
-    While nothing is drafted nothing is learnt, so now and then one token is: soon at first, then, while it fails, after
-    ever longer waits, up to one at which failures cost the share `exploration` of the time; after a success at once
-    again. Where even a perfect draft could not pay there never is one.
+    While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share of
+    its time aside, and when that pays for a try, catching up with the text included, there is one. The share begins at
+    ten times `exploration`; each try that fails halves it, down to `exploration`. After a success the next try is at
+    once. Where catching up alone takes more than the share, tries are left to the beginning of the next text, which
+    drafters have read. Where even a perfect draft could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -61,47 +62,46 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
       prior: acceptance of a draft token before any was tested, in 0..1.
-      exploration: in 0..1, of the time.
+      exploration: in 0..1, of the time; at 0 nothing is tried.
 
     Raises:
       ValueError: no usable profile, or a share outside 0..1.
 
     >>> from specjax.costs import Costs, Profile
-    >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), 0.0)
+    >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), (0.0, 0.0))
     >>> throughput(Profile("chip", (0, 1, 2), (cheap,))).longest
     2
     """
     costs.check(profile)
     if not (0 <= prior <= 1 and 0 <= exploration <= 1):
         raise ValueError(f"prior and exploration are shares in 0..1, got {prior} and {exploration}.")
-    longest, contexts = profile.longest, profile.contexts()
+    longest, eager = profile.longest, _EAGER * exploration
 
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
         none = jnp.zeros((batch, longest), jnp.float32)
-        soon, late = _waits(profile, batch, exploration)
-        zero = jnp.int32(0)
         failures = jnp.zeros((batch,), jnp.int32)
-        return ThroughputState(none, none, none, none, failures, zero, jnp.int32(soon), jnp.int32(min(2 * soon, late)))
+        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.float32(0), jnp.float32(eager))
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
         if not _can_pay(profile, batch):
             return jnp.zeros((batch,), jnp.int32)
         active = is_active(rows)
-        seconds = _seconds(profile, contexts, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
+        seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
         room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
         left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None]
         rounds = left.astype(jnp.float32) / expected_tokens(state, room, prior)  # [B, K+1]
         slowest = jnp.maximum(jnp.max(rounds, 0), 1e-6)
         needed = slowest * jnp.sum((rounds / slowest[None]) ** _SLOWEST, 0) ** (1 / _SLOWEST)  # [K+1]
         best = jnp.argmin(needed * seconds).astype(jnp.int32)
-        tries = (best == 0) & (state.idle >= state.patience)
+        missed = jnp.minimum(state.idle, jnp.max(rows.rounds)).astype(jnp.float32)
+        price = seconds[1] - seconds[0] + jnp.where(missed > 0, catch_up[0], 0.0) + catch_up[1] * missed
+        tries = (best == 0) & (state.saved * seconds[0] >= price) & (exploration > 0)
         is_new = jnp.sum(state.long_tested) == 0  # knows nothing: one token tells as much as many
         return jnp.broadcast_to(jnp.where(tries | is_new, 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        soon, late = _waits(profile, info.num_emitted.shape[0], exploration)
         place = jnp.arange(longest)[None]
         tested = place < jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)[:, None]
         accepted = place < info.num_accepted[:, None]
@@ -111,12 +111,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
             return jnp.where(took_part, counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
 
         drafted = jnp.any(took_part)
-        tried = (jnp.max(info.draft_lengths) == 1) & (state.idle >= state.patience)
+        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0))
         succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
-        # A try that succeeds is followed by another at once, one that fails by a longer wait than the last.
-        first = min(2 * soon, late)
-        patience = jnp.where(tried, jnp.where(succeeded, 0, state.wait), soon)
-        wait = jnp.where(succeeded, jnp.maximum(state.wait // 2, first), jnp.minimum(2 * state.wait, late))
+        saved = jnp.where(tried & succeeded, jnp.inf, 0.0)  # inf: at once again
+        share = jnp.clip(jnp.where(succeeded, 2.0, 0.5) * state.share, exploration, eager)
         failures = jnp.where(info.num_accepted > 0, 0, state.failures + 1)
         return ThroughputState(
             fade(state.recent_accepted, accepted, _RECENT),
@@ -125,8 +123,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
             fade(state.long_tested, tested, _LONG),
             jnp.where(took_part[:, 0], failures, state.failures),
             jnp.where(drafted, 0, state.idle + 1),
-            jnp.where(drafted, patience, state.patience),
-            jnp.where(drafted, jnp.where(tried, wait, first), state.wait),
+            jnp.where(drafted, saved, state.saved + state.share),
+            jnp.where(drafted, jnp.where(tried, share, eager), state.share),
         )
 
     return Controller(init, draft_len, update, profile.buckets)
@@ -168,11 +166,14 @@ def _warn(profile: Profile, batch: int) -> None:
         )  # fmt: skip
 
 
-def _seconds(profile: Profile, contexts: list[int], batch: int, live: Array) -> Array:
-    """[K+1] float32: what a round of each draft length costs with `live` [] tokens in the longest row."""
-    table = jnp.asarray([profile.at(batch, context).rounds for context in contexts], jnp.float32)  # [contexts, K+1]
-    at = live.astype(jnp.float32)
-    return jax.vmap(lambda times: jnp.interp(at, jnp.asarray(contexts, jnp.float32), times), 1)(table)
+def _costs(profile: Profile, batch: int, live: Array) -> tuple[Array, Array]:
+    """What a round of each draft length costs with `live` [] tokens in the longest row, and catching up: [K+1], [2]."""
+    contexts = profile.contexts()
+    measured = [profile.at(batch, context) for context in contexts]
+    table = jnp.asarray([(*found.rounds, *found.catch_up) for found in measured], jnp.float32)  # [contexts, K+3]
+    at, places = live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32)
+    costs = jax.vmap(lambda times: jnp.interp(at, places, times), 1)(table)
+    return costs[:-2], costs[-2:]
 
 
 def _can_pay(profile: Profile, batch: int) -> bool:
@@ -181,16 +182,3 @@ def _can_pay(profile: Profile, batch: int) -> bool:
         max((place + 1) / cost for place, cost in enumerate(found.rounds)) > 1 / found.rounds[0]
         for found in (profile.at(batch, context) for context in profile.contexts())
     )
-
-
-def _waits(profile: Profile, batch: int, exploration: float) -> tuple[int, int]:
-    """Rounds without a draft after which a failing draft of one token costs ten times the share, and the share."""
-    found = profile.at(batch, profile.contexts()[0])
-    step = found.rounds[0]
-    extra = max(found.rounds[1] - step, 0.0)
-
-    def wait(share: float) -> int:
-        left = share * step - found.catch_up
-        return _MOST_PATIENCE if left <= 0 else int(np.clip(math.ceil(extra / left), 1, _MOST_PATIENCE))
-
-    return wait(10 * exploration), wait(exploration)

@@ -28,6 +28,8 @@ from specjax.types import (
     Rows,
 )
 
+_WIDE = 32  # tokens of a pass that catches up with a long way
+
 
 class DraftModelState(NamedTuple):
     """Invariant between rounds: the cache holds a row's first `seen` tokens, all but the last two or fewer."""
@@ -158,22 +160,33 @@ def _while_it_goes_on(
 def _catch_up(
     model: Model, params: PyTree, state: DraftModelState, rows: Rows, drafts: Array, width: int
 ) -> DraftModelState:
-    """Before a draft, reads what was emitted without one, `width` tokens a pass: all but a row's last two.
+    """Before a draft, reads what was emitted without one: all but a row's last two tokens.
 
-    A cache has room for a round past its live part, and so for K + 1 tokens and no more.
+    Many of them in wide passes, the rest `width` at a time: a cache has room for a round, K + 1 tokens, past its live
+    part, and for a wide pass only where that ends early enough.
     """
+    slots = rows.tokens.shape[1]
 
     def behind(seen: Array) -> Array:
         return jnp.where(is_active(rows) & drafts, rows.lengths - 2 - seen, 0)
 
-    def read(carry):
+    def read(width: int, carry):
         cache, seen = carry
-        place = jnp.minimum(seen[:, None] + jnp.arange(width)[None], rows.tokens.shape[1] - 1)
+        place = jnp.minimum(seen[:, None] + jnp.arange(width)[None], slots - 1)
         block = model.init_block(params, len(seen), width)
         tokens, last = jnp.take_along_axis(rows.tokens, place, 1), jnp.full((len(seen), 1), width - 1)
         out = model.apply(params, tokens, cache, block, logits_at=last)
         count = jnp.clip(behind(seen), 0, width)
         return model.commit(cache, out.block, after(count, jnp.argmax(out.logits[:, 0], -1)), None), seen + count
 
-    cache, seen = lax.while_loop(lambda carry: jnp.any(behind(carry[1]) > 0), read, (state.cache, state.seen))
+    def is_far(carry) -> Array:
+        return jnp.any(behind(carry[1]) > width) & (jnp.max(carry[1]) + _WIDE <= slots)
+
+    def is_behind(carry) -> Array:
+        return jnp.any(behind(carry[1]) > 0)
+
+    carry = (state.cache, state.seen)
+    if width < _WIDE:
+        carry = lax.while_loop(is_far, functools.partial(read, _WIDE), carry)
+    cache, seen = lax.while_loop(is_behind, functools.partial(read, width), carry)
     return state._replace(cache=cache, seen=seen)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from specjax.models import products
 from specjax.models.products import materialised, project
 
 WEIGHTS = {  # out x in: the last is too narrow, and the one before too small, for both cores
@@ -22,6 +23,13 @@ def _arrays(rows: int, name: str) -> tuple[np.ndarray, np.ndarray]:
     shapes = (rows, WEIGHTS[name][1]), WEIGHTS[name]
     x, weight = (random.normal(size=shape).astype(np.float32) for shape in shapes)
     return x, weight
+
+
+@pytest.fixture(params=[1, 4], autouse=True)
+def _most_rows_in_lanes(request, monkeypatch):
+    """As on either kind of machine; what was traced for the other is forgotten."""
+    monkeypatch.setattr(products, "most_rows_in_lanes", lambda: request.param)
+    jax.clear_caches()
 
 
 @pytest.mark.parametrize("name", WEIGHTS)
