@@ -49,9 +49,9 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     share its draft length, and the slower rows count for more, as a batch ends with its last row. A row's own limit
     (`max_draft_len`) is counted in.
 
-    While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share of
-    its time aside, and when that pays for a try, catching up with the text included, there is one. The share begins at
-    ten times `exploration`; each try that fails halves it, down to `exploration`. After a success the next try is at
+    While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
+    of its time aside, and when that pays for a try, catching up with the text included, there is one. The share begins
+    at ten times `exploration`; each try that fails halves it, down to `exploration`. After a success the next try is at
     once. Where catching up alone takes more than the share, tries are left to the beginning of the next text, which
     drafters have read. Where even a perfect draft could not pay there never is one.
 
