@@ -166,13 +166,16 @@ def _ways(
         return run
 
     adaptive = by(controllers.throughput(profile))
+    others = [
+        Way("additive", by(controllers.additive(longest)), carries=True),
+        Way("confidence(0.4)", by(controllers.confidence(0.4, longest))),
+    ]
     return [
         Way("plain decoding", plain),
         *(Way(f"fixed({size})", by(controllers.fixed(size))) for size in swept),
         Way("throughput", adaptive, carries=True),
         Way("throughput, from nothing", adaptive),
-        Way("additive", by(controllers.additive(longest)), carries=True),
-        Way("confidence(0.4)", by(controllers.confidence(0.4, longest))),
+        *(others if each.name == "shipped" else ()),
     ]
 
 

@@ -30,7 +30,24 @@ _MODULES = (
 SHORTER = 4  # the short generation is a quarter of the long one
 
 
-Way: TypeAlias = int | Policy | None  # a fixed draft length, an adaptive controller, plain decoding
+class Way(NamedTuple):
+    """A way to decode."""
+
+    policy: Policy | None  # None is plain decoding
+    draft_len: int  # K, the most that is drafted
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the draft length changes from round to round."""
+        return self.policy not in (None, Policy.fixed)
+
+    def __str__(self) -> str:
+        if self.policy is None:
+            return "plain decoding"
+        return f"{self.policy}, K <= {self.draft_len}" if self.adapts else f"K = {self.draft_len}"
+
+
+PLAIN = Way(None, 0)
 Run: TypeAlias = Callable[[int, text.Prompts], Generation]  # (tokens to generate, one batch)
 
 
@@ -84,8 +101,9 @@ def prepare(
         )
     setting = setting._replace(prompts=-(-setting.prompts // setting.batch) * setting.batch)
     longest = max(setting.draft_lens)
-    runs: dict[Way, Run] = {None: _plain(pair, setting)}
-    runs |= {draft_len: _speculative(pair, setting, controllers.fixed(draft_len)) for draft_len in setting.draft_lens}
+    runs: dict[Way, Run] = {PLAIN: _plain(pair, setting)}
+    for draft_len in setting.draft_lens:
+        runs[Way(Policy.fixed, draft_len)] = _speculative(pair, setting, controllers.fixed(draft_len))
     prompts = _prompts(pair, setting)
     profiles: dict[Way, Profile] = {}
     learn: dict[Way, Callable[[], None]] = {}
@@ -95,16 +113,17 @@ def prepare(
             sampling=Sampling(setting.temperature), verifier=verify.rejection(), kept_in=kept_in,
             busy=busy or (lambda what: nullcontext()),
         )  # fmt: skip
-        runs[policy], learn[policy] = _adaptive(pair, setting, chosen.controller, prompts)
+        way = Way(policy, longest)
+        runs[way], learn[way] = _adaptive(pair, setting, chosen.controller, prompts)
         if chosen.profile is not None:
-            profiles[policy] = chosen.profile
+            profiles[way] = chosen.profile
     return Contest(runs, prompts, setting, profiles, learn)
 
 
 def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> None:
     """Compiles every way to decode; adaptive controllers see all prompts once."""
     for way, run in contest.runs.items():
-        with busy("compiling plain decoding" if way is None else f"compiling speculation, {named(way)}"):
+        with busy(f"compiling {way}"):
             jax.block_until_ready(run(1, contest.prompts[0]))
             contest.learn.get(way, lambda: None)()
 
@@ -160,11 +179,6 @@ def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int)
 def together(parts: Sequence[Stats]) -> Stats:
     """The counts of several batches as of one."""
     return Stats(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))  # type: ignore[arg-type]
-
-
-def named(way: Way) -> str:
-    """What to call it."""
-    return "plain decoding" if way is None else str(way) if isinstance(way, Policy) else f"K = {way}"
 
 
 def _plain(pair: Pair, setting: Setting) -> Run:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -95,7 +95,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
         costs = tuple(
             Costs(
                 int(c["batch"]), int(c["context"]), float(c["plain"]), tuple(map(float, c["rounds"])),
-                tuple(map(float, c["drafts"])), tuple(map(float, c["catch_up"])),
+                tuple(map(float, c["drafts"])), _pair(c["catch_up"]),
             )
             for c in data["costs"]
         )  # fmt: skip
@@ -134,12 +134,15 @@ def check(profile: Profile) -> None:
         where = f"the profile's costs for batch {costs.batch}, context {costs.context}"
         if len(costs.rounds) != profile.longest + 1 or len(costs.drafts) != profile.longest + 1:
             raise ValueError(f"{where} must hold {profile.longest + 1} rounds and drafts, one for each draft length.")
-        if len(costs.catch_up) != 2:
-            raise ValueError(f"{where} must hold two numbers of catching up, got {len(costs.catch_up)}.")
         if not np.all(np.isfinite((costs.plain, *costs.rounds, *costs.drafts, *costs.catch_up))):
             raise ValueError(f"{where} hold numbers that are not finite.")
         if min(costs.plain, *costs.rounds) <= 0:
             raise ValueError(f"{where} hold a time of 0 or less.")
+
+
+def _pair(values: Sequence[float]) -> tuple[float, float]:
+    first, second = values
+    return float(first), float(second)
 
 
 def _along(parts: list[Costs], axis: str, value: float) -> Costs:
@@ -154,5 +157,5 @@ def _along(parts: list[Costs], axis: str, value: float) -> Costs:
         plain=at([part.plain for part in parts]),
         rounds=tuple(at(list(times)) for times in zip(*(part.rounds for part in parts), strict=True)),
         drafts=tuple(at(list(times)) for times in zip(*(part.drafts for part in parts), strict=True)),
-        catch_up=tuple(at(list(times)) for times in zip(*(part.catch_up for part in parts), strict=True)),
+        catch_up=(at([part.catch_up[0] for part in parts]), at([part.catch_up[1] for part in parts])),
     )

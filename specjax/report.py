@@ -16,8 +16,10 @@ from rich.table import Table
 from rich.text import Text
 
 from specjax import stats
+from specjax.contest import Way
 from specjax.exactness import Finding
 from specjax.pair import Pair
+from specjax.policy import Policy
 from specjax.runner import Summary, predicted_speedup
 from specjax.speed import Line, Speed
 from specjax.stream import Origin
@@ -204,9 +206,7 @@ def _speed_cells(line: Line) -> list[str]:
 
 
 def _way(line: Line) -> str:
-    if line.controller == "fixed":
-        return f"K = {line.draft_len}"
-    return "plain decoding" if line.controller is None else f"{line.controller}, K <= {line.draft_len}"
+    return str(Way(Policy(line.controller) if line.controller else None, line.draft_len or 0))
 
 
 def speed_as_json(found: Sequence[Speed]) -> dict[str, Any]:
@@ -292,7 +292,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(
             ("plain decoding", f"{show('plain_tokens_per_second', '.0f')} tokens/s{same[summary.same_tokens]}")
         )
-        lines.append(("speed-up", f"{show('speedup', '.2f')}x measured, {_prediction(summary, show)}"))
+        lines.append(("speed-up", f"{show('speedup', '.2f')}x in this one run, {_prediction(summary, show)}"))
     else:
         lines.append(("speed-up", _prediction(summary, show)))
     accepted = int(summary.stats.accepted.sum())
@@ -311,5 +311,5 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
 
 def _prediction(summary: Summary, show) -> str:
     if summary.profiled_speedup is not None:
-        return f"{show('profiled_speedup', '.2f')}x predicted by the profile of this machine, prompts left out"
+        return f"{show('profiled_speedup', '.2f')}x by this machine's profile for its rounds, without the prompt"
     return f"{show('predicted_speedup', '.2f')}x predicted where a pass costs what it reads (an accelerator, few rows)"

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from specjax import controllers, drafters, passes, testing
-from specjax.contest import SHORTER, Contest, Setting, compile_all, paired_ratio, prepare, time_all
+from specjax.contest import PLAIN, SHORTER, Contest, Setting, Way, compile_all, paired_ratio, prepare, time_all
 from specjax.decode import generate
 from specjax.exactness import Finding
 from specjax.pair import Pair
+from specjax.policy import Policy
 from specjax.speed import floating_dtype
 from specjax.types import Sampling
 
@@ -242,7 +243,7 @@ def _pace(pair: Pair, contest: Contest, clock: _Clock) -> Pace:
     timed = time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
     with clock.busy("measuring single passes"):
         one, several = passes.time_passes(target.model, target.params, **widths, repeats=5)
-    plain, ours = timed[None], timed[draft_len]
+    plain, ours = timed[PLAIN], timed[Way(Policy.fixed, draft_len)]
     return Pace(
         draft_len=draft_len,
         step_seconds=statistics.median(run.seconds for run in plain),

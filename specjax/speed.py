@@ -15,6 +15,7 @@ import numpy as np
 
 from specjax import limits, stats
 from specjax.contest import (
+    PLAIN,
     SHORTER,
     Contest,
     Setting,
@@ -30,7 +31,6 @@ from specjax.costs import Profile
 from specjax.limits import Work
 from specjax.machine import Machine, this_machine
 from specjax.pair import Pair
-from specjax.policy import Policy
 from specjax.types import Stats
 
 
@@ -103,7 +103,7 @@ def measure(
 
 
 def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way, timed: dict[Way, list[Timed]]) -> Line:
-    setting, own, plain = contest.setting, timed[way], timed[None]
+    setting, own, plain = contest.setting, timed[way], timed[PLAIN]
     whole = together(own[0].whole)
     lengths = stats.draft_lengths(whole)
     works = _works(pair, setting, live, way, lengths)
@@ -114,8 +114,8 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
     by_position = stats.acceptance_by_position(whole).tolist()
     utilisation = stats.draft_utilisation(whole)
     return Line(
-        draft_len=None if way is None else len(lengths) - 1,
-        controller=None if way is None else way.value if isinstance(way, Policy) else "fixed",
+        draft_len=way.draft_len if way.policy else None,
+        controller=way.policy.value if way.policy else None,
         batch=setting.batch,
         seconds=middle,
         tokens_per_pass=per_pass,
@@ -126,7 +126,7 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
         call_speedup=statistics.median(a.call_seconds / b.call_seconds for a, b in zip(plain, own, strict=True)),
         work=_mean([(share, limits.total(passes)) for share, passes in works]),
         limit_seconds=sum(share * limits.seconds(passes, machine) for share, passes in works),
-        draft_lengths=[] if way is None else lengths.tolist(),
+        draft_lengths=lengths.tolist() if way.policy else [],
         draft_utilisation=None if math.isnan(utilisation) else utilisation,
         acceptance_by_position=[None if math.isnan(share) else share for share in by_position],
         predicted_speedup=None if split is None else split.pop("speedup"),
@@ -142,10 +142,9 @@ def _works(pair: Pair, setting: Setting, live: float, way: Way, lengths: np.ndar
     """(share of the rounds, the passes of such a round) for each draft length that came."""
     target, draft = pair.target, pair.draft
     where: dict[str, Any] = {"batch": setting.batch, "live": live}
-    if way is None:
+    if way == PLAIN:
         return [(1.0, limits.step(target.model, target.params, **where))]
-    fixed = not isinstance(way, Policy)
-    counts = {len(lengths) - 1: 1} if fixed else {size: count for size, count in enumerate(lengths) if count}
+    counts = {size: count for size, count in enumerate(lengths) if count} if way.adapts else {way.draft_len: 1}
     works = []
     for size, count in counts.items():
         if size == 0:

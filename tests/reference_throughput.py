@@ -34,18 +34,24 @@ class Reference:
             return 1
         return best
 
-    def _tokens(self, row, size):
+    def _known(self, place):
         accepted, tested = self.long
         everywhere = (2 * self.prior + accepted.sum()) / (2 + tested.sum())
+        return (2 * everywhere + accepted[:, place].sum()) / (2 + tested[:, place].sum())
+
+    def _tokens(self, row, size):
         total = reach = 1.0
         for place in range(size):
-            known = (2 * everywhere + accepted[:, place].sum()) / (2 + tested[:, place].sum())
-            own = (2 * known + self.recent[0][row, place]) / (2 + self.recent[1][row, place])
+            own = (2 * self._known(place) + self.recent[0][row, place]) / (2 + self.recent[1][row, place])
             if place == 0 and self.failures[row]:
                 own = min(own, 1 - 0.2 ** (1 / self.failures[row]))
             reach *= own
             total += reach
         return total
+
+    def _usually_pays(self):
+        tokens = 1 + np.cumsum(np.cumprod([self._known(place) for place in range(self.longest)]))
+        return any(tokens / self.found.rounds[1:] > 1 / self.found.rounds[0])
 
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
@@ -53,6 +59,7 @@ class Reference:
             self.saved += self.share
             return
         succeeded = failed = 0
+        pays = self._usually_pays()
         for row, size in enumerate(drafted):
             if size == 0:
                 continue
@@ -65,8 +72,9 @@ class Reference:
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
             succeeded, failed = succeeded + (accepted[row] > 0), failed + (accepted[row] == 0)
         if max(drafted) == 1 and (self.idle > 0 or self.saved > 0):
-            self.saved = math.inf if succeeded >= failed else 0.0
-            self.share = min(max(self.share * (2 if succeeded >= failed else 0.5), self.least), self.most)
+            again = pays and succeeded >= failed
+            self.saved = math.inf if again else 0.0
+            self.share = min(max(self.share * (2 if again else 0.5), self.least), self.most)
         else:
             self.saved, self.share = 0.0, self.most
         self.idle = 0

@@ -70,7 +70,7 @@ class _Rows:
     [
         (profile((1.0, 1.05, 1.1, 1.15)), True),
         (profile((1.0, 1.1, 1.25, 1.4), catch_up=(0.02, 0.001)), True),
-        # A pass over two tokens costs nearly two, and catching up alone 1.4% of the time: nothing is tried in this text.
+        # A pass over two tokens costs nearly two, and catching up alone 1.4% of the time: this text sees no try.
         (profile((1.0, 1.8, 2.1, 2.3), catch_up=(0.2, 0.014)), False),
     ],
     ids=["accelerator", "middling", "two cores"],

@@ -51,9 +51,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share begins
-    at ten times `exploration`; each try that fails halves it, down to `exploration`. After a success the next try is at
-    once. Where catching up alone takes more than the share, tries are left to the beginning of the next text, which
-    drafters have read. Where even a perfect draft could not pay there never is one.
+    at ten times `exploration`; each try halves it, down to `exploration`. But if drafts pay on the whole, by all that
+    is known of the pair, the next try after a success is at once: then this text has turned easy again. Where catching
+    up alone takes more than the share, tries are left to the beginning of the next text, which drafters have read.
+    Where even a perfect draft could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -102,6 +103,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         return jnp.broadcast_to(jnp.where(tries | is_new, 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
+        typical = profile.at(info.num_emitted.shape[0], profile.contexts()[0])
         place = jnp.arange(longest)[None]
         tested = place < jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)[:, None]
         accepted = place < info.num_accepted[:, None]
@@ -113,8 +115,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         drafted = jnp.any(took_part)
         tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0))
         succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
-        saved = jnp.where(tried & succeeded, jnp.inf, 0.0)  # inf: at once again
-        share = jnp.clip(jnp.where(succeeded, 2.0, 0.5) * state.share, exploration, eager)
+        # Were drafts a loss even as good as they usually are, a success is no news.
+        usual = 1 + jnp.cumsum(jnp.cumprod(_by_place(state, prior)))
+        again = succeeded & jnp.any(usual * typical.rounds[0] > jnp.asarray(typical.rounds[1:], jnp.float32))
+        saved = jnp.where(tried & again, jnp.inf, 0.0)  # inf: at once
+        share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, eager)
         failures = jnp.where(info.num_accepted > 0, 0, state.failures + 1)
         return ThroughputState(
             fade(state.recent_accepted, accepted, _RECENT),
@@ -143,14 +148,18 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
       room: [B] int32, the most that a row may draft.
       prior: acceptance where nothing is known.
     """
-    accepted, tested = state.long_accepted, state.long_tested
-    everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
-    of_place = (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
-    own = (_WEIGHT * of_place[None] + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
+    own = (_WEIGHT * _by_place(state, prior)[None] + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
     most = 1 - _CHANCE ** (1 / jnp.maximum(state.failures, 1).astype(jnp.float32))
     own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
     return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
+
+
+def _by_place(state: ThroughputState, prior: float) -> Array:
+    """[K]: acceptance of each position by the long record."""
+    accepted, tested = state.long_accepted, state.long_tested
+    everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
+    return (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
 
 
 def _warn(profile: Profile, batch: int) -> None:
