@@ -76,6 +76,8 @@ def draft_utilisation(stats: Stats) -> float:
 def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
     """Seconds of the rounds of one batch, by what its rounds drafted and what such rounds cost.
 
+    Left out is what nothing counts: that a draft after rounds without one catches up with the text (`Costs.catch_up`).
+
     Args:
       stats: of one batch of rows, which began together.
       profile: of the same models on the same device.

@@ -14,7 +14,7 @@ class Reference:
         self.found, self.longest, self.prior = profile.at(batch, 0), profile.longest, prior
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
         self.least, self.most = exploration, 10 * exploration
-        self.idle, self.saved, self.share = 0, 0.0, self.most
+        self.idle, self.saved, self.share = 0, 0.0, self.most / 2
         self.failures = np.zeros(batch, int)
 
     def draft_len(self, lengths, limits, room, active, rounds):
@@ -59,7 +59,7 @@ class Reference:
             self.saved += self.share
             return
         succeeded = failed = 0
-        pays = self._usually_pays()
+        pays, is_new = self._usually_pays(), self.long[1].sum() == 0
         for row, size in enumerate(drafted):
             if size == 0:
                 continue
@@ -71,7 +71,7 @@ class Reference:
                     record[0][row, place] += place < accepted[row]
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
             succeeded, failed = succeeded + (accepted[row] > 0), failed + (accepted[row] == 0)
-        if max(drafted) == 1 and (self.idle > 0 or self.saved > 0):
+        if max(drafted) == 1 and (self.idle > 0 or self.saved > 0 or is_new):
             again = pays and succeeded >= failed
             self.saved = math.inf if again else 0.0
             self.share = min(max(self.share * (2 if again else 0.5), self.least), self.most)

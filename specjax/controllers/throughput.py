@@ -50,8 +50,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     (`max_draft_len`) is counted in.
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
-    of its time aside, and when that pays for a try, catching up with the text included, there is one. The share begins
-    at ten times `exploration`; each try halves it, down to `exploration`. But if drafts pay on the whole, by all that
+    of its time aside, and when that pays for a try, catching up with the text included, there is one. After drafts the
+    share is ten times `exploration`; each try halves it, down to `exploration`. But if drafts pay on the whole, by all that
     is known of the pair, the next try after a success is at once: then this text has turned easy again. Where catching
     up alone takes more than the share, tries are left to the beginning of the next text, which drafters have read.
     Where even a perfect draft could not pay there never is one.
@@ -82,7 +82,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         _warn(profile, batch)
         none = jnp.zeros((batch, longest), jnp.float32)
         failures = jnp.zeros((batch,), jnp.int32)
-        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.float32(0), jnp.float32(eager))
+        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.float32(0), jnp.float32(eager / 2))
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
@@ -99,8 +99,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         missed = jnp.minimum(state.idle, jnp.max(rows.rounds)).astype(jnp.float32)
         price = seconds[1] - seconds[0] + jnp.where(missed > 0, catch_up[0], 0.0) + catch_up[1] * missed
         tries = (best == 0) & (state.saved * seconds[0] >= price) & (exploration > 0)
-        is_new = jnp.sum(state.long_tested) == 0  # knows nothing: one token tells as much as many
-        return jnp.broadcast_to(jnp.where(tries | is_new, 1, best), (batch,))
+        return jnp.broadcast_to(jnp.where(tries | _is_new(state), 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
         typical = profile.at(info.num_emitted.shape[0], profile.contexts()[0])
@@ -113,7 +112,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
             return jnp.where(took_part, counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
 
         drafted = jnp.any(took_part)
-        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0))
+        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0) | _is_new(state))
         succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
         # Were drafts a loss even as good as they usually are, a success is no news.
         usual = 1 + jnp.cumsum(jnp.cumprod(_by_place(state, prior)))
@@ -153,6 +152,11 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
     own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
     return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
+
+
+def _is_new(state: ThroughputState) -> Array:
+    """Whether nothing is known: the first draft is a try, and one token tells as much as many."""
+    return jnp.sum(state.long_tested) == 0
 
 
 def _by_place(state: ThroughputState, prior: float) -> Array:
