@@ -56,9 +56,15 @@ def start(
         rows=first_token(model, processor, rows, prompt.logits, capacity),
         target_cache=prompt.cache,
         drafter_state=drafter_state,
-        controller_state=controller.init(batch) if controller_state is None else controller_state,
+        controller_state=_begin(controller, batch, controller_state),
         stats=Stats(none, none, counts, counts, counts, jnp.zeros((batch, longest + 1), jnp.int32)),
     )
+
+
+def _begin(controller: Controller, batch: int, learnt: PyTree | None) -> PyTree:
+    if learnt is None:
+        return controller.init(batch)
+    return learnt if controller.begin is None else controller.begin(learnt)
 
 
 def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:

@@ -286,6 +286,7 @@ class Controller(NamedTuple):
     buckets: tuple[int, ...]
     # (state, drawn, step) -> [B] bool: whether to draft on after this token. None: never stop early.
     keep_drafting: Callable[[PyTree, Drawn, Array | int], Array] | None = None
+    begin: Callable[[PyTree], PyTree] | None = None  # (state of an earlier call) -> state for new texts. None: as it is
 
     @property
     def longest(self) -> int:

@@ -17,7 +17,7 @@ class Reference:
         self.idle, self.saved, self.share = 0, 0.0, self.most / 2
         self.failures = np.zeros(batch, int)
 
-    def draft_len(self, lengths, limits, room, active, rounds):
+    def draft_len(self, lengths, limits, room, active):
         step, one = self.found.rounds[:2]
         if all((k + 1) * step <= cost for k, cost in enumerate(self.found.rounds)):
             return 0
@@ -28,30 +28,39 @@ class Reference:
             ]
             needed.append(sum(value**8 for value in needs) ** 0.125 * self.found.rounds[k])
         best = int(np.argmin(needed))
-        missed = min(self.idle, max(rounds))
-        price = one - step + (missed > 0) * self.found.catch_up[0] + missed * self.found.catch_up[1]
+        price = one - step + (self.idle > 0) * self.found.catch_up[0] + self.idle * self.found.catch_up[1]
         if self.long[1].sum() == 0 or (best == 0 and self.saved * step >= price):
             return 1
         return best
 
+    def _everywhere(self):
+        accepted, tested = self.long
+        return (2 * self.prior + accepted.sum()) / (2 + tested.sum())
+
     def _known(self, place):
         accepted, tested = self.long
-        everywhere = (2 * self.prior + accepted.sum()) / (2 + tested.sum())
-        return (2 * everywhere + accepted[:, place].sum()) / (2 + tested[:, place].sum())
+        return (2 * self._everywhere() + accepted[:, place].sum()) / (2 + tested[:, place].sum())
 
     def _tokens(self, row, size):
         total = reach = 1.0
+        whole = (8 * self._everywhere() + self.recent[0][row].sum()) / (8 + self.recent[1][row].sum())
         for place in range(size):
-            own = (2 * self._known(place) + self.recent[0][row, place]) / (2 + self.recent[1][row, place])
+            odds = _odds(self._known(place)) * _odds(whole) / _odds(self._everywhere())
+            own = (2 * odds / (1 + odds) + self.recent[0][row, place]) / (2 + self.recent[1][row, place])
             if place == 0 and self.failures[row]:
                 own = min(own, 1 - 0.2 ** (1 / self.failures[row]))
             reach *= own
             total += reach
         return total
 
-    def _usually_pays(self):
-        tokens = 1 + np.cumsum(np.cumprod([self._known(place) for place in range(self.longest)]))
-        return any(tokens / self.found.rounds[1:] > 1 / self.found.rounds[0])
+    def _usual_gain(self):
+        hoped = (3 + self.long[0].sum()) / (3 + self.long[1].sum())
+        tokens = 1 + np.cumsum(np.cumprod([max(self._known(place), hoped) for place in range(self.longest)]))
+        return max(tokens * self.found.rounds[0] / self.found.rounds[1:]) - 1
+
+    def begin(self):
+        self.recent = [np.zeros_like(counts) for counts in self.recent]
+        self.failures, self.idle = np.zeros_like(self.failures), 0
 
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
@@ -59,7 +68,8 @@ class Reference:
             self.saved += self.share
             return
         succeeded = failed = 0
-        pays, is_new = self._usually_pays(), self.long[1].sum() == 0
+        gain, is_new = self._usual_gain(), self.long[1].sum() == 0
+        most = min(max(0.3 * gain, self.least), self.most)
         for row, size in enumerate(drafted):
             if size == 0:
                 continue
@@ -72,9 +82,14 @@ class Reference:
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
             succeeded, failed = succeeded + (accepted[row] > 0), failed + (accepted[row] == 0)
         if max(drafted) == 1 and (self.idle > 0 or self.saved > 0 or is_new):
-            again = pays and succeeded >= failed
+            again = gain > 0 and succeeded >= failed
             self.saved = math.inf if again else 0.0
-            self.share = min(max(self.share * (2 if again else 0.5), self.least), self.most)
+            self.share = min(max(self.share * (2 if again else 0.5), self.least), most)
         else:
-            self.saved, self.share = 0.0, self.most
+            self.saved, self.share = 0.0, most
         self.idle = 0
+
+
+def _odds(share):
+    share = min(max(share, 1e-3), 1 - 1e-3)
+    return share / (1 - share)

@@ -21,8 +21,11 @@ _log = logging.getLogger(__name__)
 # the long one knows the pair.
 _RECENT, _LONG = 12.0, 256.0
 _WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
+_ROW_WEIGHT = 8.0  # likewise, for how a row does on the whole
+_HOPE = 3.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
-_EAGER = 10.0  # times the share of exploration: what is put aside for tries before any of them failed
+_EAGER = 10.0  # times the share of exploration: the most that is put aside for tries
+_OF_GAIN = 0.3  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _SLOWEST = 8.0  # the norm over rows: 1 is all of them alike, infinity the slowest alone
 
 
@@ -50,11 +53,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     (`max_draft_len`) is counted in.
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
-    of its time aside, and when that pays for a try, catching up with the text included, there is one. After drafts the
-    share is ten times `exploration`; each try halves it, down to `exploration`. But if drafts pay on the whole, by all that
-    is known of the pair, the next try after a success is at once: then this text has turned easy again. Where catching
-    up alone takes more than the share, tries are left to the beginning of the next text, which drafters have read.
-    Where even a perfect draft could not pay there never is one.
+    of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
+    larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`; each try
+    halves it, down to `exploration`. But if drafts do gain, the next try after a success is at once: then this text has
+    turned easy again. Where catching up alone takes more than the share, tries are left to the beginning of the next
+    text, which drafters have read. Where even a perfect draft could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -84,6 +87,13 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         failures = jnp.zeros((batch,), jnp.int32)
         return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.float32(0), jnp.float32(eager / 2))
 
+    def begin(state: ThroughputState) -> ThroughputState:
+        # How the last text went says nothing of the next one, but that it is of the same pair.
+        fresh = init(state.failures.shape[0])
+        return fresh._replace(
+            long_accepted=state.long_accepted, long_tested=state.long_tested, saved=state.saved, share=state.share
+        )
+
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
         if not _can_pay(profile, batch):
@@ -96,7 +106,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         slowest = jnp.maximum(jnp.max(rounds, 0), 1e-6)
         needed = slowest * jnp.sum((rounds / slowest[None]) ** _SLOWEST, 0) ** (1 / _SLOWEST)  # [K+1]
         best = jnp.argmin(needed * seconds).astype(jnp.int32)
-        missed = jnp.minimum(state.idle, jnp.max(rows.rounds)).astype(jnp.float32)
+        missed = state.idle.astype(jnp.float32)
         price = seconds[1] - seconds[0] + jnp.where(missed > 0, catch_up[0], 0.0) + catch_up[1] * missed
         tries = (best == 0) & (state.saved * seconds[0] >= price) & (exploration > 0)
         return jnp.broadcast_to(jnp.where(tries | _is_new(state), 1, best), (batch,))
@@ -114,11 +124,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         drafted = jnp.any(took_part)
         tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0) | _is_new(state))
         succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
-        # Were drafts a loss even as good as they usually are, a success is no news.
-        usual = 1 + jnp.cumsum(jnp.cumprod(_by_place(state, prior)))
-        again = succeeded & jnp.any(usual * typical.rounds[0] > jnp.asarray(typical.rounds[1:], jnp.float32))
+        gain = _usual_gain(state, prior, typical.rounds)
+        most = jnp.clip(_OF_GAIN * gain, exploration, eager)
+        again = succeeded & (gain > 0)  # else a success is no news: drafts are a loss even as good as they usually are
         saved = jnp.where(tried & again, jnp.inf, 0.0)  # inf: at once
-        share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, eager)
+        share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
         failures = jnp.where(info.num_accepted > 0, 0, state.failures + 1)
         return ThroughputState(
             fade(state.recent_accepted, accepted, _RECENT),
@@ -128,17 +138,18 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
             jnp.where(took_part[:, 0], failures, state.failures),
             jnp.where(drafted, 0, state.idle + 1),
             jnp.where(drafted, saved, state.saved + state.share),
-            jnp.where(drafted, jnp.where(tried, share, eager), state.share),
+            jnp.where(drafted, jnp.where(tried, share, most), state.share),
         )
 
-    return Controller(init, draft_len, update, profile.buckets)
+    return Controller(init, draft_len, update, profile.buckets, begin=begin)
 
 
 def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
     """Tokens that a round is expected to emit with a draft of 0, 1, ..., K: [B, K+1].
 
     Acceptance of a position is estimated from the row's own recent rounds; those fall back on the position's long
-    record over all rows, that on the record of all positions, and that on `prior`. After n drafts in a row of which
+    record over all rows, moved by as much as the row does better or worse than others at all positions together: else
+    later positions, which only the easy rows see tested, would look good for every row. After n drafts in a row of which
     nothing was accepted, the first position's is at most what makes that as likely as 0.2: long records yield at once
     when a text turns. A token is emitted where all before it in its draft are accepted, and one more always is.
 
@@ -147,7 +158,11 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
       room: [B] int32, the most that a row may draft.
       prior: acceptance where nothing is known.
     """
-    own = (_WEIGHT * _by_place(state, prior)[None] + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
+    everywhere, by_place = _record(state, prior)
+    row = _ROW_WEIGHT * everywhere + jnp.sum(state.recent_accepted, 1)
+    row = row / (_ROW_WEIGHT + jnp.sum(state.recent_tested, 1))
+    usual = jax.nn.sigmoid(_log_odds(by_place)[None] + (_log_odds(row) - _log_odds(everywhere))[:, None])
+    own = (_WEIGHT * usual + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
     most = 1 - _CHANCE ** (1 / jnp.maximum(state.failures, 1).astype(jnp.float32))
     own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
@@ -159,11 +174,24 @@ def _is_new(state: ThroughputState) -> Array:
     return jnp.sum(state.long_tested) == 0
 
 
-def _by_place(state: ThroughputState, prior: float) -> Array:
-    """[K]: acceptance of each position by the long record."""
+def _record(state: ThroughputState, prior: float) -> tuple[Array, Array]:
+    """Acceptance by the long record: of all positions together, [], and of each, [K]. Where little is known, positions
+    fall back on all together, and those on `prior`."""
     accepted, tested = state.long_accepted, state.long_tested
     everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
-    return (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
+    return everywhere, (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
+
+
+def _usual_gain(state: ThroughputState, prior: float, rounds: tuple[float, ...]) -> Array:
+    """[]: by the long record, the most by which any draft length is faster than none; hopeful where it is short."""
+    hoped = (_HOPE + jnp.sum(state.long_accepted)) / (_HOPE + jnp.sum(state.long_tested))
+    tokens = 1 + jnp.cumsum(jnp.cumprod(jnp.maximum(_record(state, prior)[1], hoped)))
+    return jnp.max(tokens * rounds[0] / jnp.asarray(rounds[1:], jnp.float32)) - 1
+
+
+def _log_odds(share: Array) -> Array:
+    share = jnp.clip(share, 1e-3, 1 - 1e-3)
+    return jnp.log(share / (1 - share))
 
 
 def _warn(profile: Profile, batch: int) -> None:

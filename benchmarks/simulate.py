@@ -1,0 +1,169 @@
+"""What adaptive draft lengths make of real texts, on machines that are not here: counted, not timed.
+
+    python benchmarks/simulate.py --batch 1 --batch 4 --batch 16
+
+Greedy, so a round keeps the draft tokens that agree with the target's own continuation: how many that would be from each
+place of each text is found once, by drafting from all places at once. Then any policy is run over it in a moment, at the
+costs of any machine.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Annotated
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from prompts import code_prompts
+from rich.console import Console
+from rich.table import Table
+from tokenizers import Tokenizer
+
+import specjax
+from specjax import controllers, models
+from specjax.costs import Costs, Profile
+from specjax.types import Controller, Round, Rows
+
+CONTEXT, LONGEST = 64, 8
+BUCKETS = (0, 1, 2, 3, 5, 8)
+
+# Rounds with 0 to 8 draft tokens in plain steps, and catching up, as `specjax.profile` found them (LOG); the
+# accelerator is made up: a pass over a few tokens is nearly free, and so is catching up.
+MACHINES = {
+    "AMD, 2 cores, batch 1": ((1.01, 1.78, 2.32, 2.55, 2.75, 2.81, 4.11, 4.18, 4.25), (0.2, 0.014)),
+    "Intel, 2 cores, batch 1": ((1.00, 3.33, 3.33, 3.86, 4.20, 4.33, 5.43, 5.57, 5.70), (0.26, 0.01)),
+    "Intel, 2 cores, batch 4": ((1.00, 1.44, 2.03, 2.27, 2.65, 2.74, 2.98, 3.07, 3.16), (0.19, 0.011)),
+    "Intel, 2 cores, batch 16": ((1.01, 1.61, 1.92, 2.23, 2.82, 2.90, 3.66, 3.75, 3.83), (0.21, 0.016)),
+    "accelerator": ((1.00, 1.11, 1.21, 1.31, 1.43, 1.53, 1.65, 1.75, 1.85), (0.1, 0.003)),
+}
+
+
+def main(
+    batch: Annotated[list[int], typer.Option(help="rows at once; may be given several times")] = [1, 4, 16],  # noqa: B006
+    num_prompts: int = 16,
+    max_new_tokens: int = 128,
+) -> None:
+    """Prints, for each machine, draft and batch size, the cost of the policy over that of the best fixed length."""
+    kept = _kept(num_prompts, max_new_tokens)
+    middle = max_new_tokens // 2
+    nothing = np.zeros_like(kept)
+    drafts = {
+        "shipped": kept,
+        "random": nothing,
+        "collapse": np.where(np.arange(max_new_tokens)[None] < middle, kept, 0),
+        "rise": np.where(np.arange(max_new_tokens)[None] >= middle, kept, 0),
+    }
+    table = Table(title="cost over that of the best fixed draft length, plain decoding among them")
+    for column in ("machine", "draft", "batch", "best K", "its speed-up", "throughput", "from nothing", "mean K"):
+        table.add_column(column, justify="left" if column in ("machine", "draft") else "right")
+    for machine, (rounds, catch_up) in MACHINES.items():
+        profile = _profile(rounds, catch_up)
+        for name, lengths in drafts.items():
+            for rows in batch:
+                if "batch" in machine and not machine.endswith(f"batch {rows}"):
+                    continue
+                fixed = [
+                    _cost(controllers.fixed(size), lengths, rows, rounds, size)[0] for size in range(1, LONGEST + 1)
+                ]
+                plain = max_new_tokens * (num_prompts // rows) * rounds[0]
+                costs = [plain, *fixed]
+                best = int(np.argmin(costs))
+                adaptive = controllers.throughput(profile)
+                carried, mean = _cost(adaptive, lengths, rows, rounds, None, catch_up, carry=True)
+                anew, _ = _cost(adaptive, lengths, rows, rounds, None, catch_up)
+                table.add_row(
+                    machine, name, str(rows), str(best), f"{plain / costs[best]:.2f}", f"{carried / costs[best]:.3f}",
+                    f"{anew / costs[best]:.3f}", f"{mean:.1f}",
+                )  # fmt: skip
+    Console(width=130).print(table)
+
+
+def _kept(num_prompts: int, most: int) -> np.ndarray:
+    """[texts, most] int32: after so many tokens of each text, how many greedy draft tokens the target would keep."""
+    target = models.load(models.PRETRAINED / "target", dtype=jnp.float32)
+    draft = models.load(models.PRETRAINED / "draft", dtype=jnp.float32)
+    tokenizer = Tokenizer.from_file(str(models.PRETRAINED / "target/tokenizer.json"))
+    prompts = code_prompts(tokenizer, num_prompts, shortest=CONTEXT, longest=CONTEXT)
+    options = {"max_new_tokens": most + LONGEST}
+    texts = specjax.autoregressive(target.model, target.params, prompts.tokens, prompts.lengths, **options).tokens
+    texts = np.asarray(texts)[:, : CONTEXT + most + LONGEST]
+    lengths = jnp.arange(CONTEXT, CONTEXT + most)
+    kept = []
+    for text in texts:
+        several = jnp.broadcast_to(jnp.asarray(text), (most, len(text)))
+        out = specjax.autoregressive(draft.model, draft.params, several, lengths, max_new_tokens=LONGEST)
+        drafted = np.asarray([new[:LONGEST] for new in out.new_tokens()])
+        wanted = np.asarray([text[length : length + LONGEST] for length in lengths])
+        kept.append(np.cumprod(drafted == wanted, -1).sum(-1))
+    return np.asarray(kept, np.int32)
+
+
+def _profile(rounds: tuple[float, ...], catch_up: tuple[float, float]) -> Profile:
+    drafts = tuple(0.1 * size for size in range(LONGEST + 1))
+    costs = tuple(Costs(rows, CONTEXT, 1.0, rounds, drafts, catch_up) for rows in (1, 1000))
+    return Profile(jax.devices()[0].device_kind, BUCKETS, costs)
+
+
+def _cost(
+    controller: Controller,
+    kept: np.ndarray,
+    batch: int,
+    rounds,
+    draft_len: int | None,
+    catch_up=(0.0, 0.0),
+    carry=False,
+) -> tuple[float, float]:
+    """Plain steps that all texts take, the second time they are seen if what was learnt is carried; the mean K."""
+    state = controller.init(batch)
+    for _ in range(2 if carry else 1):
+        total = drafted = turns = 0.0
+        for at in range(0, len(kept) - batch + 1, batch):
+            after, found = _text(controller, state, kept[at : at + batch], jnp.asarray(rounds), jnp.asarray(catch_up))
+            if controller.begin is not None:
+                state = controller.begin(after) if carry else controller.init(batch)
+            total, drafted, turns = total + float(found[0]), drafted + float(found[1]), turns + float(found[2])
+    return total, drafted / turns
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _text(controller: Controller, state, kept, rounds, catch_up):
+    """One batch of texts: the controller's state after it, and (plain steps, draft tokens a row, rounds)."""
+    batch, most = kept.shape
+
+    def turn(carry):
+        state, done, idle, found = carry
+        rows = _rows(done, most, found[2].astype(jnp.int32))
+        active = done < most
+        sizes = jnp.where(active, jnp.clip(controller.draft_len(state, rows), 0, most - done - 1), 0)
+        longest = jnp.max(sizes)
+        accepted = jnp.where(active, jnp.minimum(kept[jnp.arange(batch), done % most], sizes), 0)
+        emitted = jnp.where(active, accepted + 1, 0)
+        info = Round(**{
+            **dict.fromkeys(Round._fields), "draft_lengths": sizes, "num_accepted": accepted, "num_emitted": emitted,
+        })  # fmt: skip
+        late = jnp.where((longest > 0) & (idle > 0), catch_up[0] + catch_up[1] * idle, 0.0)
+        found = found + jnp.asarray([rounds[longest] + late, longest, 1.0])
+        return controller.update(state, info), done + emitted, jnp.where(longest > 0, 0, idle + 1), found
+
+    done = jnp.ones((batch,), jnp.int32)
+    begin = (state, done, jnp.int32(0), jnp.zeros((3,), jnp.float32))
+    state, _, _, found = jax.lax.while_loop(lambda carry: jnp.any(carry[1] < most), turn, begin)
+    return state, found
+
+
+def _rows(done, most: int, rounds) -> Rows:
+    """As much of them as controllers read."""
+    given = {
+        "lengths": CONTEXT + done,
+        "limits": jnp.full_like(done, CONTEXT + most),
+        "draft_limits": jnp.full_like(done, LONGEST),
+        "status": jnp.where(done < most, specjax.Status.ACTIVE, specjax.Status.LENGTH),
+        "rounds": jnp.full_like(done, rounds),
+    }
+    return Rows(**{**dict.fromkeys(Rows._fields), **given})
+
+
+if __name__ == "__main__":
+    typer.run(main)
