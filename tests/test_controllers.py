@@ -221,7 +221,8 @@ def _logits(table, text):
 
 
 def test_what_was_learnt_is_handed_on():
-    """Catches a second call that starts afresh, or a state that does not fit and fails deep inside."""
+    """Catches a second call that starts afresh, or takes its texts for the last ones, or a state that does not fit and
+    fails deep inside."""
     model, params, draft, _ = _pair("table")
     drafter, bad = specjax.drafters.draft_model(draft), -params
     controller = controllers.throughput(profile((1.0, 1.7, 2.2, 2.6), catch_up=(0.2, 0.02)))
@@ -230,7 +231,13 @@ def test_what_was_learnt_is_handed_on():
     second = specjax.generate(
         model, params, drafter, bad, PROMPTS, LENGTHS, controller_state=first.controller_state, **options
     )
-    assert second.stats.drafted.sum() < first.stats.drafted.sum()
+    assert second.controller_state.long_tested.sum() > first.controller_state.long_tested.sum() > 0
+    third = specjax.generate(
+        model, params, drafter, bad, PROMPTS, LENGTHS, controller_state=second.controller_state,
+        **{**options, "max_new_tokens": 1},
+    )  # fmt: skip
+    learnt = third.controller_state
+    assert int(learnt.recent_tested.sum()) == int(learnt.failures.sum()) == 0 < float(learnt.long_tested.sum())
     with pytest.raises(ValueError, match="controller_state does not fit: for 1 rows"):
         specjax.generate(
             model, params, drafter, bad, PROMPTS[:1], LENGTHS[:1], controller_state=first.controller_state, **options

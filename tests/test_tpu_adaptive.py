@@ -37,7 +37,8 @@ def test_caches_stay_where_they_are(loop):
     assert hlo.host_calls(ready.lowered) == []
     assert hlo.host_ops(ready.program) == []
     assert ready.memory.aliased >= sum(sizes)
-    assert hlo.large_results(ready.program, min(sizes)) == []
+    # Caches are bfloat16. The scores of a pass over 32 tokens, by which the draft model catches up, are float32.
+    assert [found for found in hlo.large_results(ready.program, min(sizes)) if "bf16[" in found[-1]] == []
 
 
 def test_each_width_is_a_pass_of_its_own(loop):

@@ -149,9 +149,9 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
 
     Acceptance of a position is estimated from the row's own recent rounds; those fall back on the position's long
     record over all rows, moved by as much as the row does better or worse than others at all positions together: else
-    later positions, which only the easy rows see tested, would look good for every row. After n drafts in a row of which
-    nothing was accepted, the first position's is at most what makes that as likely as 0.2: long records yield at once
-    when a text turns. A token is emitted where all before it in its draft are accepted, and one more always is.
+    later positions, which only the easy rows see tested, would look good for every row. After n drafts in a row of
+    which nothing was accepted, the first position's is at most what makes that as likely as 0.2: long records yield at
+    once when a text turns. A token is emitted where all before it in its draft are accepted, and one more always is.
 
     Args:
       state: what was learnt.
