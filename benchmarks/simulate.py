@@ -126,7 +126,7 @@ def _text(controller: Controller, state, kept, rounds, catch_up):
 
     def turn(carry):
         state, done, idle, found = carry
-        rows = _rows(done, most, found[2].astype(jnp.int32))
+        rows = _rows(done, most)
         active = done < most
         sizes = jnp.where(active, jnp.clip(controller.draft_len(state, rows), 0, most - done - 1), 0)
         longest = jnp.max(sizes)
@@ -145,14 +145,13 @@ def _text(controller: Controller, state, kept, rounds, catch_up):
     return state, found
 
 
-def _rows(done, most: int, rounds) -> Rows:
+def _rows(done, most: int) -> Rows:
     """As much of them as controllers read."""
     given = {
         "lengths": CONTEXT + done,
         "limits": jnp.full_like(done, CONTEXT + most),
         "draft_limits": jnp.full_like(done, LONGEST),
         "status": jnp.where(done < most, specjax.Status.ACTIVE, specjax.Status.LENGTH),
-        "rounds": jnp.full_like(done, rounds),
     }
     return Rows(**{**dict.fromkeys(Rows._fields), **given})
 
