@@ -14,11 +14,11 @@ class Reference:
         self.found, self.longest, self.prior = profile.at(batch, 0), profile.longest, prior
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
         self.least, self.most = exploration, 10 * exploration
-        self.idle, self.saved, self.share = 0, 0.0, self.most / 2
+        self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
         self.failures = np.zeros(batch, int)
 
     def draft_len(self, lengths, limits, room, active):
-        step, one = self.found.rounds[:2]
+        step = self.found.rounds[0]
         if all((k + 1) * step <= cost for k, cost in enumerate(self.found.rounds)):
             return 0
         needed = []
@@ -26,12 +26,21 @@ class Reference:
             needs = [
                 (limits[row] - lengths[row]) / self._tokens(row, min(k, room[row])) for row in np.flatnonzero(active)
             ]
-            needed.append(sum(value**8 for value in needs) ** 0.125 * self.found.rounds[k])
-        best = int(np.argmin(needed))
-        price = one - step + (self.idle > 0) * self.found.catch_up[0] + self.idle * self.found.catch_up[1]
-        if self.long[1].sum() == 0 or (best == 0 and self.saved * step >= price):
+            needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
+        best, price = int(np.argmin(needed)), self._price()
+        affordable = self.saved >= price or (self.hot and self.saved >= -8 * price)
+        if self.long[1].sum() == 0 or (best == 0 and affordable):
             return 1
         return best
+
+    def _last(self, needs, most):
+        spread = max(0.06 * max(most - needs), 1e-3)
+        return min(max(needs) + spread * np.log(np.sum(np.exp((needs - max(needs)) / spread))), max(most))
+
+    def _price(self):
+        step, one = self.found.rounds[:2]
+        late = self.found.catch_up[0] + self.idle * self.found.catch_up[1] if self.idle else 0
+        return (one - step + late) / step
 
     def _everywhere(self):
         accepted, tested = self.long
@@ -53,23 +62,25 @@ class Reference:
             total += reach
         return total
 
-    def _usual_gain(self):
-        hoped = (3 + self.long[0].sum()) / (3 + self.long[1].sum())
-        tokens = 1 + np.cumsum(np.cumprod([max(self._known(place), hoped) for place in range(self.longest)]))
-        return max(tokens * self.found.rounds[0] / self.found.rounds[1:]) - 1
+    def _usual(self):
+        hoped = (8 + self.long[0].sum()) / (8 + self.long[1].sum())
+        chances = [max(self._known(place), hoped) for place in range(self.longest)]
+        return 1 + np.concatenate([[0], np.cumsum(np.cumprod(chances))])
+
+    def _gain(self, tokens):
+        return max((tokens / self.found.rounds * self.found.rounds[0])[1:]) - 1
 
     def begin(self):
         self.recent = [np.zeros_like(counts) for counts in self.recent]
-        self.failures, self.idle = np.zeros_like(self.failures), 0
+        self.failures, self.idle, self.hot = np.zeros_like(self.failures), 0, False
+        self.saved = max(self.saved, 0)
 
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
             self.idle += 1
             self.saved += self.share
             return
-        succeeded = failed = 0
-        gain, is_new = self._usual_gain(), self.long[1].sum() == 0
-        most = min(max(0.3 * gain, self.least), self.most)
+        is_new, price = self.long[1].sum() == 0, self._price()
         for row, size in enumerate(drafted):
             if size == 0:
                 continue
@@ -80,10 +91,15 @@ class Reference:
                     record[1][row, place] += 1
                     record[0][row, place] += place < accepted[row]
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
-            succeeded, failed = succeeded + (accepted[row] > 0), failed + (accepted[row] == 0)
-        if max(drafted) == 1 and (self.idle > 0 or self.saved > 0 or is_new):
-            again = gain > 0 and succeeded >= failed
-            self.saved = math.inf if again else 0.0
+        usual, hoped = self._usual(), []
+        most = min(max(0.2 * self._gain(usual), self.least), self.most)
+        for row in np.flatnonzero(drafted):
+            own = np.array([self._tokens(row, k) for k in range(self.longest + 1)])
+            hoped.append(1 / (usual if accepted[row] else own))
+        again = self._gain(1 / np.mean(hoped, 0)) > 0
+        was_hot, self.hot = self.hot, False
+        if max(drafted) == 1 and (self.idle > 0 or was_hot or is_new):
+            self.hot, self.saved = again, min(self.saved - price, 0)
             self.share = min(max(self.share * (2 if again else 0.5), self.least), most)
         else:
             self.saved, self.share = 0.0, most

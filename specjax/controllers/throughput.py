@@ -22,11 +22,12 @@ _log = logging.getLogger(__name__)
 _RECENT, _LONG = 12.0, 256.0
 _WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
 _ROW_WEIGHT = 8.0  # likewise, for how a row does on the whole
-_HOPE = 3.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
+_HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
 _EAGER = 10.0  # times the share of exploration: the most that is put aside for tries
-_OF_GAIN = 0.3  # of what drafts usually gain: what is put aside after drafts, within those bounds
-_SLOWEST = 8.0  # the norm over rows: 1 is all of them alike, infinity the slowest alone
+_OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, within those bounds
+_CREDIT = 8.0  # tries that successes may run ahead of what was put aside
+_SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
 class ThroughputState(NamedTuple):
@@ -38,7 +39,8 @@ class ThroughputState(NamedTuple):
     long_tested: Array  # [B, K] float32
     failures: Array  # [B] int32, drafts in a row of which nothing was accepted
     idle: Array  # [] int32, rounds since the last draft
-    saved: Array  # [] float32, plain steps put aside for the next try
+    saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
+    hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
     share: Array  # [] float32, of a plain step that each round without a draft adds to them
 
 
@@ -55,9 +57,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
     larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`; each try
-    halves it, down to `exploration`. But if drafts do gain, the next try after a success is at once: then this text has
-    turned easy again. Where catching up alone takes more than the share, tries are left to the beginning of the next
-    text, which drafters have read. Where even a perfect draft could not pay there never is one.
+    halves it, down to `exploration`. But where drafts would gain if the rows that the try was right for went on as the
+    pair usually does, the next one is at once, on credit: this text may have turned easy again. Where catching up alone
+    takes more than the share, tries are left to the beginning of the next text, which drafters have read. Where even a
+    perfect draft could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -83,15 +86,18 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
-        none = jnp.zeros((batch, longest), jnp.float32)
-        failures = jnp.zeros((batch,), jnp.int32)
-        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.float32(0), jnp.float32(eager / 2))
+        none, failures = jnp.zeros((batch, longest), jnp.float32), jnp.zeros((batch,), jnp.int32)
+        tries = (jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.float32(eager / 2))
+        return ThroughputState(none, none, none, none, failures, *tries)
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
         fresh = init(state.failures.shape[0])
         return fresh._replace(
-            long_accepted=state.long_accepted, long_tested=state.long_tested, saved=state.saved, share=state.share
+            long_accepted=state.long_accepted,
+            long_tested=state.long_tested,
+            saved=jnp.maximum(state.saved, 0),
+            share=state.share,
         )
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
@@ -103,16 +109,15 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
         left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None]
         rounds = left.astype(jnp.float32) / expected_tokens(state, room, prior)  # [B, K+1]
-        slowest = jnp.maximum(jnp.max(rounds, 0), 1e-6)
-        needed = slowest * jnp.sum((rounds / slowest[None]) ** _SLOWEST, 0) ** (1 / _SLOWEST)  # [K+1]
-        best = jnp.argmin(needed * seconds).astype(jnp.int32)
-        missed = state.idle.astype(jnp.float32)
-        price = seconds[1] - seconds[0] + jnp.where(missed > 0, catch_up[0], 0.0) + catch_up[1] * missed
-        tries = (best == 0) & (state.saved * seconds[0] >= price) & (exploration > 0)
+        best = jnp.argmin(last_row(rounds) * seconds).astype(jnp.int32)
+        price = _price(state, seconds, catch_up)
+        tries = (state.saved >= price) | (state.hot & (state.saved >= -_CREDIT * price))
+        tries = tries & (best == 0) & (exploration > 0)
         return jnp.broadcast_to(jnp.where(tries | _is_new(state), 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        typical = profile.at(info.num_emitted.shape[0], profile.contexts()[0])
+        batch = info.num_emitted.shape[0]
+        seconds, catch_up = _costs(profile, batch, jnp.int32(profile.contexts()[0]))
         place = jnp.arange(longest)[None]
         tested = place < jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)[:, None]
         accepted = place < info.num_accepted[:, None]
@@ -122,23 +127,30 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
             return jnp.where(took_part, counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
 
         drafted = jnp.any(took_part)
-        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | (state.saved > 0) | _is_new(state))
-        succeeded = 2 * jnp.sum(accepted[:, 0]) >= jnp.sum(tested[:, 0])
-        gain = _usual_gain(state, prior, typical.rounds)
-        most = jnp.clip(_OF_GAIN * gain, exploration, eager)
-        again = succeeded & (gain > 0)  # else a success is no news: drafts are a loss even as good as they usually are
-        saved = jnp.where(tried & again, jnp.inf, 0.0)  # inf: at once
+        seen = state._replace(
+            recent_accepted=fade(state.recent_accepted, accepted, _RECENT),
+            recent_tested=fade(state.recent_tested, tested, _RECENT),
+            long_accepted=fade(state.long_accepted, accepted, _LONG),
+            long_tested=fade(state.long_tested, tested, _LONG),
+            failures=jnp.where(
+                took_part[:, 0], jnp.where(info.num_accepted > 0, 0, state.failures + 1), state.failures
+            ),
+            idle=jnp.where(drafted, 0, state.idle + 1),
+        )
+        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
+        usual = _usual_tokens(seen, prior)
+        most = jnp.clip(_OF_GAIN * _gain(usual, seconds), exploration, eager)
+        # Where drafts are a loss even as good as they usually are, a success is no news.
+        own = expected_tokens(seen, jnp.full((batch,), longest, jnp.int32), prior)
+        hoped = 1 / jnp.where((info.num_accepted > 0)[:, None], usual[None], own)  # rounds a token
+        hoped = jnp.mean(hoped, 0, where=took_part)
+        again = _gain(1 / hoped, seconds) > 0
+        owed = jnp.minimum(state.saved - _price(state, seconds, catch_up), 0.0)
         share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
-        failures = jnp.where(info.num_accepted > 0, 0, state.failures + 1)
-        return ThroughputState(
-            fade(state.recent_accepted, accepted, _RECENT),
-            fade(state.recent_tested, tested, _RECENT),
-            fade(state.long_accepted, accepted, _LONG),
-            fade(state.long_tested, tested, _LONG),
-            jnp.where(took_part[:, 0], failures, state.failures),
-            jnp.where(drafted, 0, state.idle + 1),
-            jnp.where(drafted, saved, state.saved + state.share),
-            jnp.where(drafted, jnp.where(tried, share, most), state.share),
+        return seen._replace(
+            saved=jnp.where(drafted, jnp.where(tried, owed, 0.0), state.saved + state.share),
+            hot=drafted & tried & again,
+            share=jnp.where(drafted, jnp.where(tried, share, most), state.share),
         )
 
     return Controller(init, draft_len, update, profile.buckets, begin=begin)
@@ -182,11 +194,36 @@ def _record(state: ThroughputState, prior: float) -> tuple[Array, Array]:
     return everywhere, (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
 
 
-def _usual_gain(state: ThroughputState, prior: float, rounds: tuple[float, ...]) -> Array:
-    """[]: by the long record, the most by which any draft length is faster than none; hopeful where it is short."""
+def last_row(rounds: Array) -> Array:
+    """Rounds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1].
+
+    That is more than the slowest row alone needs: of several rows one will do worse than expected. This is the mean of
+    the last when each errs by a Gumbel law, in proportion to what drafts save. Without a draft nothing is uncertain,
+    and no draft makes a batch end later than that.
+    """
+    slowest = jnp.max(rounds, 0)
+    spread = jnp.maximum(_SPREAD * jnp.max(rounds[:, :1] - rounds, 0), 1e-3)
+    close = jnp.where(rounds > 0, jnp.exp((rounds - slowest[None]) / spread[None]), 0.0)
+    return jnp.minimum(slowest + spread * jnp.log(jnp.maximum(jnp.sum(close, 0), 1.0)), slowest[0])
+
+
+def _usual_tokens(state: ThroughputState, prior: float) -> Array:
+    """[K+1]: what a round emits with a draft of 0 to K tokens by the long record; hopeful where that is short."""
     hoped = (_HOPE + jnp.sum(state.long_accepted)) / (_HOPE + jnp.sum(state.long_tested))
-    tokens = 1 + jnp.cumsum(jnp.cumprod(jnp.maximum(_record(state, prior)[1], hoped)))
-    return jnp.max(tokens * rounds[0] / jnp.asarray(rounds[1:], jnp.float32)) - 1
+    reached = jnp.cumprod(jnp.maximum(_record(state, prior)[1], hoped))
+    return 1 + jnp.pad(jnp.cumsum(reached), (1, 0))
+
+
+def _gain(tokens: Array, seconds: Array) -> Array:
+    """[]: by how much the best draft length is faster than none, with `tokens` [K+1] a round; 0.1 is a tenth."""
+    return jnp.max(tokens[1:] * seconds[0] / seconds[1:]) - 1
+
+
+def _price(state: ThroughputState, seconds: Array, catch_up: Array) -> Array:
+    """[] float32: what a draft of one token costs now on top of a plain step, in plain steps."""
+    missed = state.idle.astype(jnp.float32)
+    late = jnp.where(missed > 0, catch_up[0] + catch_up[1] * missed, 0.0)
+    return (seconds[1] - seconds[0] + late) / seconds[0]
 
 
 def _log_odds(share: Array) -> Array:
