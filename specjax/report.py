@@ -258,6 +258,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
             None if math.isnan(share) else share for share in stats.acceptance_by_position(summary.stats).tolist()
         ],
         "same_tokens_as_plain": summary.same_tokens,
+        "runs": summary.runs,
         "device": summary.device,
         "interrupted": summary.interrupted,
     }
@@ -292,7 +293,8 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(
             ("plain decoding", f"{show('plain_tokens_per_second', '.0f')} tokens/s{same[summary.same_tokens]}")
         )
-        lines.append(("speed-up", f"{show('speedup', '.2f')}x in this one run, {_prediction(summary, show)}"))
+        runs = "in one run" if summary.runs == 1 else f"by medians of {summary.runs} runs in turn"
+        lines.append(("speed-up", f"{show('speedup', '.2f')}x {runs}, {_prediction(summary, show)}"))
     else:
         lines.append(("speed-up", _prediction(summary, show)))
     accepted = int(summary.stats.accepted.sum())

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
-from specjax import drafters, stats, text, trace, verify
-from specjax.decode import autoregressive
+from specjax import stats, text, verify
+from specjax.batches import MOST_RUNS, Batch, Task, in_turn
 from specjax.pair import Pair, load_pair
-from specjax.policy import Policy, choose
-from specjax.stream import Chunk, stream
+from specjax.policy import choose
 from specjax.trace import Setting, Trace, TracedRow
-from specjax.types import Controller, Generation, Sampling, Stats, Status
-
-CAPACITY_STEP = 128
-_ROUNDS_PER_DISPATCH = 4  # a dispatch takes a millisecond of the host, and a round of a small model no more
-
-
-class Task(NamedTuple):
-    """The arguments of one run."""
-
-    model: str | None
-    draft: str | None
-    tokenizer: str | None
-    dtype: str | None
-    draft_len: int
-    controller: Policy
-    max_new_tokens: int
-    sampling: Sampling
-    verifier: str  # its maker's name in `specjax.verify`
-    seed: int
-    batch: int
-    baseline: bool
-    kept_in: Path | None = None  # a folder for profiles; None measures anew
+from specjax.types import Sampling, Stats, Status
 
 
 class Row(NamedTuple):
@@ -60,6 +37,7 @@ class Summary(NamedTuple):
     controller: str
     seconds: float  # with speculation, compilation not counted
     baseline_seconds: float | None  # plain decoding of the same prompts
+    runs: int  # that both are medians of
     baseline_tokens: int
     same_tokens: bool | None  # greedy only: whether both gave the same tokens
     draft_cost: float  # bytes of the draft's parameters over those of the target's
@@ -91,7 +69,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         pair = load_pair(task.model, task.draft, task.tokenizer, task.dtype)
     rows: list[Row] = []
     parts: list[Stats] = []
-    seconds = baseline_seconds = 0.0
+    seconds, baseline_seconds, runs = 0.0, 0.0, MOST_RUNS
     plain: list[list[int]] = []
     traced: list[TracedRow] = []
     interrupted = False
@@ -112,28 +90,29 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     finished: list[Stats] = []  # with the rows that only fill a batch up
     learnt: Any = None  # goes on from batch to batch
     for start in range(0, len(texts), size):
-        batch = _Batch(task, pair, chosen.controller, prompts, start, size)
+        batch = Batch(task, pair, chosen.controller, prompts, start, size)
         batch.learnt = learnt
         with display.busy("compiling the speculative loop (once per shape)"):
             batch.warm_up()
         began = time.perf_counter()
         part, interrupted = _stream(batch, texts[start : start + size], rows, display)
-        seconds += time.perf_counter() - began
+        shown = time.perf_counter() - began
         parts.append(part)
         learnt = batch.chunks[-1].controller_state if batch.chunks else learnt
         finished += [chunk.stats for chunk in batch.chunks[-1:]]
         if keep is not None:
             traced += batch.traced()
-            keep(Trace(traced, _settings(task, pair, sum(len(row.tokens) for row in rows), seconds)))
-        if interrupted:
-            break
-        if task.baseline:
-            with display.busy("compiling and measuring plain decoding"):
-                batch.plain(limit=1)
-                began = time.perf_counter()
-                out = batch.plain(limit=task.max_new_tokens).new_tokens()
-                baseline_seconds += time.perf_counter() - began
-            plain += out[: len(texts[start : start + size])]
+            keep(Trace(traced, _settings(task, pair, sum(len(row.tokens) for row in rows), seconds + shown)))
+        if interrupted or not task.baseline:
+            seconds += shown
+            if interrupted:
+                break
+            continue
+        with display.busy("compiling and measuring plain decoding"):
+            timed = in_turn(batch, shown)
+        seconds, baseline_seconds = seconds + timed.speculative, baseline_seconds + timed.plain
+        runs = min(runs, timed.runs)
+        plain += timed.tokens[: len(texts[start : start + size])]
     total = _join(parts, task.draft_len)
     measured = task.baseline and not interrupted
     context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
@@ -147,6 +126,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         seconds=seconds,
         baseline_seconds=baseline_seconds if measured else None,
         baseline_tokens=sum(map(len, plain)),
+        runs=runs if measured else 1,
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
         profiled_speedup=profiled,
@@ -185,62 +165,7 @@ def _pace(num_tokens: int, seconds: float) -> str:
     return f"{num_tokens / seconds:.0f} tokens/s in {seconds:.3g} s"
 
 
-class _Batch:
-    """One batch of prompts, ready to be generated in several ways."""
-
-    def __init__(self, task: Task, pair: Pair, controller: Controller, prompts: text.Prompts, start: int, size: int):
-        self.task, self.pair, self.controller = task, pair, controller
-        self.learnt: Any = None  # the controller's state to start from
-        chosen = np.arange(start, start + size) % len(prompts.lengths)
-        self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
-        self.count = min(size, len(prompts.lengths) - start)
-        self.options = {
-            "sampling": task.sampling,
-            "key": jax.random.key(task.seed),
-            "seeds": np.arange(start, start + size, dtype=np.int32),
-            "stop_tokens": pair.stop_tokens(),
-            # In steps, so that runs of similar length find each other's compiled programs.
-            "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // CAPACITY_STEP) * CAPACITY_STEP,
-        }
-        self.chunks: list[Chunk] = []  # of the run that is shown
-
-    def stream(self, limit: int) -> Iterator[Chunk]:
-        pair = self.pair
-        rule = getattr(verify, self.task.verifier)()
-        return stream(
-            pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-            *self.prompts, verifier=rule, controller=self.controller,
-            controller_state=self.learnt,
-            max_new_tokens=self._limits(limit),
-            rounds_per_dispatch=_ROUNDS_PER_DISPATCH, **self.options,
-        )  # fmt: skip
-
-    def plain(self, limit: int) -> Generation:
-        target = self.pair.target
-        limits = self._limits(limit)
-        return autoregressive(target.model, target.params, *self.prompts, max_new_tokens=limits, **self.options)
-
-    def warm_up(self) -> None:
-        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs.
-
-        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another has a
-        whole run of them.
-        """
-        limit = 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
-        for _ in self.stream(limit=limit):
-            pass
-
-    def traced(self) -> list[TracedRow]:
-        """The rounds of each row."""
-        tokenizer, prompts = self.pair.tokenizer, self.prompts.ids()[: self.count]
-        return trace.collect(self.chunks, prompts, tokenizer.decode, name=tokenizer.id_to_token).rows
-
-    def _limits(self, limit: int) -> np.ndarray:
-        # Rows that only fill the batch up stop after their first token.
-        return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
-
-
-def _stream(batch: _Batch, texts: list[str], rows: list[Row], display: Display) -> tuple[Stats, bool]:
+def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -> tuple[Stats, bool]:
     """Streams one batch to the display and appends its rows; the counts, and whether Ctrl-C ended it."""
     printer = text.Printer(batch.pair.tokenizer, batch.prompts)
     several = len(texts) > 1 or len(batch.prompts.lengths) > 1

@@ -32,7 +32,7 @@ def test_a_pipe_gets_plain_text(cache):
     assert out.stdout.startswith("import numpy")
     assert "\x1b" not in out.stdout
     assert out.stdout.endswith("\n")
-    for word in ("tokens/s", "acceptance", "tokens per round", "in this one run", "predicted"):
+    for word in ("tokens/s", "acceptance", "tokens per round", "runs in turn", "predicted"):
         assert word in out.stderr
     assert "the same tokens" in out.stderr
     assert "WARNING" not in out.stderr
@@ -52,6 +52,7 @@ def test_json_says_everything(cache, tmp_path):
         assert row["origins"][0] == "prompt_end"
         assert row["status"] in ("length", "stopped")
     assert result["speedup"] > 0
+    assert 1 <= result["runs"] <= 5
     assert 0 <= result["acceptance_rate"] <= 1
     assert out.stderr == ""
     alone = _run("generate", lines[0], *arguments, "--json", "--no-baseline", "-v", env=cache)

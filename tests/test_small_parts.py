@@ -38,7 +38,7 @@ LAYERS = [
     {"text", "viewer"},
     {"pair", "shapes", "calibration"},
     {"policy"},
-    {"contest", "options"},
+    {"contest", "options", "batches"},
     {"aot"},
     {"runner", "exactness", "interrupts", "speed"},
     {"self_check", "complaints"},

@@ -1,0 +1,126 @@
+"""One batch of prompts for `specjax generate`: streamed, decoded plainly, and both timed in turn."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from specjax import drafters, text, trace, verify
+from specjax.decode import autoregressive
+from specjax.pair import Pair
+from specjax.policy import Policy
+from specjax.stream import Chunk, stream
+from specjax.trace import TracedRow
+from specjax.types import Controller, Generation, Sampling
+
+_CAPACITY_STEP = 128
+_ROUNDS_PER_DISPATCH = 4  # a dispatch takes a millisecond of the host, and a round of a small model no more
+MOST_RUNS, _PATIENCE = 5, 2.0  # runs of each kind that are timed, and seconds after which there are no more
+
+
+class Task(NamedTuple):
+    """The arguments of one run."""
+
+    model: str | None
+    draft: str | None
+    tokenizer: str | None
+    dtype: str | None
+    draft_len: int
+    controller: Policy
+    max_new_tokens: int
+    sampling: Sampling
+    verifier: str  # its maker's name in `specjax.verify`
+    seed: int
+    batch: int
+    baseline: bool
+    kept_in: Path | None = None  # a folder for profiles; None measures anew
+
+
+class Batch:
+    """One batch of prompts, ready to be generated in several ways."""
+
+    def __init__(self, task: Task, pair: Pair, controller: Controller, prompts: text.Prompts, start: int, size: int):
+        self.task, self.pair, self.controller = task, pair, controller
+        self.learnt: Any = None  # the controller's state to start from
+        chosen = np.arange(start, start + size) % len(prompts.lengths)
+        self.prompts = text.Prompts(prompts.tokens[chosen], prompts.lengths[chosen])
+        self.count = min(size, len(prompts.lengths) - start)
+        self.options = {
+            "sampling": task.sampling,
+            "key": jax.random.key(task.seed),
+            "seeds": np.arange(start, start + size, dtype=np.int32),
+            "stop_tokens": pair.stop_tokens(),
+            # In steps, so that runs of similar length find each other's compiled programs.
+            "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP,
+        }
+        self.chunks: list[Chunk] = []  # of the run that is shown
+
+    def stream(self, limit: int) -> Iterator[Chunk]:
+        pair = self.pair
+        rule = getattr(verify, self.task.verifier)()
+        return stream(
+            pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
+            *self.prompts, verifier=rule, controller=self.controller,
+            controller_state=self.learnt,
+            max_new_tokens=self._limits(limit),
+            rounds_per_dispatch=_ROUNDS_PER_DISPATCH, **self.options,
+        )  # fmt: skip
+
+    def plain(self, limit: int) -> Generation:
+        target = self.pair.target
+        limits = self._limits(limit)
+        return autoregressive(target.model, target.params, *self.prompts, max_new_tokens=limits, **self.options)
+
+    def warm_up(self) -> None:
+        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs.
+
+        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another has a
+        whole run of them.
+        """
+        limit = 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
+        for _ in self.stream(limit=limit):
+            pass
+
+    def traced(self) -> list[TracedRow]:
+        """The rounds of each row."""
+        tokenizer, prompts = self.pair.tokenizer, self.prompts.ids()[: self.count]
+        return trace.collect(self.chunks, prompts, tokenizer.decode, name=tokenizer.id_to_token).rows
+
+    def _limits(self, limit: int) -> np.ndarray:
+        # Rows that only fill the batch up stop after their first token.
+        return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
+
+
+class Timed(NamedTuple):
+    """Seconds of one batch, medians, and what plain decoding made of it."""
+
+    speculative: float
+    plain: float
+    runs: int  # of each
+    tokens: list[list[int]]
+
+
+def in_turn(batch: Batch, shown: float) -> Timed:
+    """Plain decoding and speculation in turn, as often as patience allows: one short run says little.
+
+    `shown` is what the run that was shown took, the first of speculation.
+    """
+    limit = batch.task.max_new_tokens
+    batch.plain(limit=1)  # compiles
+    speculative, plain = [shown], []
+    while True:
+        began = time.perf_counter()
+        tokens = batch.plain(limit=limit).new_tokens()
+        plain.append(time.perf_counter() - began)
+        if len(plain) == MOST_RUNS or sum(speculative + plain) > _PATIENCE:
+            return Timed(statistics.median(speculative), statistics.median(plain), len(plain), tokens)
+        began = time.perf_counter()
+        for _ in batch.stream(limit):
+            pass
+        speculative.append(time.perf_counter() - began)
