@@ -27,9 +27,9 @@ from specjax.types import Array, Controller, Drafter, Model, PyTree, Roles, Rows
 
 _log = logging.getLogger(__name__)
 
-_TOKENS = 48  # emitted at most in a timed loop of n rounds: the context stays near the one that is asked for
-_FEWEST, _MOST = 4, 16  # rounds of such a loop
-_SUSTAINED, _MOST_CALLS = 0.12, 20  # seconds that such loops last together, and how many they are at most
+_TOKENS = 96  # emitted at most in a timed loop: the context stays near the one that is asked for
+_FEWEST, _MOST = 8, 32  # rounds of such a loop
+_SUSTAINED, _MOST_CALLS = 0.3, 20  # seconds that such loops last together, and how many they are at most
 _IDLE = 64  # rounds without a draft, before the one that catches up with a long way
 
 Busy = Callable[[str], AbstractContextManager[Any]]
@@ -53,9 +53,9 @@ def profile(
 ) -> Profile:
     """Times whole rounds with a draft of 0 to K tokens, the drafting in them, and a plain step, on this device.
 
-    Rounds are timed as `generate` runs them, in a compiled loop: the difference between loops of 2n and n rounds over
-    n, each beside a plain step, the median of `repeats` ratios. That takes seconds; compiling comes before, once for a
-    batch size. Other work on the machine makes the numbers wrong: measure while it is quiet.
+    Rounds are timed as `generate` runs them, in compiled loops, less what the call takes, and plain steps in between:
+    medians of `repeats` turns. That takes seconds; compiling comes before, once for a batch size. Other work on the
+    machine makes the numbers wrong: measure while it is quiet.
 
     Args:
       model, params: the target.
@@ -169,7 +169,7 @@ class _Bench:
         self.roles, self.params, self.drafter_params = roles, params, drafter_params
         self.sampling, self.batch = sampling, batch
         longest = roles.controller.longest
-        grown = (2 * self._rounds(k) * (k + 1) for k in range(longest + 1))
+        grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
         self.capacity = widest + 2 + max(*grown, _IDLE + longest)
         if roles.model.max_positions is not None:
             self.capacity = min(self.capacity, roles.model.max_positions)
@@ -199,15 +199,16 @@ class _Bench:
         jobs |= {("draft", k): (_drafts, _told(state, k), _MOST) for k in {1, longest}}
         for idle in (1, _IDLE):
             jobs["late", idle] = (_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
-        # Each right after a plain step: what slows the machine down slows both, and their ratio stays.
+        # In turn, plain steps in between: what slows the machine down for a while slows them all.
         steps: list[float] = []
-        ratios: dict[Any, list[float]] = {name: [] for name in jobs}
+        times: dict[Any, list[float]] = {name: [] for name in jobs}
         for _ in range(repeats):
-            for name, job in jobs.items():
-                steps.append(self._seconds(_steps, state, _MOST))
-                ratios[name].append(self._seconds(*job) / steps[-1])
+            for place, (name, job) in enumerate(jobs.items()):
+                if place % 3 == 0:
+                    steps.append(self._seconds(_steps, state, _MOST))
+                times[name].append(self._seconds(*job))
         plain = statistics.median(steps)
-        middle = {name: plain * statistics.median(values) for name, values in ratios.items()}
+        middle = {name: statistics.median(values) for name, values in times.items()}
         # A wider round costs no less: where noise says so, both cost their mean.
         widths = _never_falling([middle["round", k] for k in controller.buckets])
         middle |= {("round", k): max(seconds, plain) for k, seconds in zip(controller.buckets, widths, strict=True)}
@@ -223,14 +224,15 @@ class _Bench:
         return Costs(self.batch, context, plain, tuple(rounds), drafts, (max(soon - each, 0.0), each))
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
-        """Of one turn: what loops of 2n take longer than as many of n, over n; after one that brings its data near.
+        """Of one turn: what loops of so many take longer than empty ones, after one that brings their data near.
 
-        Loops are repeated until they last as long as a generation does: a machine runs faster for a moment.
+        Loops are repeated until they last as long as a generation does: a machine runs faster for a moment. (The
+        difference between loops of two lengths has several times the variance.)
         """
         once = self._time(run, state, count, 1)
         calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
-        short, long = (self._time(run, state, turns, calls) for turns in (count, 2 * count))
-        return max(long - short, 1e-9) / (calls * count)
+        empty, full = (self._time(run, state, turns, calls) for turns in (0, count))
+        return max(full - empty, 1e-9) / (calls * count)
 
     def _time(self, run: Callable[..., Any], state: State, count: int, calls: int) -> float:
         begin = time.perf_counter()

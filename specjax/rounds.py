@@ -12,7 +12,7 @@ from specjax.context import context_of
 from specjax.plain import first_token
 from specjax.prefill import prefill
 from specjax.rows import Decision, append, is_active, open_rows
-from specjax.settle import Settled, settle
+from specjax.settle import Settled, settle, settle_plainly
 from specjax.sharding import constrain
 from specjax.types import Array, Controller, Draft, DraftPlan, Model, PyTree, Roles, Round, Rows, Stats
 from specjax.validate import Request
@@ -67,37 +67,87 @@ def _begin(controller: Controller, batch: int, learnt: PyTree | None) -> PyTree:
     return learnt if controller.begin is None else controller.begin(learnt)
 
 
+class _Turn(NamedTuple):
+    """What a round changes before its tokens are appended."""
+
+    target_cache: PyTree
+    drafter_state: PyTree
+    status: Array  # [B] int32
+    info: Round
+
+
 def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
-    """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are."""
-    drafter, controller = roles.drafter, roles.controller
-    rows = state.rows
+    """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are.
+
+    Where nobody drafts it is a plain decoding step, and the drafter is asked for nothing but to take note.
+    """
+    controller, rows = roles.controller, state.rows
     plan = plan_of(controller, state.controller_state, rows)
-    context = context_of(roles, rows, state.target_cache)
-    draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
-    settled = _at_the_narrowest(roles, capacity, params, state, draft)
-    info = settled.info
-    moved = append(rows, jnp.maximum(info.tokens, 0), info.log_probs, Decision(info.num_emitted, settled.status))
-    moved = constrain(roles.model.layout, moved, "rows")
-    after = context_of(roles, moved, settled.cache)
+
+    def finish(carry: _Turn, rows: Rows, drafter_state: PyTree, settled: Settled) -> _Turn:
+        after = context_of(roles, _moved(roles, rows, settled), settled.cache)
+        drafter_state = roles.drafter.commit(drafter_params, drafter_state, after, settled.info)
+        return carry._replace(
+            target_cache=settled.cache, drafter_state=drafter_state, status=settled.status, info=settled.info
+        )
+
+    def propose(carry: _Turn, rows: Rows) -> tuple[Draft, PyTree]:
+        context = context_of(roles, rows, carry.target_cache)
+        return roles.drafter.propose(drafter_params, carry.drafter_state, context, plan)
+
+    def drafting(carry: _Turn, rows: Rows) -> _Turn:
+        draft, drafter_state = propose(carry, rows)
+        found = Settled(carry.target_cache, carry.status, carry.info)
+        return finish(carry, rows, drafter_state, _at_the_narrowest(roles, capacity, params, rows, found, draft))
+
+    def info_of(carry: _Turn, rows: Rows) -> Round:
+        draft, _ = propose(carry, rows)
+        return settle(roles, capacity, draft.tokens.shape[1], params, rows, carry.target_cache, draft).info
+
+    def plainly(carry: _Turn, rows: Rows) -> _Turn:
+        settled = settle_plainly(roles, capacity, params, rows, carry.target_cache, like=carry.info)
+        return finish(carry, rows, carry.drafter_state, settled)
+
+    carry = _Turn(state.target_cache, state.drafter_state, rows.status, None)  # type: ignore[arg-type]
+    if len(controller.buckets) > 1:
+        carry = carry._replace(info=zeros_like(info_of, carry, rows))
+    if plan.may_skip:
+        # Two loops of one turn or none. On a GPU each loop's condition is waited for by the host, some 20 us, so a
+        # round without a draft should come to few of them: all that is for drafts is inside the first.
+        drafts = jnp.asarray(plan.steps > 0)
+        carry = at_most_once(drafts, drafting, carry, rows)
+        carry = at_most_once(~drafts, plainly, carry, rows)
+    else:
+        carry = drafting(carry, rows)
+    info = carry.info
     next_state = State(
-        rows=moved,
-        target_cache=settled.cache,
-        drafter_state=drafter.commit(drafter_params, drafter_state, after, info),
+        rows=_moved(roles, rows, Settled(carry.target_cache, carry.status, info)),
+        target_cache=carry.target_cache,
+        drafter_state=carry.drafter_state,
         controller_state=controller.update(state.controller_state, info),
         stats=_count(state.stats, info, is_active(rows)),
     )
     return next_state, info
 
 
-def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, state: State, draft: Draft) -> Settled:
+def _moved(roles: Roles, rows: Rows, settled: Settled) -> Rows:
+    """The rows after the round."""
+    info = settled.info
+    decision = Decision(info.num_emitted, settled.status)
+    return constrain(roles.model.layout, append(rows, jnp.maximum(info.tokens, 0), info.log_probs, decision), "rows")
+
+
+def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, rows: Rows, found: Settled, draft: Draft) -> Settled:
     """Settles the draft at the first of the controller's buckets that holds it; nothing else runs.
+
+    `found` has the target's cache as it is, and the form of what comes back.
 
     A choice of one among several, made of loops of one turn or none: XLA copies the caches into `lax.switch` and out of
     it again, whole, in every round (16 of the 24 copies of a branch on CPU), and leaves them in place in a loop.
     """
     widest = draft.tokens.shape[1]
     # A tree of fewer nodes is another tree, and not for the loop to choose.
-    narrower = () if draft.parents is not None else (size for size in roles.controller.buckets if size < widest)
+    narrower = () if draft.parents is not None else (size for size in roles.controller.buckets if 0 < size < widest)
     widths = [*narrower, widest]
 
     def at(width: int) -> Callable[[Settled, Rows, Draft], Settled]:
@@ -105,15 +155,12 @@ def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, state: State,
 
     # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
     if len(widths) == 1:
-        return settle(roles, capacity, widest, params, state.rows, state.target_cache, draft)
-    given = (params, state.rows, state.target_cache, draft)
-    none = zeros_like(lambda *given: settle(roles, capacity, widest, *given).info, *given)
-    settled = Settled(state.target_cache, state.rows.status, none)
-    needed = jnp.max(jnp.where(is_active(state.rows), draft.lengths, 0))
+        return settle(roles, capacity, widest, params, rows, found.cache, draft)
+    needed = jnp.max(jnp.where(is_active(rows), draft.lengths, 0))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     for index, width in enumerate(widths):
-        settled = at_most_once(chosen == index, at(width), settled, state.rows, draft)
-    return settled
+        found = at_most_once(chosen == index, at(width), found, rows, draft)
+    return found
 
 
 def open_request(model: Model, request: Request, slots: int) -> Rows:

@@ -32,46 +32,52 @@ class Settled(NamedTuple):
 
 
 def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
-    """Verifies the first `width` places of the draft, which hold all of it; 0 is a plain decoding step."""
+    """Verifies the first `width` places of the draft, which hold all of it."""
     rest = draft.tokens.shape[1] - width
     first = draft._replace(
         tokens=draft.tokens[:, :width],
         probs=None if draft.probs is None else draft.probs[:, :width],
         parents=None if draft.parents is None else draft.parents[..., :width],
     )
-    settled = (_verify if width else _plainly)(roles, capacity, params, rows, cache, first)
-    info = settled.info
-    return settled._replace(
-        info=info._replace(
-            tokens=_pad(info.tokens, rest, -1),
-            draft_tokens=_pad(info.draft_tokens, rest, -1),
-            draft_probs=_pad(info.draft_probs, rest, 1.0),
-            target_log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.target_log_probs)),
-            log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.log_probs)),
-            hidden=tuple(_pad(x, rest, 0) for x in info.hidden),
-        )
-    )
+    settled = _verify(roles, capacity, params, rows, cache, first)
+    return settled._replace(info=_widened(settled.info, rest))
 
 
-def _plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
+def settle_plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, *, like: Round) -> Settled:
+    """A plain decoding step, told in the form of a round `like` those with a draft."""
     model = roles.model
-    block = model.init_block(params, rows.lengths.shape[0], 1)
+    batch = rows.lengths.shape[0]
+    block = model.init_block(params, batch, 1)
     out = model.apply(params, last_tokens(rows, 1), cache, block, hidden_layers=roles.drafter.hidden_layers)
     new = plain.next_token(model, roles.processor, rows, out.logits[:, 0], capacity)
     num_emitted = new.decision.num_emitted
-    nothing = jnp.zeros(draft.tokens.shape, jnp.float32)
+    nothing = jnp.zeros((batch, 0), jnp.float32)
     info = Round(
         tokens=jnp.where(num_emitted[:, None] > 0, new.tokens, -1),
         num_emitted=num_emitted,
         num_accepted=jnp.zeros_like(num_emitted),
-        draft_tokens=draft.tokens,
+        draft_tokens=jnp.zeros((batch, 0), jnp.int32),
         draft_lengths=jnp.zeros_like(num_emitted),
         draft_probs=nothing,
         target_log_probs=LogProbs(nothing, nothing),
         log_probs=new.log_probs,
         hidden=out.hidden,
+        path=like.path,
     )
+    info = _widened(info, like.draft_tokens.shape[1])
     return Settled(model.commit(cache, out.block, num_emitted, None), new.decision.status, info)
+
+
+def _widened(info: Round, rest: int) -> Round:
+    """With `rest` more places for draft tokens, empty ones."""
+    return info._replace(
+        tokens=_pad(info.tokens, rest, -1),
+        draft_tokens=_pad(info.draft_tokens, rest, -1),
+        draft_probs=_pad(info.draft_probs, rest, 1.0),
+        target_log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.target_log_probs)),
+        log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.log_probs)),
+        hidden=tuple(_pad(x, rest, 0) for x in info.hidden),
+    )
 
 
 def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:

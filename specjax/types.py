@@ -219,8 +219,8 @@ class DraftPlan(NamedTuple):
 
     lengths: Array  # [B] int32 in 0..longest; 0 for rows that have ended
     longest: int  # K, static
-    steps: int | Array  # the longest row's length; a Python int where the controller never varies it
-    may_skip: bool = True  # static: whether `steps` can be 0, a round without a draft, which should cost nothing
+    steps: int | Array  # the longest row's length, 1 or more; a Python int where the controller never varies it
+    may_skip: bool = True  # static: whether there may have been rounds without a draft, of which `propose` saw nothing
     keep_drafting: KeepDrafting | None = None  # asked after each drafted token; None: never stop early
 
 

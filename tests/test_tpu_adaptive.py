@@ -46,15 +46,15 @@ def test_caches_stay_where_they_are(loop):
 
 def test_each_width_is_a_pass_of_its_own(loop):
     """Catches one pass at the full width for all: the all-reduces of activations show how many tokens each carries,
-    BATCH * 1, 2 or 5, and each stands in a loop of its own inside the loop of rounds."""
+    BATCH * 1, 2 or 5, and each stands in a loop of its own: a plain step in that of rounds, the others in that of
+    rounds with a draft. On a GPU the host waits for every loop, so a plain step is in no more of them."""
     ready, _ = loop
-    tokens: dict[tuple, set[int]] = {}
+    found = set()
     for step in hlo.collectives(ready.program):
         for shape in step.instruction.shapes:
             if shape.dtype == "bf16" and shape.dims[-1:] == (4096,):
                 count = 1
                 for size in shape.dims[:-1]:
                     count *= size
-                tokens.setdefault(step.loops, set()).add(count)
-    assert sorted(count for counts in tokens.values() for count in counts) == [BATCH, 2 * BATCH, 5 * BATCH]
-    assert all(len(loops) == 2 for loops in tokens)
+                found.add((count, len(step.loops)))
+    assert found == {(BATCH, 2), (2 * BATCH, 3), (5 * BATCH, 3)}

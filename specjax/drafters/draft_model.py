@@ -9,7 +9,6 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.branches import at_most_once
 from specjax.cache import after
 from specjax.drafters.draw import draw
 from specjax.prefill import prefill
@@ -37,8 +36,7 @@ class DraftModelState(NamedTuple):
     cache: PyTree
     seen: Array  # [B] int32
     laws: Array  # [B, K, V] float32, of the last draft: kept, as making room for them anew would cost every round
-    block: PyTree | None = None  # of the round under way only; its first slot is the last but one token
-    drafts: Array | bool = False  # whether the round under way has a draft
+    block: PyTree | None = None  # of a draft under way only; its first slot is the last but one token
 
 
 def draft_model(model: Model) -> Drafter:
@@ -76,12 +74,10 @@ def _draft_model(model: Model) -> Drafter:
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:
         rows = context.rows
         batch = rows.tokens.shape[0]
-        drafts = True
         if plan.may_skip:
-            drafts = jnp.asarray(plan.steps > 0)
-            state = _catch_up(model, params, state, rows, drafts, plan.longest + 1)
+            state = _catch_up(model, params, state, rows, plan.longest + 1)
 
-        def add(context: Context, drafted: _Drafted, index: Array | int, out: Output) -> _Drafted:
+        def add(drafted: _Drafted, index: Array | int, out: Output) -> _Drafted:
             drawn = draw(context, out.logits[:, 0], drafted.tokens, index)
             return _Drafted(
                 lax.dynamic_update_slice_in_dim(drafted.tokens, drawn.token[:, None], index, 1),
@@ -90,14 +86,9 @@ def _draft_model(model: Model) -> Drafter:
                 drafted.goes_on if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
             )
 
-        def first(drafted: _Drafted, context: Context) -> _Drafted:
-            second = jnp.ones((batch, 1), jnp.int32)
-            out = model.apply(params, last_tokens(context.rows, 2), state.cache, drafted.block, logits_at=second)
-            return add(context, drafted, 0, out)
-
         def step(index: Array, drafted: _Drafted) -> _Drafted:
             previous = lax.dynamic_slice_in_dim(drafted.tokens, index - 1, 1, 1)
-            return add(context, drafted, index, model.apply(params, previous, state.cache, drafted.block))
+            return add(drafted, index, model.apply(params, previous, state.cache, drafted.block))
 
         drafted = _Drafted(
             jnp.zeros((batch, plan.longest), jnp.int32),
@@ -105,25 +96,24 @@ def _draft_model(model: Model) -> Drafter:
             model.init_block(params, batch, plan.longest + 1),
             jnp.ones((batch,), bool),
         )
-        drafted, lengths = at_most_once(drafts, first, drafted, context._replace(target_cache=None)), plan.lengths
+        second = jnp.ones((batch, 1), jnp.int32)
+        out = model.apply(params, last_tokens(rows, 2), state.cache, drafted.block, logits_at=second)
+        drafted, lengths = add(drafted, 0, out), plan.lengths
         if plan.keep_drafting is None:
             drafted = lax.fori_loop(1, plan.steps, step, drafted)
         else:
             drafted, lengths = _while_it_goes_on(plan, step, drafted)
         draft = Draft(drafted.tokens, lengths, drafted.laws)
-        return draft, state._replace(laws=drafted.laws, block=drafted.block, drafts=drafts)
+        return draft, state._replace(laws=drafted.laws, block=drafted.block)
 
     def commit(params, state: DraftModelState, context: Context, info: Round) -> DraftModelState:
         del params, context
-
+        if state.block is None:  # a round without a draft
+            return state
         # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
         # leaves out exactly the last two of the new text.
-        def keep(old: DraftModelState, block: PyTree, num_emitted: Array) -> DraftModelState:
-            cache = model.commit(old.cache, block, num_emitted, None)
-            return old._replace(cache=cache, seen=old.seen + num_emitted)
-
-        before = DraftModelState(state.cache, state.seen, state.laws)
-        return at_most_once(state.drafts, keep, before, state.block, info.num_emitted)
+        cache = model.commit(state.cache, state.block, info.num_emitted, None)
+        return DraftModelState(cache, state.seen + info.num_emitted, state.laws)
 
     return Drafter(init=init, propose=propose, commit=commit, vocab_size=model.vocab_size)
 
@@ -157,9 +147,7 @@ def _while_it_goes_on(
     return drafted, lengths
 
 
-def _catch_up(
-    model: Model, params: PyTree, state: DraftModelState, rows: Rows, drafts: Array, width: int
-) -> DraftModelState:
+def _catch_up(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
     """Before a draft, reads what was emitted without one: all but a row's last two tokens.
 
     Many of them in wide passes, the rest `width` at a time: a cache has room for a round, K + 1 tokens, past its live
@@ -168,7 +156,7 @@ def _catch_up(
     slots = rows.tokens.shape[1]
 
     def behind(seen: Array) -> Array:
-        return jnp.where(is_active(rows) & drafts, rows.lengths - 2 - seen, 0)
+        return jnp.where(is_active(rows), rows.lengths - 2 - seen, 0)
 
     def read(width: int, carry):
         cache, seen = carry
