@@ -1,10 +1,11 @@
 """Adaptive speculation against every fixed draft length and plain decoding: on a good draft, and on bad ones.
 
-    python benchmarks/adaptive.py --batch 1 --batch 4 --batch 16 --repeats 7
+    python benchmarks/adaptive.py --batch 1 --batch 4 --batch 16
 
 One run, the same prompts and target for all. The draft is the shipped one; one of random weights; the shipped one that
 turns useless half-way through every text ("collapse"), or is useless up to there ("rise"); and the target itself, right
-and slow. Repetitions are paired: each runs every contender once, in turn. Times are of the rounds alone: a run to one
+and slow. Repetitions are paired: each runs every contender once, in turn; plain decoding, the best fixed length and
+`throughput` go on to more of them, as a few percent are at stake. Times are of the rounds alone: a run to one
 token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
 starts every batch anew.
 """
@@ -50,6 +51,7 @@ class Way(NamedTuple):
     name: str
     run: Callable[[int, text.Prompts, PyTree], Generation]
     carries: bool = False  # whether the controller's state goes from batch to batch
+    adapts: bool = False  # whether it is what this is all about
 
 
 class Line(NamedTuple):
@@ -73,6 +75,7 @@ def main(
     num_prompts: int = 16,
     max_new_tokens: int = 128,
     repeats: Annotated[int, typer.Option(help="paired repetitions; medians are reported")] = 5,
+    finals: Annotated[int, typer.Option(help="more of them, of plain, the best fixed length and throughput")] = 12,
     temperature: float = 0.0,
     longest: Annotated[int, typer.Option(help="K of the adaptive controllers")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -104,13 +107,14 @@ def main(
                 text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
                 for at in range(0, num_prompts - rows + 1, rows)
             ]
-            found = _measure(each.name, rows, ways, batches, max_new_tokens, repeats, profile)
+            found = _measure(each.name, rows, ways, batches, max_new_tokens, repeats, finals, profile)
             lines += found
             _show(console, found, profile)
             if each.name in ("collapse", "rise"):
                 _show_shift(console, target, each, drafter, profile, batches, max_new_tokens, sampling)
     if json_file is not None:
-        said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "max_new_tokens": max_new_tokens}
+        said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
+        said["max_new_tokens"] = max_new_tokens
         json_file.write_text(json.dumps({**said, "lines": [line._asdict() for line in lines]}, indent=1) + "\n")
 
 
@@ -173,15 +177,16 @@ def _ways(
     return [
         Way("plain decoding", plain),
         *(Way(f"fixed({size})", by(controllers.fixed(size))) for size in swept),
-        Way("throughput", adaptive, carries=True),
-        Way("throughput, from nothing", adaptive),
+        Way("throughput", adaptive, carries=True, adapts=True),
+        Way("throughput, from nothing", adaptive, adapts=True),
         *(others if each.name == "shipped" else ()),
     ]
 
 
 def _measure(
-    name: str, rows: int, ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, profile: Profile
-) -> list[Line]:
+    name: str, rows: int, ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int,
+    profile: Profile,
+) -> list[Line]:  # fmt: skip
     states: dict[str, PyTree] = {}
     results: dict[str, list[Generation]] = {}
 
@@ -202,22 +207,27 @@ def _measure(
             states[way.name] = results[way.name][-1].controller_state
             seconds(way, most)
     times: dict[str, list[float]] = {way.name: [] for way in ways}
-    for _ in range(repeats):
-        for way in ways:
-            prefill = seconds(way, 1)
-            times[way.name].append(seconds(way, most) - prefill)
-    wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
-    plain, fixed = times["plain decoding"], [way.name for way in ways if way.name.startswith("fixed")]
+
+    def run_in_turn(chosen: list[Way], count: int) -> None:
+        for _ in range(count):
+            for way in chosen:
+                prefill = seconds(way, 1)
+                times[way.name].append(seconds(way, most) - prefill)
+
+    run_in_turn(ways, repeats)
+    fixed = [way.name for way in ways if way.name.startswith("fixed")]
     best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
+    run_in_turn([way for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
+    wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
     lines = []
     for way in ways:
         outs, own = results[way.name], times[way.name]
+        plain, winner = (times[other][: len(own)] for other in ("plain decoding", best))
         same = [row for out in outs for row in out.new_tokens()] == wanted
         parts = [jax.device_get(out.stats) for out in outs]
         emitted, rounds = (sum(int(getattr(part, field).sum()) for part in parts) for field in ("emitted", "rounds"))
         lengths = np.sum([stats.draft_lengths(part) for part in parts], 0) if way.name != "plain decoding" else []
-        adapts = way.name.startswith("throughput")
-        predicted = stats.profiled_speedup(*parts, profile=profile, context=CONTEXT + most / 2) if adapts else None
+        predicted = stats.profiled_speedup(*parts, profile=profile, context=CONTEXT + most / 2) if way.adapts else None
         lines.append(
             Line(
                 pair=name,
@@ -225,7 +235,7 @@ def _measure(
                 name=f"{way.name}{' (best)' * (way.name == best)}{'' if same else ' (other tokens)'}",
                 tokens_per_second=emitted / statistics.median(own),
                 speedup=statistics.median(a / b for a, b in zip(plain, own, strict=True)),
-                over_best=statistics.median(b / a for a, b in zip(times[best], own, strict=True)),
+                over_best=statistics.median(b / a for a, b in zip(winner, own, strict=True)),
                 tokens_per_round=emitted / rounds,
                 predicted=predicted,
                 draft_lengths=[int(count) for count in lengths],

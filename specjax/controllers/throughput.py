@@ -140,11 +140,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
         usual = _usual_tokens(seen, prior)
         most = jnp.clip(_OF_GAIN * _gain(usual, seconds), exploration, eager)
-        # Where drafts are a loss even as good as they usually are, a success is no news.
-        own = expected_tokens(seen, jnp.full((batch,), longest, jnp.int32), prior)
-        hoped = 1 / jnp.where((info.num_accepted > 0)[:, None], usual[None], own)  # rounds a token
-        hoped = jnp.mean(hoped, 0, where=took_part)
-        again = _gain(1 / hoped, seconds) > 0
+        again = _hope(seen, info, prior, seconds) > 0
         owed = jnp.minimum(state.saved - _price(state, seconds, catch_up), 0.0)
         share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
         return seen._replace(
@@ -212,6 +208,17 @@ def _usual_tokens(state: ThroughputState, prior: float) -> Array:
     hoped = (_HOPE + jnp.sum(state.long_accepted)) / (_HOPE + jnp.sum(state.long_tested))
     reached = jnp.cumprod(jnp.maximum(_record(state, prior)[1], hoped))
     return 1 + jnp.pad(jnp.cumsum(reached), (1, 0))
+
+
+def _hope(state: ThroughputState, info: Round, prior: float, seconds: Array) -> Array:
+    """[]: the gain if rows whose draft was right go on as drafts usually do, and the others as they have been doing.
+    Where drafts are a loss even as good as they usually are, a success is no news."""
+    took_part = (info.draft_lengths > 0)[:, None]
+    own = expected_tokens(state, jnp.full_like(info.draft_lengths, state.long_tested.shape[1]), prior)
+    tokens = jnp.where((info.num_accepted > 0)[:, None], _usual_tokens(state, prior)[None], own)
+    count = jnp.maximum(jnp.sum(took_part), 1).astype(jnp.float32)
+    needed = jnp.sum(jnp.where(took_part, 1 / tokens, 0.0), 0) / count  # rounds a token
+    return _gain(1 / jnp.maximum(needed, 1e-6), seconds)
 
 
 def _gain(tokens: Array, seconds: Array) -> Array:
