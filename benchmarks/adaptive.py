@@ -66,6 +66,7 @@ class Line(NamedTuple):
     tokens_per_round: float
     predicted: float | None  # speed-up by the profile
     draft_lengths: list[int]  # rounds of the last repetition that drafted 0, 1, ... tokens
+    repeats: int  # that the medians are of
 
 
 def main(
@@ -239,6 +240,7 @@ def _measure(
                 tokens_per_round=emitted / rounds,
                 predicted=predicted,
                 draft_lengths=[int(count) for count in lengths],
+                repeats=len(own),
             )
         )
     return lines
@@ -251,13 +253,14 @@ def _show(console: Console, lines: list[Line], profile: Profile) -> None:
         title=f"{lines[0].pair} draft, batch {lines[0].batch}",
         caption=f"rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}",
     )
-    for column in ("", "tokens/s", "speed-up", "seconds / best", "tokens/round", "predicted", "rounds by K"):
+    for column in ("", "runs", "tokens/s", "speed-up", "seconds / best", "tokens/round", "predicted", "rounds by K"):
         table.add_column(column, justify="right" if column else "left")
     for line in lines:
         over = "" if line.over_best is None else f"{line.over_best:.3f}"
         predicted = "" if line.predicted is None else f"{line.predicted:.2f}"
         numbers = (f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}", over, f"{line.tokens_per_round:.2f}")
-        table.add_row(line.name, *numbers, predicted, " ".join(map(str, line.draft_lengths)))
+        lengths = " ".join(map(str, line.draft_lengths))
+        table.add_row(line.name, str(line.repeats), *numbers, predicted, lengths)
     console.print(table)
 
 

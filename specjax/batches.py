@@ -109,18 +109,21 @@ class Timed(NamedTuple):
 def in_turn(batch: Batch, shown: float) -> Timed:
     """Plain decoding and speculation in turn, as often as patience allows: one short run says little.
 
-    `shown` is what the run that was shown took, the first of speculation.
+    `shown` is what the run that was shown took: it counts only if patience allows no other, as showing takes time too.
     """
     limit = batch.task.max_new_tokens
     batch.plain(limit=1)  # compiles
-    speculative, plain = [shown], []
+    speculative: list[float] = []
+    plain: list[float] = []
     while True:
         began = time.perf_counter()
         tokens = batch.plain(limit=limit).new_tokens()
         plain.append(time.perf_counter() - began)
-        if len(plain) == MOST_RUNS or sum(speculative + plain) > _PATIENCE:
-            return Timed(statistics.median(speculative), statistics.median(plain), len(plain), tokens)
+        if not speculative and shown + plain[0] > _PATIENCE:
+            return Timed(shown, plain[0], 1, tokens)
         began = time.perf_counter()
         for _ in batch.stream(limit):
             pass
         speculative.append(time.perf_counter() - began)
+        if len(plain) == MOST_RUNS or shown + sum(speculative + plain) > _PATIENCE:
+            return Timed(statistics.median(speculative), statistics.median(plain), len(plain), tokens)

@@ -100,7 +100,7 @@ def profile(
         "sampling": str(sampling), "verifier": _name(roles.verifier.verify), "drafter": _name(drafter.propose),
         "repeats": repeats,
     }  # fmt: skip
-    versions = {"specjax": specjax.__version__, "jax": jax.__version__}
+    versions = {"specjax": specjax.__version__, "jax": jax.__version__, "format": str(costs.FORMAT)}
     about = {**versions, **{name: str(value) for name, value in setting.items()}}
     file = None
     if cache is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from specjax.branches import at_most_once, zeros_like
@@ -12,7 +13,7 @@ from specjax.context import context_of
 from specjax.plain import first_token
 from specjax.prefill import prefill
 from specjax.rows import Decision, append, is_active, open_rows
-from specjax.settle import Settled, settle, settle_plainly
+from specjax.settle import Settled, settle, settle_plainly, widened
 from specjax.sharding import constrain
 from specjax.types import Array, Controller, Draft, DraftPlan, Model, PyTree, Roles, Round, Rows, Stats
 from specjax.validate import Request
@@ -74,60 +75,67 @@ class _Turn(NamedTuple):
     drafter_state: PyTree
     status: Array  # [B] int32
     info: Round
+    is_settled: Array | bool  # whether the target has had its say
 
 
 def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
     """One round: draft, verify in one target pass, accept, commit. Rows that have ended stay as they are.
 
-    Where nobody drafts it is a plain decoding step, and the drafter is asked for nothing but to take note.
+    Where nobody has a draft it is a plain decoding step, if the controller's buckets begin with 0.
     """
-    controller, rows = roles.controller, state.rows
+    drafter, controller, rows = roles.drafter, roles.controller, state.rows
     plan = plan_of(controller, state.controller_state, rows)
-
-    def finish(carry: _Turn, rows: Rows, drafter_state: PyTree, settled: Settled) -> _Turn:
-        after = context_of(roles, _moved(roles, rows, settled), settled.cache)
-        drafter_state = roles.drafter.commit(drafter_params, drafter_state, after, settled.info)
-        return carry._replace(
-            target_cache=settled.cache, drafter_state=drafter_state, status=settled.status, info=settled.info
-        )
 
     def propose(carry: _Turn, rows: Rows) -> tuple[Draft, PyTree]:
         context = context_of(roles, rows, carry.target_cache)
-        return roles.drafter.propose(drafter_params, carry.drafter_state, context, plan)
-
-    def drafting(carry: _Turn, rows: Rows) -> _Turn:
-        draft, drafter_state = propose(carry, rows)
-        found = Settled(carry.target_cache, carry.status, carry.info)
-        return finish(carry, rows, drafter_state, _at_the_narrowest(roles, capacity, params, rows, found, draft))
+        return drafter.propose(drafter_params, carry.drafter_state, context, plan)
 
     def info_of(carry: _Turn, rows: Rows) -> Round:
         draft, _ = propose(carry, rows)
         return settle(roles, capacity, draft.tokens.shape[1], params, rows, carry.target_cache, draft).info
 
-    def plainly(carry: _Turn, rows: Rows) -> _Turn:
-        settled = settle_plainly(roles, capacity, params, rows, carry.target_cache, like=carry.info)
-        return finish(carry, rows, carry.drafter_state, settled)
+    def note(rows: Rows, drafter_state: PyTree, settled: Settled, is_settled: Array | bool) -> _Turn:
+        # For drafters that read them; others leave them out of the program.
+        after = context_of(roles, _moved(roles, rows, settled), settled.cache)
+        drafter_state = drafter.commit(drafter_params, drafter_state, after, settled.info)
+        return _Turn(settled.cache, drafter_state, settled.status, settled.info, is_settled)
 
-    carry = _Turn(state.target_cache, state.drafter_state, rows.status, None)  # type: ignore[arg-type]
+    def drafting(carry: _Turn, rows: Rows) -> _Turn:
+        draft, drafter_state = propose(carry, rows)
+        # Zeros of its own: what is read of a carry must be carried, even what nothing needs but a trace.
+        nothing = jax.tree.map(jnp.zeros_like, carry.info)
+        found = Settled(carry.target_cache, carry.status, nothing)
+        settled = _at_the_narrowest(roles, capacity, params, rows, found, draft)
+        return note(rows, drafter_state, settled, jnp.any(_drafted(rows, draft) > 0) if plan.may_skip else True)
+
+    def plainly(carry: _Turn, rows: Rows) -> _Turn:
+        settled = widened(settle_plainly(roles, capacity, params, rows, carry.target_cache), carry.info)
+        return note(rows, carry.drafter_state, settled, jnp.bool_(True))
+
+    turn = _Turn(state.target_cache, state.drafter_state, rows.status, None, jnp.bool_(False))  # type: ignore[arg-type]
     if len(controller.buckets) > 1:
-        carry = carry._replace(info=zeros_like(info_of, carry, rows))
+        turn = turn._replace(info=zeros_like(info_of, turn, rows))
     if plan.may_skip:
-        # Two loops of one turn or none. On a GPU each loop's condition is waited for by the host, some 20 us, so a
-        # round without a draft should come to few of them: all that is for drafts is inside the first.
-        drafts = jnp.asarray(plan.steps > 0)
-        carry = at_most_once(drafts, drafting, carry, rows)
-        carry = at_most_once(~drafts, plainly, carry, rows)
+        # Two loops of one turn or none. On a GPU the host waits for each loop's condition, some 20 us, so a round
+        # without a draft should come to few of them: all that is for drafts is inside the first.
+        turn = at_most_once(jnp.asarray(plan.steps > 0), drafting, turn, rows)
+        turn = at_most_once(jnp.logical_not(turn.is_settled), plainly, turn, rows)
     else:
-        carry = drafting(carry, rows)
-    info = carry.info
+        turn = drafting(turn, rows)
+    info = turn.info
     next_state = State(
-        rows=_moved(roles, rows, Settled(carry.target_cache, carry.status, info)),
-        target_cache=carry.target_cache,
-        drafter_state=carry.drafter_state,
+        rows=_moved(roles, rows, Settled(turn.target_cache, turn.status, info)),
+        target_cache=turn.target_cache,
+        drafter_state=turn.drafter_state,
         controller_state=controller.update(state.controller_state, info),
         stats=_count(state.stats, info, is_active(rows)),
     )
     return next_state, info
+
+
+def _drafted(rows: Rows, draft: Draft) -> Array:
+    """[B]: lengths of drafts that count."""
+    return jnp.where(is_active(rows), draft.lengths, 0)
 
 
 def _moved(roles: Roles, rows: Rows, settled: Settled) -> Rows:
@@ -138,9 +146,8 @@ def _moved(roles: Roles, rows: Rows, settled: Settled) -> Rows:
 
 
 def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, rows: Rows, found: Settled, draft: Draft) -> Settled:
-    """Settles the draft at the first of the controller's buckets that holds it; nothing else runs.
-
-    `found` has the target's cache as it is, and the form of what comes back.
+    """Settles the draft at the first of the controller's buckets that holds it; nothing else runs. One without a token
+    is left to a plain step, where there are any: then `found` comes back, which has the target's cache as it is.
 
     A choice of one among several, made of loops of one turn or none: XLA copies the caches into `lax.switch` and out of
     it again, whole, in every round (16 of the 24 copies of a branch on CPU), and leaves them in place in a loop.
@@ -151,15 +158,19 @@ def _at_the_narrowest(roles: Roles, capacity: int, params: PyTree, rows: Rows, f
     widths = [*narrower, widest]
 
     def at(width: int) -> Callable[[Settled, Rows, Draft], Settled]:
-        return lambda found, rows, draft: settle(roles, capacity, width, params, rows, found.cache, draft)
+        return lambda found, rows, draft: widened(
+            settle(roles, capacity, width, params, rows, found.cache, draft), found.info
+        )
 
     # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
-    if len(widths) == 1:
+    plain_steps = min(roles.controller.buckets) == 0
+    if len(widths) == 1 and not plain_steps:
         return settle(roles, capacity, widest, params, rows, found.cache, draft)
-    needed = jnp.max(jnp.where(is_active(rows), draft.lengths, 0))
+    needed = jnp.max(_drafted(rows, draft))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     for index, width in enumerate(widths):
-        found = at_most_once(chosen == index, at(width), found, rows, draft)
+        is_next = (chosen == index) & (needed > 0) if plain_steps else chosen == index
+        found = at_most_once(is_next, at(width), found, rows, draft)
     return found
 
 

@@ -61,7 +61,7 @@ class Display(Protocol):
 
 
 def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], None] | None = None) -> Summary:
-    """Runs the task; Ctrl-C while tokens stream ends it early with what there is.
+    """Runs the task; Ctrl-C while tokens stream ends it early with what there is, and at once while it measures.
 
     `keep` is given the trace so far after each batch, as what comes next may end the process, and the whole at the end.
     """
@@ -108,7 +108,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
             if interrupted:
                 break
             continue
-        with display.busy("compiling and measuring plain decoding"):
+        with display.busy("measuring plain decoding, and speculation again"):
             timed = in_turn(batch, shown)
         seconds, baseline_seconds = seconds + timed.speculative, baseline_seconds + timed.plain
         runs = min(runs, timed.runs)

@@ -33,18 +33,16 @@ class Settled(NamedTuple):
 
 def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
     """Verifies the first `width` places of the draft, which hold all of it."""
-    rest = draft.tokens.shape[1] - width
     first = draft._replace(
         tokens=draft.tokens[:, :width],
         probs=None if draft.probs is None else draft.probs[:, :width],
         parents=None if draft.parents is None else draft.parents[..., :width],
     )
-    settled = _verify(roles, capacity, params, rows, cache, first)
-    return settled._replace(info=_widened(settled.info, rest))
+    return _verify(roles, capacity, params, rows, cache, first)
 
 
-def settle_plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, *, like: Round) -> Settled:
-    """A plain decoding step, told in the form of a round `like` those with a draft."""
+def settle_plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree) -> Settled:
+    """A plain decoding step, told as a round without places for draft tokens."""
     model = roles.model
     batch = rows.lengths.shape[0]
     block = model.init_block(params, batch, 1)
@@ -62,22 +60,31 @@ def settle_plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cach
         target_log_probs=LogProbs(nothing, nothing),
         log_probs=new.log_probs,
         hidden=out.hidden,
-        path=like.path,
     )
-    info = _widened(info, like.draft_tokens.shape[1])
     return Settled(model.commit(cache, out.block, num_emitted, None), new.decision.status, info)
 
 
-def _widened(info: Round, rest: int) -> Round:
-    """With `rest` more places for draft tokens, empty ones."""
-    return info._replace(
-        tokens=_pad(info.tokens, rest, -1),
-        draft_tokens=_pad(info.draft_tokens, rest, -1),
-        draft_probs=_pad(info.draft_probs, rest, 1.0),
-        target_log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.target_log_probs)),
-        log_probs=LogProbs(*(_pad(x, rest, 0.0) for x in info.log_probs)),
-        hidden=tuple(_pad(x, rest, 0) for x in info.hidden),
+def widened(settled: Settled, like: Round) -> Settled:
+    """With as many places as `like` has; those that are new hold nothing."""
+
+    def pad(values: Array, wanted: Array, filler: float) -> Array:
+        widths = ((0, 0), (0, wanted.shape[1] - values.shape[1]), *((0, 0),) * (values.ndim - 2))
+        return jnp.pad(values, widths, constant_values=filler)
+
+    def both(values: LogProbs, wanted: LogProbs) -> LogProbs:
+        return LogProbs(pad(values.raw, wanted.raw, 0.0), pad(values.processed, wanted.processed, 0.0))
+
+    info = settled.info
+    wide = info._replace(
+        tokens=pad(info.tokens, like.tokens, -1),
+        draft_tokens=pad(info.draft_tokens, like.draft_tokens, -1),
+        draft_probs=pad(info.draft_probs, like.draft_probs, 1.0),
+        target_log_probs=both(info.target_log_probs, like.target_log_probs),
+        log_probs=both(info.log_probs, like.log_probs),
+        hidden=tuple(pad(x, wanted, 0) for x, wanted in zip(info.hidden, like.hidden, strict=True)),
+        path=like.path if info.path is None else info.path,
     )
+    return settled._replace(info=wide)
 
 
 def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
@@ -157,12 +164,6 @@ def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) 
         return jnp.where(has_none, sample(keys, logits, rows.sampling), next_token)
 
     return lax.cond(jnp.any(has_none), plain_too, lambda: next_token)
-
-
-def _pad(values: Array, count: int, filler: float | int) -> Array:
-    """`count` more places along the second axis."""
-    widths = ((0, 0), (0, count), *((0, 0),) * (values.ndim - 2))
-    return jnp.pad(values, widths, constant_values=filler) if count else values
 
 
 def _match_columns(draft: Draft, width: int) -> Draft:

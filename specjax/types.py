@@ -258,8 +258,11 @@ class Drafter(NamedTuple):
     """Proposes tokens. `state` is the drafter's own pytree, carried through the loop."""
 
     init: Callable[..., PyTree]  # (params, context, prompts [B, P], hidden, *, slots, longest) -> state
-    propose: Callable[..., tuple[Draft, PyTree]]  # (params, state, context, plan) -> (draft, state)
-    commit: Callable[..., PyTree]  # (params, state, context, round) -> state; context is that after the round
+    # (params, state, context, plan) -> (draft, state). Not asked in a round for which the controller wants no draft.
+    propose: Callable[..., tuple[Draft, PyTree]]
+    # (params, state, context, round) -> state, as it was before `propose` in form. Called after each draft is settled,
+    # with the context after the round, and after each plain step; where nobody found a draft, after both.
+    commit: Callable[..., PyTree]
     vocab_size: int | None = None  # None where any vocabulary will do
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
 

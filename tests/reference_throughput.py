@@ -28,7 +28,7 @@ class Reference:
             ]
             needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
         best, price = int(np.argmin(needed)), self._price()
-        affordable = self.saved >= price or (self.hot and self.saved >= -8 * price)
+        affordable = self.saved >= price or (self.hot and self.saved > -7.5 * price)
         if self.long[1].sum() == 0 or (best == 0 and affordable):
             return 1
         return best
@@ -77,7 +77,7 @@ class Reference:
 
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
-            self.idle += 1
+            self.idle, self.hot = self.idle + 1, False
             self.saved += self.share
             return
         is_new, price = self.long[1].sum() == 0, self._price()
@@ -100,6 +100,8 @@ class Reference:
         was_hot, self.hot = self.hot, False
         if max(drafted) == 1 and (self.idle > 0 or was_hot or is_new):
             self.hot, self.saved = again, min(self.saved - price, 0)
+            if self.saved < -8.5 * price:
+                self.saved = 0
             self.share = min(max(self.share * (2 if again else 0.5), self.least), most)
         else:
             self.saved, self.share = 0.0, most

@@ -32,7 +32,7 @@ def test_a_pipe_gets_plain_text(cache):
     assert out.stdout.startswith("import numpy")
     assert "\x1b" not in out.stdout
     assert out.stdout.endswith("\n")
-    for word in ("tokens/s", "acceptance", "tokens per round", "runs in turn", "predicted"):
+    for word in ("tokens/s", "acceptance", "tokens per round", " run", "predicted"):
         assert word in out.stderr
     assert "the same tokens" in out.stderr
     assert "WARNING" not in out.stderr

@@ -181,6 +181,36 @@ def test_plain_rounds_are_the_plain_tokens_when_sampled():
     assert out.new_tokens() == plain.new_tokens()
 
 
+def test_a_draft_of_nothing_is_a_plain_step():
+    """Catches a wide pass paid for where a drafter finds nothing, as one that copies from the text does."""
+    model, params, _, _ = _pair("table")
+    widths = []
+
+    def apply(params, tokens, cache, block, **options):
+        jax.debug.callback(lambda: widths.append(tokens.shape[1]))
+        return model.apply(params, tokens, cache, block, **options)
+
+    def propose(params, state, context, plan):
+        batch = context.rows.lengths.shape[0]
+        found = jnp.where(context.rows.lengths % 4 == 0, plan.lengths, 0)
+        return specjax.Draft(jnp.zeros((batch, plan.longest), jnp.int32), found, None), state
+
+    seldom = specjax.Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
+    options = {"max_new_tokens": 24, "sampling": specjax.Sampling(1.0), "key": jax.random.key(3)}
+    out = specjax.generate(
+        model._replace(apply=apply), params, seldom, None, PROMPTS[:1], LENGTHS[:1],
+        controller=controllers.throughput(CHEAP)._replace(draft_len=lambda state, rows: jnp.full((1,), 3)),
+        verifier=verify.coupled(), **options,
+    )  # fmt: skip
+    jax.effects_barrier()
+    assert out.new_tokens() == specjax.autoregressive(model, params, PROMPTS[:1], LENGTHS[:1], **options).new_tokens()
+    rounds = np.asarray(out.stats.by_longest[0])
+    assert rounds[0] > 5
+    assert rounds[1:].sum() > 1
+    assert sum(width > 1 for width in widths[1:]) == rounds[1:].sum()  # the first reads the prompt
+    assert sum(width == 1 for width in widths[1:]) == rounds[0]
+
+
 def test_additive_moves_by_its_steps():
     """Catches steps the wrong way round, and rounds cut short by a limit that count as failures."""
     controller = controllers.additive(8, 5)
@@ -275,8 +305,7 @@ def test_a_narrow_round_does_less_work():
         return specjax.settle.settle(roles, request.capacity, width, params, rows, cache, draft)
 
     def plainly(rows, cache, draft):
-        info = settled(3, rows, cache, draft).info
-        return specjax.settle.settle_plainly(roles, request.capacity, params, rows, cache, like=info)
+        return specjax.settle.settle_plainly(roles, request.capacity, params, rows, cache)
 
     ways = (plainly, functools.partial(settled, 1), functools.partial(settled, 3))
     work = [

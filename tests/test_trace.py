@@ -103,8 +103,18 @@ def test_a_drafter_without_a_law_drafts_with_certainty():
     assert len({token.target_prob for token in draft}) > 3
 
 
-def test_a_token_of_a_tree_is_judged_after_its_parent():
-    """Catches places of a tree read as those of a chain, and accepted tokens read off the draft instead of its path."""
+EVERY_OTHER = specjax.Controller(
+    init=lambda batch: jnp.int32(0),
+    draft_len=lambda state, rows: jnp.full((rows.lengths.shape[0],), jnp.where(state % 2 == 0, 5, 0)),
+    update=lambda state, info: state + 1,
+    buckets=(0, 5),
+)
+
+
+@pytest.mark.parametrize("controller", [specjax.controllers.fixed(5), EVERY_OTHER], ids=["fixed", "every other round"])
+def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
+    """Catches places of a tree read as those of a chain, and accepted tokens read off the draft instead of its path;
+    and plain steps between trees that are told in another form."""
     parents = jnp.array([-1, -1, 0, 1, 3])
 
     def propose(params, state, context, plan):
@@ -131,7 +141,7 @@ def test_a_token_of_a_tree_is_judged_after_its_parent():
 
     drafter = Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
     given = (MODEL, TABLE, drafter, TABLE, PROMPTS, LENGTHS)
-    options = {"max_new_tokens": 20, "controller": specjax.controllers.fixed(5), "verifier": Verifier(walk)}
+    options = {"max_new_tokens": 20, "controller": controller, "verifier": Verifier(walk)}
     chunks = list(specjax.stream(*given, **options, sampling=specjax.Sampling(0.0)))
     plain = specjax.autoregressive(MODEL, TABLE, PROMPTS, LENGTHS, max_new_tokens=20).new_tokens()
     assert [[token for chunk in chunks for token in chunk.tokens[row]] for row in range(3)] == plain
@@ -140,7 +150,7 @@ def test_a_token_of_a_tree_is_judged_after_its_parent():
     paths = set()
     for chunk in chunks[1:]:
         for row, ended in enumerate(written):
-            for drafted in chunk.rounds[row]:
+            for drafted in filter(lambda one: one.tokens, chunk.rounds[row]):
                 before = [ended[-1] if parent < 0 else drafted.tokens[parent] for parent in parents.tolist()]
                 wanted = [law[previous, token] for previous, token in zip(before, drafted.tokens, strict=False)]
                 np.testing.assert_allclose([score.raw for score in drafted.target], wanted, atol=1e-5)

@@ -56,11 +56,12 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
-    larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`; each try
-    halves it, down to `exploration`. But where drafts would gain if the rows that the try was right for went on as the
-    pair usually does, the next one is at once, on credit: this text may have turned easy again. Where catching up alone
-    takes more than the share, tries are left to the beginning of the next text, which drafters have read. Where even a
-    perfect draft could not pay there never is one.
+    larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`. A try
+    that gives hope doubles it, others halve it, down to `exploration`. Hope is where drafts would gain if the rows
+    that the try was right for went on as the pair usually does; then the next try is at once, on credit, up to eight
+    tries': this text may have turned easy again. A new call owes nothing. Where catching up alone takes more than the
+    share, tries are left to the beginning of the next text, which drafters have read. Where even a perfect draft
+    could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -109,9 +110,9 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
         left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None]
         rounds = left.astype(jnp.float32) / expected_tokens(state, room, prior)  # [B, K+1]
-        best = jnp.argmin(last_row(rounds) * seconds).astype(jnp.int32)
+        best = jnp.argmin(_last_row(rounds) * seconds).astype(jnp.int32)
         price = _price(state, seconds, catch_up)
-        tries = (state.saved >= price) | (state.hot & (state.saved >= -_CREDIT * price))
+        tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT) * price))
         tries = tries & (best == 0) & (exploration > 0)
         return jnp.broadcast_to(jnp.where(tries | _is_new(state), 1, best), (batch,))
 
@@ -141,7 +142,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         usual = _usual_tokens(seen, prior)
         most = jnp.clip(_OF_GAIN * _gain(usual, seconds), exploration, eager)
         again = _hope(seen, info, prior, seconds) > 0
-        owed = jnp.minimum(state.saved - _price(state, seconds, catch_up), 0.0)
+        price = _price(state, seconds, catch_up)
+        owed = jnp.minimum(state.saved - price, 0.0)
+        # Who drafts on when credit is used up does so because it pays: these were no tries.
+        owed = jnp.where(owed < -(_CREDIT + 0.5) * price, 0.0, owed)
         share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
         return seen._replace(
             saved=jnp.where(drafted, jnp.where(tried, owed, 0.0), state.saved + state.share),
@@ -190,7 +194,7 @@ def _record(state: ThroughputState, prior: float) -> tuple[Array, Array]:
     return everywhere, (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
 
 
-def last_row(rounds: Array) -> Array:
+def _last_row(rounds: Array) -> Array:
     """Rounds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1].
 
     That is more than the slowest row alone needs: of several rows one will do worse than expected. This is the mean of

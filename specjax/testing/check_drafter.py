@@ -13,7 +13,7 @@ from specjax import controllers, validate
 from specjax.decode import autoregressive, generate
 from specjax.rounds import Roles, context_of, plan_of, start
 from specjax.testing.tables import random_table, table_model
-from specjax.types import Array, Draft, Drafter, Model, PyTree, Sampling
+from specjax.types import Array, Controller, Draft, Drafter, Model, PyTree, Sampling
 from specjax.verify import rejection
 
 _LONGEST = 3
@@ -180,10 +180,23 @@ def _check_output(bench: _Bench) -> None:
     plain = autoregressive(
         bench.target, bench.target_params, prompts, lengths, max_new_tokens=limits, capacity=capacity
     ).new_tokens()
-    for draft_len in (1, _LONGEST):
+    ways = {
+        "K = 1": controllers.fixed(1),
+        f"K = {_LONGEST}": controllers.fixed(_LONGEST),
+        "a draft in every third round": _EVERY_THIRD,
+    }
+    for name, controller in ways.items():
         out = generate(
             bench.target, bench.target_params, bench.drafter, bench.params, prompts, lengths, max_new_tokens=limits,
-            capacity=capacity, controller=controllers.fixed(draft_len),
+            capacity=capacity, controller=controller,
         ).new_tokens()  # fmt: skip
         if out != plain:
-            raise AssertionError(f"greedy output with K = {draft_len} is {out}, greedy decoding gives {plain}.")
+            raise AssertionError(f"greedy output with {name} is {out}, greedy decoding gives {plain}.")
+
+
+_EVERY_THIRD = Controller(
+    init=lambda batch: jnp.int32(0),
+    draft_len=lambda state, rows: jnp.full(rows.lengths.shape, jnp.where(state % 3 == 2, _LONGEST, 0)),
+    update=lambda state, info: state + 1,
+    buckets=(0, _LONGEST),
+)

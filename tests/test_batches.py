@@ -1,0 +1,50 @@
+"""Timing plain decoding and speculation in turn, on a clock of its own."""
+
+from __future__ import annotations
+
+import types
+
+import pytest
+
+from specjax import batches
+
+
+class _Batch:
+    """Takes as long as told, and notes what ran."""
+
+    def __init__(self, clock, plain, speculative):
+        self.task = types.SimpleNamespace(max_new_tokens=8)
+        self.clock, self.seconds, self.ran = clock, {"plain": plain, "stream": speculative}, []
+
+    def _run(self, name, limit):
+        if limit > 1:
+            self.ran.append(name)
+            self.clock.now += self.seconds[name][self.ran.count(name) - 1]
+
+    def plain(self, limit):
+        self._run("plain", limit)
+        return types.SimpleNamespace(new_tokens=lambda: [[1]])
+
+    def stream(self, limit):
+        self._run("stream", limit)
+        return iter(())
+
+
+@pytest.mark.parametrize(
+    ("plain", "speculative", "shown", "wanted"),
+    [
+        ([0.1, 0.3, 0.1, 0.2, 0.1], [0.02, 0.01, 0.05, 0.01, 0.02], 0.5, (0.02, 0.1, 5)),
+        ([1.0, 1.2], [0.3, 0.5], 0.4, (0.4, 1.1, 2)),  # patience ends
+        ([3.0], [], 1.0, (1.0, 3.0, 1)),  # the run that was shown is all there is
+    ],
+    ids=["short", "longer", "long"],
+)
+def test_medians_of_runs_in_turn(monkeypatch, plain, speculative, shown, wanted):
+    """Catches plain and speculative mixed up, a showing that counts, and measuring without end."""
+    clock = types.SimpleNamespace(now=0.0)
+    monkeypatch.setattr(batches.time, "perf_counter", lambda: clock.now)
+    batch = _Batch(clock, plain, speculative)
+    found = batches.in_turn(batch, shown)
+    assert (found.speculative, found.plain, found.runs) == pytest.approx(wanted)
+    assert found.tokens == [[1]]
+    assert batch.ran == ["plain", "stream"] * len(speculative) + ["plain"] * (not speculative)
