@@ -117,16 +117,33 @@ def load(path: str | Path) -> Profile:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: make a profile by specjax.profile(...) and .save(path).")
+        is_there = "is no file" if path.exists() else "does not exist"
+        raise FileNotFoundError(f"{path} {is_there}: make a profile by specjax.profile(...) and .save(path).")
     try:
-        return from_json(json.loads(path.read_text(encoding="utf-8")))
-    except json.JSONDecodeError as error:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is not JSON ({error}): make the profile again, by specjax.profile.") from None
+    try:
+        return from_json(data)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def check(profile: Profile) -> None:
     """Raises ValueError where numbers are missing, not finite or not positive."""
-    if not profile.costs or list(profile.buckets) != sorted(set(profile.buckets)) or profile.buckets[0] != 0:
+    if not isinstance(profile, Profile):
+        raise ValueError(
+            "profile must be a specjax.costs.Profile, what specjax.profile(...) or costs.load(path) returns; got "
+            f"{type(profile).__name__}."
+        )
+    if not isinstance(profile.costs, tuple) or not isinstance(profile.buckets, tuple):
+        raise ValueError("a profile's costs and buckets are tuples: make it by specjax.profile or costs.load(path).")
+    if (
+        not profile.costs
+        or not profile.buckets
+        or list(profile.buckets) != sorted(set(profile.buckets))
+        or profile.buckets[0] != 0
+    ):
         raise ValueError(
             f"a profile needs costs and ascending buckets from 0 on, got {len(profile.costs)} and {profile.buckets}."
         )

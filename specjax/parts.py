@@ -29,6 +29,35 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
     for part, kind, wanted in parts:
         if part is not None and not isinstance(part, kind):
             raise ValueError(f"{wanted}; got {type(part).__name__}.")
+    if controller is not None:
+        _buckets(controller.buckets)
+
+
+def _buckets(buckets: Any) -> None:
+    is_whole = isinstance(buckets, tuple) and all(isinstance(size, int) for size in buckets)
+    if not is_whole or not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 0 or buckets[-1] < 1:
+        raise ValueError(
+            "a Controller's buckets must be a tuple of whole numbers that ascend, as in (0, 2, 5); the last is K, 1 or "
+            f"more; got {buckets!r}."
+        )
+
+
+def draft_lengths(lengths: Any, batch: int) -> None:
+    """Checks what a controller asks for, while tracing."""
+    wanted, given = (batch,), jax.eval_shape(lambda: lengths)
+    if given.shape != wanted or not jax.numpy.issubdtype(given.dtype, jax.numpy.integer):
+        raise ValueError(
+            f"a Controller's draft_len must return int32 {list(wanted)}, one number a row; got {given.dtype} "
+            f"{list(given.shape)}."
+        )
+
+
+def updated(before: Any, after: Any) -> None:
+    """Checks, while tracing, that a controller's state keeps its form."""
+    was, now = (jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(lambda x: x, state))
+                for state in (before, after))  # fmt: skip
+    if was != now:
+        raise ValueError(f"a Controller's update must return a state of the form of init's, {was}; got {now}.")
 
 
 def processor(rule: Any) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 import specjax
@@ -89,10 +90,16 @@ def profile(
     if validate.is_traced((params, drafter_params)):
         raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
     chosen = tuple(buckets) if buckets is not None else up_to(longest)
-    if chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:
+    if not chosen or chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:
         raise ValueError(f"buckets must ascend from 0 to longest={longest}, got {chosen}.")
-    if not batch_sizes or not contexts or min(batch_sizes) < 1 or min(contexts) < 1:
-        raise ValueError(f"batch_sizes and contexts must hold numbers from 1 on, got {batch_sizes} and {contexts}.")
+    _check_counts(batch_sizes, "batch_sizes, rows at once,", "(1, 4)")
+    _check_counts(contexts, "contexts, tokens in the cache,", "(64, 1024)")
+    most = model.max_positions
+    if most is not None and max(contexts) + longest >= most:
+        raise ValueError(
+            f"contexts go up to {max(contexts)}, and with drafts of {longest} the target has places for {most} tokens: "
+            "name shorter ones."
+        )
     roles = Roles(model, drafter, verifier or verify.rejection(), _forced(chosen))
     parts.fit(model, drafter, roles.verifier, sampling)
     setting = {
@@ -119,9 +126,22 @@ def profile(
                 found.append(bench.time(context, repeats))
     result = Profile(jax.devices()[0].device_kind, chosen, tuple(found), tuple(about.items()))
     costs.check(result)
+    odd = [c for c in found if c.rounds[0] > 1.2 * c.plain]
+    if odd:
+        _log.warning(
+            "a round without a draft took %.1f plain steps (batch %d), and should take one. Was there other work on "
+            "the machine? Then measure again. On a GPU, steps of under a millisecond do that: launching is what they cost.",
+            odd[0].rounds[0] / odd[0].plain, odd[0].batch,
+        )  # fmt: skip
     if file is not None:
         result.save(file)
     return result
+
+
+def _check_counts(values: Any, name: str, example: str) -> None:
+    is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
+    if not is_sequence or not values or not all(isinstance(x, (int, np.integer)) and x > 0 for x in values):
+        raise ValueError(f"{name} must be whole numbers from 1 on, as in {example}; got {values!r}.")
 
 
 def _name(function: Callable[..., Any]) -> str:

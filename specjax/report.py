@@ -272,7 +272,8 @@ def _rates(summary: Summary) -> dict[str, float | None]:
         "tokens_per_second": speculative,
         "plain_tokens_per_second": plain,
         "speedup": speculative / plain if speculative and plain else None,
-        "predicted_speedup": predicted_speedup(summary),
+        # Of one draft length; where it varies, only a profile can say.
+        "predicted_speedup": predicted_speedup(summary) if summary.controller == "fixed" else None,
         "profiled_speedup": summary.profiled_speedup,
         "draft_utilisation": stats.draft_utilisation(summary.stats),
         "acceptance_rate": stats.acceptance_rate(summary.stats),
@@ -314,4 +315,6 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
 def _prediction(summary: Summary, show) -> str:
     if summary.profiled_speedup is not None:
         return f"{show('profiled_speedup', '.2f')}x by this machine's profile for its rounds, without the prompt"
+    if summary.controller != "fixed":
+        return "no prediction without a profile"
     return f"{show('predicted_speedup', '.2f')}x predicted where a pass costs what it reads (an accelerator, few rows)"

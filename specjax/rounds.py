@@ -8,6 +8,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from specjax import parts
 from specjax.branches import at_most_once, zeros_like
 from specjax.context import context_of
 from specjax.plain import first_token
@@ -123,11 +124,13 @@ def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTre
     else:
         turn = drafting(turn, rows)
     info = turn.info
+    controller_state = controller.update(state.controller_state, info)
+    parts.updated(state.controller_state, controller_state)
     next_state = State(
         rows=_moved(roles, rows, Settled(turn.target_cache, turn.status, info)),
         target_cache=turn.target_cache,
         drafter_state=turn.drafter_state,
-        controller_state=controller.update(state.controller_state, info),
+        controller_state=controller_state,
         stats=_count(state.stats, info, is_active(rows)),
     )
     return next_state, info
@@ -187,7 +190,9 @@ def open_request(model: Model, request: Request, slots: int) -> Rows:
 def plan_of(controller: Controller, state: PyTree, rows: Rows) -> DraftPlan:
     """Draft lengths for this round; a row never drafts past its limits, less the token that verification adds."""
     most = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-    lengths = jnp.clip(jnp.minimum(controller.draft_len(state, rows), most), 0, controller.longest)
+    wanted = controller.draft_len(state, rows)
+    parts.draft_lengths(wanted, rows.lengths.shape[0])
+    lengths = jnp.clip(jnp.minimum(wanted, most), 0, controller.longest)
     lengths = jnp.where(is_active(rows), lengths, 0)
     buckets = controller.buckets
     steps = jnp.maximum(jnp.max(lengths), min(buckets)) if len(buckets) > 1 else controller.longest

@@ -29,9 +29,10 @@ class Reference:
             needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
         best, price = int(np.argmin(needed)), self._price()
         affordable = self.saved >= price or (self.hot and self.saved > -7.5 * price)
-        if self.long[1].sum() == 0 or (best == 0 and affordable):
-            return 1
-        return best
+        left, rooms = (limits - lengths)[active], np.asarray(room)[active]
+        perfect = [max(left / (1 + np.minimum(k, rooms))) * cost for k, cost in enumerate(self.found.rounds)]
+        wanted = self.long[1].sum() == 0 or (best == 0 and affordable)
+        return 1 if wanted and min(perfect[1:]) < needed[0] else best
 
     def _last(self, needs, most):
         spread = max(0.06 * max(most - needs), 1e-3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 
 import jax
@@ -93,8 +94,34 @@ def test_profiles_survive_a_file(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         costs.load(tmp_path / "broken.json")
-    with pytest.raises(FileNotFoundError, match="make a profile"):
+    with pytest.raises(FileNotFoundError, match="none.json does not exist: make a profile"):
         costs.load(tmp_path / "none.json")
+    with pytest.raises(FileNotFoundError, match="new is no file"):
+        costs.load(tmp_path / "new")
+    (tmp_path / "binary.json").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match="binary.json is not JSON"):
+        costs.load(tmp_path / "binary.json")
+    (tmp_path / "empty.json").write_text(json.dumps({**table.as_json(), "buckets": []}))
+    with pytest.raises(ValueError, match="empty.json: .* ascending buckets from 0 on"):
+        costs.load(tmp_path / "empty.json")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"batch_sizes": ()}, r"batch_sizes, .* as in \(1, 4\); got \(\)"),
+        ({"batch_sizes": 2}, "batch_sizes, .* got 2"),
+        ({"batch_sizes": (1.5,)}, r"batch_sizes, .* got \(1.5,\)"),
+        ({"contexts": 64}, "contexts, .* got 64"),
+        ({"contexts": (1_000_000,)}, "the target has places for 256 tokens"),
+        ({"buckets": ()}, "buckets must ascend"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(given, said):
+    """Catches an hour of compiling for a context that the model has no places for, and errors from deep inside."""
+    model, params, *draft = PAIR
+    with pytest.raises(ValueError, match=said):
+        specjax.profile(model._replace(max_positions=256), params, *draft, longest=2, **given)
 
 
 def test_costs_between_what_was_measured():

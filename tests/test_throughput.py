@@ -64,6 +64,17 @@ def test_throughput_is_its_reference(table, alphas):
         assert picked == {0} if table is DEAR else picked >= {0, 1, 3} - ({0} if table is CHEAP else set())
 
 
+def test_nothing_is_tried_that_cannot_end_the_batch_sooner():
+    """Catches tries paid for while a row that may draft nothing decides when the batch ends."""
+    controller = controllers.throughput(profile((1.0, 1.2, 1.25, 1.3)))
+    rows = _Rows(limits=[200, 200], lengths=(2, 2)).arrays()
+    held_up = rows._replace(draft_limits=jnp.array([0, 3], jnp.int32))
+    assert controller.draft_len(controller.init(2), held_up).tolist() == [0, 0]
+    assert controller.draft_len(controller.init(2), rows).tolist() == [1, 1]
+    shorter = held_up._replace(limits=jnp.array([20, 200], jnp.int32))
+    assert controller.draft_len(controller.init(2), shorter).tolist() == [1, 1]  # the other one ends later
+
+
 class _Rows:
     """As much of `types.Rows` as the controller reads."""
 

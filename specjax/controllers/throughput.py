@@ -44,7 +44,6 @@ class ThroughputState(NamedTuple):
     share: Array  # [] float32, of a plain step that each round without a draft adds to them
 
 
-@functools.cache
 def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.01) -> Controller:
     """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
 
@@ -73,7 +72,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
       exploration: in 0..1, of the time; at 0 nothing is tried.
 
     Raises:
-      ValueError: no usable profile, or a share outside 0..1.
+      ValueError: no usable profile, or a share that is none.
 
     >>> from specjax.costs import Costs, Profile
     >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), (0.0, 0.0))
@@ -81,8 +80,13 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     2
     """
     costs.check(profile)
-    if not (0 <= prior <= 1 and 0 <= exploration <= 1):
+    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in (prior, exploration)):
         raise ValueError(f"prior and exploration are shares in 0..1, got {prior} and {exploration}.")
+    return _throughput(profile, prior, exploration)
+
+
+@functools.cache
+def _throughput(profile: Profile, prior: float, exploration: float) -> Controller:
     longest, eager = profile.longest, _EAGER * exploration
 
     def init(batch: int) -> ThroughputState:
@@ -108,13 +112,16 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
         active = is_active(rows)
         seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
         room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-        left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None]
-        rounds = left.astype(jnp.float32) / expected_tokens(state, room, prior)  # [B, K+1]
-        best = jnp.argmin(_last_row(rounds) * seconds).astype(jnp.int32)
+        left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
+        needed = _last_row(left / expected_tokens(state, room, prior)) * seconds  # [K+1]
+        best = jnp.argmin(needed).astype(jnp.int32)
+        # A row that may draft nothing holds the batch up whatever the others do.
+        perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
+        could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds)[1:]) < needed[0]
         price = _price(state, seconds, catch_up)
         tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT) * price))
-        tries = tries & (best == 0) & (exploration > 0)
-        return jnp.broadcast_to(jnp.where(tries | _is_new(state), 1, best), (batch,))
+        tries = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
+        return jnp.broadcast_to(jnp.where(tries & could_pay, 1, best), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
         batch = info.num_emitted.shape[0]
