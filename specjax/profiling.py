@@ -130,7 +130,7 @@ def profile(
     if odd:
         _log.warning(
             "a round without a draft took %.1f plain steps (batch %d), and should take one. Was there other work on "
-            "the machine? Then measure again. On a GPU, steps of under a millisecond do that: launching is what they cost.",
+            "the machine? Then measure again. On a GPU, short steps do that: all they cost is launching.",
             odd[0].rounds[0] / odd[0].plain, odd[0].batch,
         )  # fmt: skip
     if file is not None:

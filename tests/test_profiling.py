@@ -94,15 +94,15 @@ def test_profiles_survive_a_file(tmp_path):
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(ValueError, match="is not JSON"):
         costs.load(tmp_path / "broken.json")
-    with pytest.raises(FileNotFoundError, match="none.json does not exist: make a profile"):
+    with pytest.raises(FileNotFoundError, match=r"none\.json does not exist: make a profile"):
         costs.load(tmp_path / "none.json")
     with pytest.raises(FileNotFoundError, match="new is no file"):
         costs.load(tmp_path / "new")
     (tmp_path / "binary.json").write_bytes(bytes(range(128, 256)))
-    with pytest.raises(ValueError, match="binary.json is not JSON"):
+    with pytest.raises(ValueError, match=r"binary\.json is not JSON"):
         costs.load(tmp_path / "binary.json")
     (tmp_path / "empty.json").write_text(json.dumps({**table.as_json(), "buckets": []}))
-    with pytest.raises(ValueError, match="empty.json: .* ascending buckets from 0 on"):
+    with pytest.raises(ValueError, match=r"empty\.json: .* ascending buckets from 0 on"):
         costs.load(tmp_path / "empty.json")
 
 
