@@ -147,12 +147,15 @@ def test_a_row_may_switch_speculation_off():
     """Catches limits of rows that are ignored, or that change a token; `max_draft_len` is data, not a new program."""
     model, params, draft, draft_params = _pair("table")
     drafter = specjax.drafters.draft_model(draft)
-    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=30).new_tokens()
+    most = np.array(
+        [10, 30, 30]
+    )  # the row that drafts nothing ends first: `throughput` sees no use in drafts otherwise
+    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=most).new_tokens()
     for name in ("fixed", "throughput"):
 
         def run(limits, name=name):
             return specjax.generate(
-                model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=30, controller=ALL[name],
+                model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=most, controller=ALL[name],
                 max_draft_len=np.array(limits),
             )  # fmt: skip
 
@@ -166,7 +169,7 @@ def test_a_row_may_switch_speculation_off():
         assert misses() == 0
         assert none.new_tokens() == plain
         assert none.stats.drafted.sum() == 0
-        assert none.stats.rounds.tolist() == [29, 29, 29]
+        assert none.stats.rounds.tolist() == [9, 29, 29]
 
 
 def test_plain_rounds_are_the_plain_tokens_when_sampled():
@@ -335,7 +338,10 @@ def _write_with(**fields):
         (lambda: _write_with(buckets=(4, 2)), r"ascend, .* got \(4, 2\)"),
         (lambda: _write_with(buckets=()), r"ascend, .* got \(\)"),
         (lambda: _write_with(buckets=[1, 2]), r"must be a tuple .* got \[1, 2\]"),
-        (lambda: _write_with(draft_len=lambda state, rows: 1.0 * rows.lengths), r"int32 \[3\], .* got float32 \[3\]"),
+        (
+            lambda: _write_with(draft_len=lambda state, rows: rows.lengths.astype(jnp.float32)),
+            r"int32 \[3\], .* got float32 \[3\]",
+        ),
         (lambda: _write_with(draft_len=lambda state, rows: jnp.int32(2)), r"one number a row; got int32 \[\]"),
         (lambda: _write_with(update=lambda state, info: 1.0), "of the form of init's, int32"),
         (lambda: controllers.throughput(Profile("x", (0, 1), ())), "needs costs"),
