@@ -1,0 +1,54 @@
+"""Settings, profiles and controllers that are wrong: errors that say what was expected, what came and what to do."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import pytest
+from made_up import profile
+
+import specjax
+from specjax import controllers, costs, testing
+from specjax.costs import Profile
+
+CHEAP = profile()
+
+
+def _write_with(**fields):
+    model = testing.table_model(1, 8)
+    table = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
+    controller = controllers.additive(3, 1)._replace(**fields)
+    drafter = specjax.drafters.draft_model(model)
+    specjax.generate(model, table, drafter, table, jnp.ones((3, 2), jnp.int32), max_new_tokens=4, controller=controller)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: controllers.confidence(1.2), "threshold in 0..1"),
+        (lambda: controllers.confidence(0.5, 0), "longest must be 1 or more"),
+        (lambda: controllers.additive(4, 5), "1 <= start <= longest"),
+        (lambda: controllers.throughput(CHEAP, prior=2.0), "shares in 0..1"),
+        (lambda: controllers.throughput(CHEAP, prior=None), "shares in 0..1"),
+        (lambda: controllers.throughput(None), "must be a specjax.costs.Profile, .* got NoneType"),
+        (lambda: controllers.throughput("profile.json"), r"costs.load\(path\) returns; got str"),
+        (lambda: controllers.throughput(CHEAP._replace(buckets=[0, 1])), "are tuples"),
+        (lambda: _write_with(buckets=(4, 2)), r"ascend, .* got \(4, 2\)"),
+        (lambda: _write_with(buckets=()), r"ascend, .* got \(\)"),
+        (lambda: _write_with(buckets=[1, 2]), r"must be a tuple .* got \[1, 2\]"),
+        (
+            lambda: _write_with(draft_len=lambda state, rows: rows.lengths.astype(jnp.float32)),
+            r"int32 \[3\], .* got float32 \[3\]",
+        ),
+        (lambda: _write_with(draft_len=lambda state, rows: jnp.int32(2)), r"one number a row; got int32 \[\]"),
+        (lambda: _write_with(update=lambda state, info: 1.0), "of the form of init's, int32"),
+        (lambda: controllers.throughput(Profile("x", (0, 1), ())), "needs costs"),
+        (lambda: controllers.throughput(profile((1.0, 0.0))), "0 or less"),
+        (lambda: controllers.throughput(profile((1.0, float("nan")))), "not finite"),
+        (lambda: costs.from_json({"format": 9}), "its format is 9"),
+    ],
+)
+def test_bad_settings_say_what_is_wrong(make, said):
+    """Catches silent nonsense."""
+    with pytest.raises(ValueError, match=said):
+        make()
