@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -54,10 +55,14 @@ def draft_lengths(lengths: Any, batch: int) -> None:
 
 def updated(before: Any, after: Any) -> None:
     """Checks, while tracing, that a controller's state keeps its form."""
-    was, now = (jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(lambda x: x, state))
-                for state in (before, after))  # fmt: skip
+    was, now = _form(lambda: before), _form(lambda: after)
     if was != now:
         raise ValueError(f"a Controller's update must return a state of the form of init's, {was}; got {now}.")
+
+
+def _form(make: Callable[[], Any]) -> Any:
+    """Dtypes and shapes of the state that `make` would return, as they are said in messages."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make))
 
 
 def processor(rule: Any) -> None:
@@ -99,10 +104,7 @@ def controller_state(controller: Controller, state: Any, request: Checked) -> No
     if state is None:
         return
     batch = request.arrays.prompts.shape[0]
-    wanted, given = (
-        jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make, value))
-        for make, value in ((lambda _: controller.init(batch), None), (lambda state: state, state))
-    )
+    wanted, given = _form(lambda: controller.init(batch)), _form(lambda: state)
     if wanted != given:
         raise ValueError(
             f"controller_state does not fit: for {batch} rows this controller's state is {wanted}, got {given}. Pass "
