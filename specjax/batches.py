@@ -1,4 +1,4 @@
-"""One batch of prompts for `specjax generate`: streamed, decoded plainly, and both timed in turn."""
+"""One batch of prompts for `specjax generate`: streamed, and timed in turn with plain decoding."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from specjax import drafters, text, trace, verify
-from specjax.decode import autoregressive
+from specjax.decode import autoregressive, generate
 from specjax.pair import Pair
 from specjax.policy import Policy
 from specjax.stream import Chunk, stream
@@ -22,6 +22,7 @@ from specjax.types import Controller, Generation, Sampling
 _CAPACITY_STEP = 128
 _ROUNDS_PER_DISPATCH = 4  # a dispatch takes a millisecond of the host, and a round of a small model no more
 MOST_RUNS, _PATIENCE = 5, 2.0  # runs of each kind that are timed, and seconds after which there are no more
+_LONG = 10.0  # seconds of a run that nobody waits for twice
 
 
 class Task(NamedTuple):
@@ -62,15 +63,10 @@ class Batch:
         self.chunks: list[Chunk] = []  # of the run that is shown
 
     def stream(self, limit: int) -> Iterator[Chunk]:
-        pair = self.pair
-        rule = getattr(verify, self.task.verifier)()
-        return stream(
-            pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-            *self.prompts, verifier=rule, controller=self.controller,
-            controller_state=self.learnt,
-            max_new_tokens=self._limits(limit),
-            rounds_per_dispatch=_ROUNDS_PER_DISPATCH, **self.options,
-        )  # fmt: skip
+        return stream(*self._roles(), **self._adaptively(limit), rounds_per_dispatch=_ROUNDS_PER_DISPATCH)
+
+    def speculate(self, limit: int) -> Generation:
+        return generate(*self._roles(), **self._adaptively(limit))
 
     def plain(self, limit: int) -> Generation:
         target = self.pair.target
@@ -78,19 +74,40 @@ class Batch:
         return autoregressive(target.model, target.params, *self.prompts, max_new_tokens=limits, **self.options)
 
     def warm_up(self) -> None:
-        """Compiles everything that streaming runs: the limit is data, so two tokens take the same programs.
-
-        XLA readies each branch when it first runs, for up to 0.1 s on CPU: a controller that takes one or another has a
-        whole run of them.
-        """
-        limit = 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
-        for _ in self.stream(limit=limit):
+        """Compiles everything that streaming runs."""
+        for _ in self.stream(self._enough()):
             pass
+
+    def warm_up_calls(self) -> None:
+        """Likewise, what is timed."""
+        self.plain(2)
+        self.speculate(self._enough())
 
     def traced(self) -> list[TracedRow]:
         """The rounds of each row."""
         tokenizer, prompts = self.pair.tokenizer, self.prompts.ids()[: self.count]
         return trace.collect(self.chunks, prompts, tokenizer.decode, name=tokenizer.id_to_token).rows
+
+    def _roles(self) -> tuple[Any, ...]:
+        target, draft = self.pair.target, self.pair.draft
+        return target.model, target.params, drafters.draft_model(draft.model), draft.params, *self.prompts
+
+    def _adaptively(self, limit: int) -> dict[str, Any]:
+        return {
+            "verifier": getattr(verify, self.task.verifier)(),
+            "controller": self.controller,
+            "controller_state": self.learnt,
+            "max_new_tokens": self._limits(limit),
+            **self.options,
+        }
+
+    def _enough(self) -> int:
+        """The limit that runs all there is of the loop.
+
+        It is data, so two tokens take the same programs. But XLA readies each branch when it first runs, for up to
+        0.1 s on CPU: a controller that takes one or another has a whole run of them.
+        """
+        return 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
 
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.
@@ -107,23 +124,26 @@ class Timed(NamedTuple):
 
 
 def in_turn(batch: Batch, shown: float) -> Timed:
-    """Plain decoding and speculation in turn, as often as patience allows: one short run says little.
+    """Plain decoding and speculation in turn, one call each, as often as patience allows: one short run says little.
 
-    `shown` is what the run that was shown took: it counts only if patience allows no other, as showing takes time too.
+    `shown` is what the run that was shown took. It has the host's work for every few rounds in it, which plain decoding
+    has not, and counts only where it was long.
     """
     limit = batch.task.max_new_tokens
-    batch.plain(limit=1)  # compiles
+    if shown > _LONG:
+        batch.plain(2)
+        began = time.perf_counter()
+        tokens = batch.plain(limit).new_tokens()
+        return Timed(shown, time.perf_counter() - began, 1, tokens)
+    batch.warm_up_calls()
     speculative: list[float] = []
     plain: list[float] = []
     while True:
         began = time.perf_counter()
-        tokens = batch.plain(limit=limit).new_tokens()
+        tokens = batch.plain(limit).new_tokens()
         plain.append(time.perf_counter() - began)
-        if not speculative and shown + plain[0] > _PATIENCE:
-            return Timed(shown, plain[0], 1, tokens)
         began = time.perf_counter()
-        for _ in batch.stream(limit):
-            pass
+        batch.speculate(limit).new_tokens()
         speculative.append(time.perf_counter() - began)
-        if len(plain) == MOST_RUNS or shown + sum(speculative + plain) > _PATIENCE:
+        if len(plain) == MOST_RUNS or sum(speculative + plain) > _PATIENCE:
             return Timed(statistics.median(speculative), statistics.median(plain), len(plain), tokens)

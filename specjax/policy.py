@@ -14,6 +14,8 @@ from specjax.pair import Pair
 from specjax.profiling import profile
 from specjax.types import Controller, Sampling, Verifier
 
+_CONTEXT_STEP = 64  # lengths of text are rounded down to these, so that prompts of similar length share a profile
+
 
 class Policy(enum.StrEnum):
     """How the draft length is chosen."""
@@ -60,7 +62,7 @@ def choose(
         return Chosen(controllers.additive(draft_len), None)
     found = profile(
         pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-        batch_sizes=(batch,), contexts=(context,), longest=draft_len, sampling=sampling, verifier=verifier,
+        batch_sizes=(batch,), contexts=(context // _CONTEXT_STEP * _CONTEXT_STEP or context,), longest=draft_len, sampling=sampling, verifier=verifier,
         cache=kept_in, busy=busy,
     )  # fmt: skip
     return Chosen(controllers.throughput(found), found)

@@ -87,7 +87,8 @@ def profile(
     parts.kinds(model, drafter, verifier)
     validate.at_least_one(repeats, "repeats")
     validate.at_least_one(longest, "longest")
-    if validate.is_traced((params, drafter_params)):
+    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
+    if validate.is_traced((params, drafter_params, jnp.zeros(()))):
         raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
     chosen = tuple(buckets) if buckets is not None else up_to(longest)
     if not chosen or chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:

@@ -254,6 +254,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         "controller": summary.controller,
         **numbers,
         "draft_lengths": stats.draft_lengths(summary.stats).tolist(),
+        "round_costs": None if summary.round_costs is None else list(summary.round_costs),
         "acceptance_by_position": [
             None if math.isnan(share) else share for share in stats.acceptance_by_position(summary.stats).tolist()
         ],
@@ -307,6 +308,11 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         counts = stats.draft_lengths(summary.stats)
         shares = ", ".join(f"{size} in {count / counts.sum():.0%}" for size, count in enumerate(counts) if count)
         lines.append(("tokens drafted", f"{shares} of the rounds ({summary.controller})"))
+    if summary.round_costs is not None:
+        costs = ", ".join(f"{cost:.2f}" for cost in summary.round_costs)
+        lines.append(
+            ("rounds cost here", f"{costs} plain steps with 0, 1, ... tokens drafted; those pay that emit more")
+        )
     if summary.interrupted:
         lines.append(("interrupted", "what was generated until then is shown"))
     return lines

@@ -12,6 +12,7 @@ import numpy as np
 
 from specjax import stats, text, verify
 from specjax.batches import MOST_RUNS, Batch, Task, in_turn
+from specjax.costs import Profile
 from specjax.pair import Pair, load_pair
 from specjax.policy import choose
 from specjax.trace import Setting, Trace, TracedRow
@@ -42,6 +43,7 @@ class Summary(NamedTuple):
     same_tokens: bool | None  # greedy only: whether both gave the same tokens
     draft_cost: float  # bytes of the draft's parameters over those of the target's
     profiled_speedup: float | None  # what the profile predicts, for controllers that have one
+    round_costs: tuple[float, ...] | None  # of drafts of 0, 1, ..., K tokens, in plain steps, likewise
     device: str
     interrupted: bool
 
@@ -130,6 +132,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
         profiled_speedup=profiled,
+        round_costs=None if profile is None else _round_costs(profile, size, context),
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )
@@ -139,6 +142,11 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         plainly = {"plain decoding": _pace(num_plain, baseline_seconds), "speed-up": gain}
         keep(Trace(traced, {**_settings(task, pair, num_tokens, seconds), **plainly}))
     return summary
+
+
+def _round_costs(profile: Profile, rows: int, context: float) -> tuple[float, ...]:
+    costs = profile.at(rows, context)
+    return tuple(seconds / costs.plain for seconds in costs.rounds)
 
 
 def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[str, Setting]:

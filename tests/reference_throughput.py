@@ -15,7 +15,7 @@ class Reference:
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
         self.least, self.most = exploration, 10 * exploration
         self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
-        self.failures = np.zeros(batch, int)
+        self.failures, self.trust = np.zeros(batch, int), 1.0
 
     def draft_len(self, lengths, limits, room, active):
         step = self.found.rounds[0]
@@ -28,7 +28,7 @@ class Reference:
             ]
             needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
         best, price = int(np.argmin(needed)), self._price()
-        affordable = self.saved >= price or (self.hot and self.saved > -7.5 * price)
+        affordable = self.saved >= price or (self.hot and self.saved > (0.5 - 8 * self.trust) * price)
         left, rooms = (limits - lengths)[active], np.asarray(room)[active]
         perfect = [max(left / (1 + np.minimum(k, rooms))) * cost for k, cost in enumerate(self.found.rounds)]
         wanted = self.long[1].sum() == 0 or (best == 0 and affordable)
@@ -78,6 +78,8 @@ class Reference:
 
     def update(self, drafted, accepted, emitted):
         if max(drafted) == 0:
+            if self.idle == 0 and self.saved < -0.5 * self._price():
+                self.trust = max(self.trust / 2, 1 / 16)
             self.idle, self.hot = self.idle + 1, False
             self.saved += self.share
             return
@@ -93,16 +95,19 @@ class Reference:
                     record[0][row, place] += place < accepted[row]
             self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
         usual, hoped = self._usual(), []
-        most = min(max(0.2 * self._gain(usual), self.least), self.most)
         for row in np.flatnonzero(drafted):
             own = np.array([self._tokens(row, k) for k in range(self.longest + 1)])
             hoped.append(1 / (usual if accepted[row] else own))
         again = self._gain(1 / np.mean(hoped, 0)) > 0
         was_hot, self.hot = self.hot, False
-        if max(drafted) == 1 and (self.idle > 0 or was_hot or is_new):
-            self.hot, self.saved = again, min(self.saved - price, 0)
-            if self.saved < -8.5 * price:
-                self.saved = 0
+        is_try = max(drafted) == 1 and (self.idle > 0 or was_hot or is_new)
+        owed = min(self.saved - price, 0)
+        pays = not is_try or owed < -(8 * self.trust + 0.5) * price
+        if pays:
+            self.trust, owed = min(1.4 * self.trust, 1), 0
+        most = min(max(0.2 * self.trust * self._gain(usual), self.least), self.most)
+        if is_try:
+            self.hot, self.saved = again, owed
             self.share = min(max(self.share * (2 if again else 0.5), self.least), most)
         else:
             self.saved, self.share = 0.0, most

@@ -14,10 +14,10 @@ class _Batch:
 
     def __init__(self, clock, plain, speculative):
         self.task = types.SimpleNamespace(max_new_tokens=8)
-        self.clock, self.seconds, self.ran = clock, {"plain": plain, "stream": speculative}, []
+        self.clock, self.seconds, self.ran = clock, {"plain": plain, "speculate": speculative}, []
 
     def _run(self, name, limit):
-        if limit > 1:
+        if limit > 2:
             self.ran.append(name)
             self.clock.now += self.seconds[name][self.ran.count(name) - 1]
 
@@ -25,9 +25,12 @@ class _Batch:
         self._run("plain", limit)
         return types.SimpleNamespace(new_tokens=lambda: [[1]])
 
-    def stream(self, limit):
-        self._run("stream", limit)
-        return iter(())
+    def speculate(self, limit):
+        self._run("speculate", limit)
+        return types.SimpleNamespace(new_tokens=lambda: [[1]])
+
+    def warm_up_calls(self):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -35,9 +38,10 @@ class _Batch:
     [
         ([0.1, 0.3, 0.1, 0.2, 0.1], [0.02, 0.01, 0.05, 0.01, 0.02], 0.5, (0.02, 0.1, 5)),
         ([1.0, 1.2], [0.3, 0.5], 0.4, (0.4, 1.1, 2)),  # patience ends
-        ([3.0], [], 1.0, (1.0, 3.0, 1)),  # the run that was shown is all there is
+        ([3.0], [2.0], 9.0, (2.0, 3.0, 1)),  # a showing is no call
+        ([30.0], [], 11.0, (11.0, 30.0, 1)),  # the run that was shown is all there is
     ],
-    ids=["short", "longer", "long"],
+    ids=["short", "longer", "once", "long"],
 )
 def test_medians_of_runs_in_turn(monkeypatch, plain, speculative, shown, wanted):
     """Catches plain and speculative mixed up, a showing that counts, and measuring without end."""
@@ -47,4 +51,4 @@ def test_medians_of_runs_in_turn(monkeypatch, plain, speculative, shown, wanted)
     found = batches.in_turn(batch, shown)
     assert (found.speculative, found.plain, found.runs) == pytest.approx(wanted)
     assert found.tokens == [[1]]
-    assert batch.ran == ["plain", "stream"] * len(speculative) + ["plain"] * (not speculative)
+    assert batch.ran == ["plain", "speculate"] * len(speculative) + ["plain"] * (not speculative)

@@ -68,7 +68,7 @@ def test_json_keys_are_documented():
     counts = np.ones((1, 2), np.int32)
     stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 3, by_longest=counts)
     row = runner.Row("prompt", "text", [1], [0], Status.LENGTH)
-    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, 5, 1, True, 0.1, None, "cpu", False)
+    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, 5, 1, True, 0.1, None, None, "cpu", False)
     made_up = machine.Machine("made up", 1e9, 1e12, "measured")
     split = {"drafting": 1.0, "verification": 1.0, "plain": 0.0}
     rates = {"tokens_per_pass": 2.0, "acceptance": 0.5, "tokens_per_second": 2.0, "speedup": 1.0}

@@ -38,7 +38,7 @@ def test_throughput_is_its_reference(table, alphas):
     state = controller.init(3)
     choose, update = jax.jit(controller.draft_len), jax.jit(controller.update)
     rows = _Rows(limits=[900, 400, 650])
-    picked, owed = set(), 0.0
+    picked, owed, trusted = set(), 0.0, []
     for turn in range(300):
         if turn % 90 == 89:
             state = controller.begin(state)
@@ -58,8 +58,10 @@ def test_throughput_is_its_reference(table, alphas):
         rows.active = rows.lengths < rows.limits
         picked.add(int(lengths[0]))
         owed = min(owed, float(state.saved))
+        trusted.append(float(state.trust))
     if alphas is HELD_UP:
         assert owed <= -7 * 0.21
+        assert min(trusted) <= 0.25
     else:
         assert picked == {0} if table is DEAR else picked >= {0, 1, 3} - ({0} if table is CHEAP else set())
 

@@ -26,7 +26,12 @@ _HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
 _EAGER = 10.0  # times the share of exploration: the most that is put aside for tries
 _OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, within those bounds
-_CREDIT = 8.0  # tries that successes may run ahead of what was put aside
+_CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
+_LEAST_TRUST, _DISTRUST, _TRUST = (
+    1 / 16,
+    0.5,
+    1.4,
+)  # at least; factors for hope that came to nothing, and drafts that pay
 _SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
@@ -41,6 +46,7 @@ class ThroughputState(NamedTuple):
     idle: Array  # [] int32, rounds since the last draft
     saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
     hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
+    trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
     share: Array  # [] float32, of a plain step that each round without a draft adds to them
 
 
@@ -58,7 +64,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`. A try
     that gives hope doubles it, others halve it, down to `exploration`. Hope is where drafts would gain if the rows
     that the try was right for went on as the pair usually does; then the next try is at once, on credit, up to eight
-    tries': this text may have turned easy again. A new call owes nothing. Where catching up alone takes more than the
+    tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain again
+    and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the
     share, tries are left to the beginning of the next text, which drafters have read. Where even a perfect draft
     could not pay there never is one.
 
@@ -92,7 +99,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
         none, failures = jnp.zeros((batch, longest), jnp.float32), jnp.zeros((batch,), jnp.int32)
-        tries = (jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.float32(eager / 2))
+        tries = (jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
         return ThroughputState(none, none, none, none, failures, *tries)
 
     def begin(state: ThroughputState) -> ThroughputState:
@@ -102,6 +109,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             long_accepted=state.long_accepted,
             long_tested=state.long_tested,
             saved=jnp.maximum(state.saved, 0),
+            trust=state.trust,
             share=state.share,
         )
 
@@ -119,7 +127,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
         could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds)[1:]) < needed[0]
         price = _price(state, seconds, catch_up)
-        tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT) * price))
+        tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT * state.trust) * price))
         tries = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
         return jnp.broadcast_to(jnp.where(tries & could_pay, 1, best), (batch,))
 
@@ -147,16 +155,22 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         )
         tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
         usual = _usual_tokens(seen, prior)
-        most = jnp.clip(_OF_GAIN * _gain(usual, seconds), exploration, eager)
         again = _hope(seen, info, prior, seconds) > 0
         price = _price(state, seconds, catch_up)
         owed = jnp.minimum(state.saved - price, 0.0)
         # Who drafts on when credit is used up does so because it pays: these were no tries.
-        owed = jnp.where(owed < -(_CREDIT + 0.5) * price, 0.0, owed)
+        no_tries = owed < -(_CREDIT * state.trust + 0.5) * price
+        owed = jnp.where(no_tries, 0.0, owed)
+        in_vain = ~drafted & (state.idle == 0) & (state.saved < -0.5 * price)
+        paying = drafted & (~tried | no_tries)
+        trust = state.trust * jnp.where(in_vain, _DISTRUST, jnp.where(paying, _TRUST, 1.0))
+        trust = jnp.clip(trust, _LEAST_TRUST, 1.0)
+        most = jnp.clip(trust * _OF_GAIN * _gain(usual, seconds), exploration, eager)
         share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
         return seen._replace(
             saved=jnp.where(drafted, jnp.where(tried, owed, 0.0), state.saved + state.share),
             hot=drafted & tried & again,
+            trust=trust,
             share=jnp.where(drafted, jnp.where(tried, share, most), state.share),
         )
 
