@@ -62,7 +62,8 @@ def choose(
         return Chosen(controllers.additive(draft_len), None)
     found = profile(
         pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-        batch_sizes=(batch,), contexts=(context // _CONTEXT_STEP * _CONTEXT_STEP or context,), longest=draft_len, sampling=sampling, verifier=verifier,
+        batch_sizes=(batch,), contexts=(context // _CONTEXT_STEP * _CONTEXT_STEP or context,), longest=draft_len,
+        sampling=sampling, verifier=verifier,
         cache=kept_in, busy=busy,
     )  # fmt: skip
     return Chosen(controllers.throughput(found), found)

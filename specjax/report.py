@@ -311,7 +311,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     if summary.round_costs is not None:
         costs = ", ".join(f"{cost:.2f}" for cost in summary.round_costs)
         lines.append(
-            ("rounds cost here", f"{costs} plain steps with 0, 1, ... tokens drafted; those pay that emit more")
+            ("a round costs", f"{costs} plain steps with 0, 1, ... tokens drafted; it pays where it emits more")
         )
     if summary.interrupted:
         lines.append(("interrupted", "what was generated until then is shown"))

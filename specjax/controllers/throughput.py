@@ -27,11 +27,8 @@ _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
 _EAGER = 10.0  # times the share of exploration: the most that is put aside for tries
 _OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
-_LEAST_TRUST, _DISTRUST, _TRUST = (
-    1 / 16,
-    0.5,
-    1.4,
-)  # at least; factors for hope that came to nothing, and drafts that pay
+# Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
+_LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.5, 1.4
 _SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
