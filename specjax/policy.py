@@ -14,7 +14,7 @@ from specjax.pair import Pair
 from specjax.profiling import profile
 from specjax.types import Controller, Sampling, Verifier
 
-_CONTEXT_STEP = 64  # lengths of text are rounded down to these, so that prompts of similar length share a profile
+_CONTEXT_STEP = 64
 
 
 class Policy(enum.StrEnum):
@@ -62,8 +62,14 @@ def choose(
         return Chosen(controllers.additive(draft_len), None)
     found = profile(
         pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
-        batch_sizes=(batch,), contexts=(context // _CONTEXT_STEP * _CONTEXT_STEP or context,), longest=draft_len,
-        sampling=sampling, verifier=verifier,
-        cache=kept_in, busy=busy,
+        batch_sizes=(batch,), contexts=(_shared(context, draft_len, pair),), longest=draft_len, sampling=sampling,
+        verifier=verifier, cache=kept_in, busy=busy,
     )  # fmt: skip
     return Chosen(controllers.throughput(found), found)
+
+
+def _shared(context: int, draft_len: int, pair: Pair) -> int:
+    """A length of text near `context` that others share, so that they find each other's profiles."""
+    near = max(round(context / _CONTEXT_STEP), 1) * _CONTEXT_STEP
+    most = pair.target.model.max_positions
+    return near if most is None or near + draft_len < most else context

@@ -21,14 +21,17 @@ class Reference:
         step = self.found.rounds[0]
         if all((k + 1) * step <= cost for k, cost in enumerate(self.found.rounds)):
             return 0
+        price = self._price()
+        affordable = self.saved >= price or (self.hot and self.saved > (0.5 - 8 * self.trust) * price)
+        if not affordable and self.idle % 8:
+            return 0
         needed = []
         for k in range(self.longest + 1):
             needs = [
                 (limits[row] - lengths[row]) / self._tokens(row, min(k, room[row])) for row in np.flatnonzero(active)
             ]
             needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
-        best, price = int(np.argmin(needed)), self._price()
-        affordable = self.saved >= price or (self.hot and self.saved > (0.5 - 8 * self.trust) * price)
+        best = int(np.argmin(needed))
         left, rooms = (limits - lengths)[active], np.asarray(room)[active]
         perfect = [max(left / (1 + np.minimum(k, rooms))) * cost for k, cost in enumerate(self.found.rounds)]
         wanted = self.long[1].sum() == 0 or (best == 0 and affordable)

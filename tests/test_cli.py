@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -189,3 +190,17 @@ def test_a_machine_without_accelerator_stays_quiet(cache):
     assert out.returncode == 0, out.stderr
     for noise in ("libtpu", "WARNING", "E0000", "TPU_"):
         assert noise not in out.stderr
+
+
+def test_a_profile_is_measured_once(cache):
+    """Catches an adaptive run without its costs, and a profile that is measured anew for a prompt of another length."""
+    arguments = ("--controller", "throughput", "--draft-len", "1", "--max-new-tokens", "6", "--no-baseline", "--json")
+    for prompt in ("import numpy", "def merge_sort(items: list[int]) -> list[int]:"):
+        out = _run("generate", prompt, *arguments, "-v", env=cache)
+        assert out.returncode == 0, out.stderr
+        result = json.loads(out.stdout)
+        assert len(result["round_costs"]) == len(result["draft_lengths"]) == 2
+        assert min(result["round_costs"]) > 0
+        assert result["profiled_speedup"] > 0
+    assert "profile of" in out.stderr
+    assert len(list((Path(cache["XDG_CACHE_HOME"]) / "specjax/profiles").glob("*.json"))) == 1

@@ -61,6 +61,8 @@ def test_bad_arguments_say_what_is_wrong(options, said):
         specjax.profile(*PAIR, **options)
     with pytest.raises(ValueError, match="cannot be traced"):
         jax.jit(lambda params: specjax.profile(MODEL, params, *PAIR[2:]))(TABLE)
+    with pytest.raises(ValueError, match="cannot be traced"):  # closed over, parameters are plain arrays
+        jax.jit(lambda: specjax.profile(*PAIR).costs[0].plain)()
 
 
 def test_foreign_profiles_are_told(caplog):

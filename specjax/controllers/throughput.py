@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from specjax import costs
 from specjax.costs import Profile
@@ -29,6 +30,7 @@ _OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, w
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
 # Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
 _LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.5, 1.4
+_LOOK = 8  # rounds without a draft from one decision to the next, where no try is due: deciding costs time too
 _SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
@@ -110,65 +112,78 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             share=state.share,
         )
 
+    def costs_of(batch: int) -> tuple[Array, Array]:
+        return _costs(profile, batch, jnp.int32(profile.contexts()[0]))
+
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
         if not _can_pay(profile, batch):
             return jnp.zeros((batch,), jnp.int32)
-        active = is_active(rows)
-        seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
-        room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-        left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
-        needed = _last_row(left / expected_tokens(state, room, prior)) * seconds  # [K+1]
-        best = jnp.argmin(needed).astype(jnp.int32)
-        # A row that may draft nothing holds the batch up whatever the others do.
-        perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
-        could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds)[1:]) < needed[0]
-        price = _price(state, seconds, catch_up)
+        price = _price(state, *costs_of(batch))
         tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT * state.trust) * price))
-        tries = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
-        return jnp.broadcast_to(jnp.where(tries & could_pay, 1, best), (batch,))
+
+        def decide() -> Array:
+            active = is_active(rows)
+            seconds, _ = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
+            room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
+            left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
+            needed = _last_row(left / expected_tokens(state, room, prior)) * seconds  # [K+1]
+            best = jnp.argmin(needed).astype(jnp.int32)
+            # A row that may draft nothing holds the batch up whatever the others do.
+            perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
+            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds)[1:]) < needed[0]
+            wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
+            return jnp.where(wanted & could_pay, 1, best)
+
+        is_due = tries | (state.idle % _LOOK == 0)
+        return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        batch = info.num_emitted.shape[0]
-        seconds, catch_up = _costs(profile, batch, jnp.int32(profile.contexts()[0]))
-        place = jnp.arange(longest)[None]
-        tested = place < jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)[:, None]
-        accepted = place < info.num_accepted[:, None]
-        took_part = (info.draft_lengths > 0)[:, None]
+        lengths = info.draft_lengths
+        return lax.cond(jnp.any(lengths > 0), learn, wait, state, lengths, info.num_accepted, info.num_emitted)
+
+    def wait(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
+        """A round without a draft."""
+        del accepted, emitted
+        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *costs_of(len(lengths))))
+        return state._replace(
+            idle=state.idle + 1,
+            saved=state.saved + state.share,
+            hot=jnp.bool_(False),
+            trust=jnp.maximum(jnp.where(in_vain, _DISTRUST, 1.0) * state.trust, _LEAST_TRUST),
+        )
+
+    def learn(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
+        """A round with a draft, [B] tokens of each row."""
+        seconds, catch_up = costs_of(len(lengths))
+        took_part, place = lengths > 0, jnp.arange(longest)[None]
+        tested = place < jnp.minimum(jnp.minimum(accepted + 1, emitted), lengths)[:, None]
 
         def fade(counts: Array, new: Array, rounds: float) -> Array:
-            return jnp.where(took_part, counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
+            return jnp.where(took_part[:, None], counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
 
-        drafted = jnp.any(took_part)
         seen = state._replace(
-            recent_accepted=fade(state.recent_accepted, accepted, _RECENT),
+            recent_accepted=fade(state.recent_accepted, place < accepted[:, None], _RECENT),
             recent_tested=fade(state.recent_tested, tested, _RECENT),
-            long_accepted=fade(state.long_accepted, accepted, _LONG),
+            long_accepted=fade(state.long_accepted, place < accepted[:, None], _LONG),
             long_tested=fade(state.long_tested, tested, _LONG),
-            failures=jnp.where(
-                took_part[:, 0], jnp.where(info.num_accepted > 0, 0, state.failures + 1), state.failures
-            ),
-            idle=jnp.where(drafted, 0, state.idle + 1),
+            failures=jnp.where(took_part, jnp.where(accepted > 0, 0, state.failures + 1), state.failures),
+            idle=jnp.int32(0),
         )
-        tried = (jnp.max(info.draft_lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
-        usual = _usual_tokens(seen, prior)
-        again = _hope(seen, info, prior, seconds) > 0
+        tried = (jnp.max(lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
+        again = _hope(seen, took_part, accepted, prior, seconds) > 0
         price = _price(state, seconds, catch_up)
         owed = jnp.minimum(state.saved - price, 0.0)
         # Who drafts on when credit is used up does so because it pays: these were no tries.
-        no_tries = owed < -(_CREDIT * state.trust + 0.5) * price
-        owed = jnp.where(no_tries, 0.0, owed)
-        in_vain = ~drafted & (state.idle == 0) & (state.saved < -0.5 * price)
-        paying = drafted & (~tried | no_tries)
-        trust = state.trust * jnp.where(in_vain, _DISTRUST, jnp.where(paying, _TRUST, 1.0))
-        trust = jnp.clip(trust, _LEAST_TRUST, 1.0)
-        most = jnp.clip(trust * _OF_GAIN * _gain(usual, seconds), exploration, eager)
+        pays = ~tried | (owed < -(_CREDIT * state.trust + 0.5) * price)
+        trust = jnp.minimum(jnp.where(pays, _TRUST, 1.0) * state.trust, 1.0)
+        most = jnp.clip(trust * _OF_GAIN * _gain(_usual_tokens(seen, prior), seconds), exploration, eager)
         share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
         return seen._replace(
-            saved=jnp.where(drafted, jnp.where(tried, owed, 0.0), state.saved + state.share),
-            hot=drafted & tried & again,
+            saved=jnp.where(pays, 0.0, owed),
+            hot=tried & again,
             trust=trust,
-            share=jnp.where(drafted, jnp.where(tried, share, most), state.share),
+            share=jnp.where(tried, share, most),
         )
 
     return Controller(init, draft_len, update, profile.buckets, begin=begin)
@@ -232,14 +247,13 @@ def _usual_tokens(state: ThroughputState, prior: float) -> Array:
     return 1 + jnp.pad(jnp.cumsum(reached), (1, 0))
 
 
-def _hope(state: ThroughputState, info: Round, prior: float, seconds: Array) -> Array:
+def _hope(state: ThroughputState, took_part: Array, accepted: Array, prior: float, seconds: Array) -> Array:
     """[]: the gain if rows whose draft was right go on as drafts usually do, and the others as they have been doing.
     Where drafts are a loss even as good as they usually are, a success is no news."""
-    took_part = (info.draft_lengths > 0)[:, None]
-    own = expected_tokens(state, jnp.full_like(info.draft_lengths, state.long_tested.shape[1]), prior)
-    tokens = jnp.where((info.num_accepted > 0)[:, None], _usual_tokens(state, prior)[None], own)
+    own = expected_tokens(state, jnp.full_like(accepted, state.long_tested.shape[1]), prior)
+    tokens = jnp.where((accepted > 0)[:, None], _usual_tokens(state, prior)[None], own)
     count = jnp.maximum(jnp.sum(took_part), 1).astype(jnp.float32)
-    needed = jnp.sum(jnp.where(took_part, 1 / tokens, 0.0), 0) / count  # rounds a token
+    needed = jnp.sum(jnp.where(took_part[:, None], 1 / tokens, 0.0), 0) / count  # rounds a token
     return _gain(1 / jnp.maximum(needed, 1e-6), seconds)
 
 
