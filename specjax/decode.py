@@ -7,7 +7,7 @@ caller's own jit they become part of the caller's.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,9 +15,10 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from specjax import controllers, logs, parts, validate, verify
+from specjax.loop import run
 from specjax.plain import first_token, step
 from specjax.prefill import prefill
-from specjax.rounds import State, open_request, speculate, start
+from specjax.rounds import State, open_request, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
@@ -168,11 +169,24 @@ def _generate(
     logs.tracing("generate", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
     state = start(roles, capacity, params, drafter_params, request, controller_state)
 
-    def body(state: State) -> State:
-        return speculate(roles, capacity, params, drafter_params, state)[0]
-
-    state = _until_done(body, lambda state: state.rows, state, rounds_per_test)
+    state = _rounds(roles, capacity, params, drafter_params, state, rounds_per_test)
     return _result(state.rows, capacity, pad_token, state.stats, state.controller_state, roles.model.layout)
+
+
+def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, rounds_per_test: int) -> State:
+    given = (roles, capacity, params, drafter_params)
+    if rounds_per_test == 1:
+        return run(*given, state, (), lambda kept, took_part, info: kept, lambda rows, kept: _has_active(rows))[0]
+
+    def several(state: State) -> State:
+        done, note = jnp.int32(0), lambda done, took_part, info: done + 1
+        return run(*given, state, done, note, lambda rows, done: done < rounds_per_test)[0]
+
+    return lax.while_loop(lambda state: _has_active(state.rows), several, state)
+
+
+def _has_active(rows: Rows) -> Array:
+    return jnp.any(is_active(rows))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -208,20 +222,12 @@ def plain_loop(
         rows, cache = step(model, processor, capacity, params, *carry)
         return constrain(model.layout, rows, "rows"), cache
 
-    return _until_done(one, lambda carry: carry[0], carry, rounds_per_test)
+    def several(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        if rounds_per_test == 1:
+            return one(carry)
+        return lax.fori_loop(0, rounds_per_test, lambda _, carry: one(carry), carry)
 
-
-def _until_done(
-    body: Callable[[PyTree], PyTree], rows_of: Callable[[PyTree], Rows], carry: PyTree, rounds_per_test: int
-) -> PyTree:
-    """Runs `body` until no row is active; rows that have ended stay as they are in the rounds until the next test."""
-    if rounds_per_test > 1:
-        return lax.while_loop(
-            lambda carry: jnp.any(is_active(rows_of(carry))),
-            lambda carry: lax.fori_loop(0, rounds_per_test, lambda _, carry: body(carry), carry),
-            carry,
-        )
-    return lax.while_loop(lambda carry: jnp.any(is_active(rows_of(carry))), body, carry)
+    return lax.while_loop(lambda carry: _has_active(carry[0]), several, carry)
 
 
 def _result(

@@ -23,7 +23,8 @@ from specjax import costs, parts, plain, validate, verify
 from specjax.context import context_of
 from specjax.controllers.buckets import up_to
 from specjax.costs import Costs, Profile
-from specjax.rounds import State, plan_of, speculate, start
+from specjax.loop import run
+from specjax.rounds import State, draft_lengths, plan_of, start
 from specjax.types import Array, Controller, Drafter, Model, PyTree, Roles, Rows, Sampling, Verifier
 
 _log = logging.getLogger(__name__)
@@ -209,8 +210,8 @@ class _Bench:
 
     def compile(self, context: int) -> None:
         state = self._state(context)
-        for run in (_rounds, _drafts, _steps):
-            jax.block_until_ready(self._call(run, state, 1))
+        for job in (_rounds, _drafts, _steps):
+            jax.block_until_ready(self._call(job, state, 1))
 
     def time(self, context: int, repeats: int) -> Costs:
         state = self._state(context)
@@ -286,10 +287,10 @@ _start = jax.jit(start, static_argnums=(0, 1))
 def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> State:
     """`count` rounds, as `generate` runs them."""
 
-    def body(_, state: State) -> State:
-        return speculate(roles, capacity, params, drafter_params, state)[0]
-
-    return lax.fori_loop(0, count, body, state)
+    return run(
+        roles, capacity, params, drafter_params, state, jnp.int32(0), lambda done, took_part, info: done + 1,
+        lambda rows, done: done < count,
+    )[0]  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
@@ -298,7 +299,8 @@ def _drafts(roles: Roles, capacity: int, params, drafter_params, state: State, c
     del capacity
 
     def body(_, rows: Rows) -> Rows:
-        plan = plan_of(roles.controller, state.controller_state, rows)
+        lengths = draft_lengths(roles.controller, state.controller_state, rows)
+        plan = plan_of(roles.controller, state.controller_state, lengths)
         context = context_of(roles, rows, state.target_cache)
         draft, _ = roles.drafter.propose(drafter_params, state.drafter_state, context, plan)
         # So that no draft can be left out: the next one begins with what this one drafted last.

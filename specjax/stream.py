@@ -15,7 +15,8 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from specjax import controllers, logs, parts, validate, verify
-from specjax.rounds import State, speculate, start
+from specjax.loop import nothing_of, run
+from specjax.rounds import State, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
 from specjax.types import (
@@ -28,6 +29,7 @@ from specjax.types import (
     PyTree,
     Roles,
     Round,
+    Rows,
     Sampling,
     Stats,
     Status,
@@ -230,25 +232,18 @@ def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tupl
     batch, longest = state.rows.status.shape[0], roles.controller.longest
     logs.tracing("stream's rounds", rows=batch, capacity=capacity, draft_len=longest, rounds_per_dispatch=num_rounds)
 
-    def one(state: State) -> tuple[State, _Log]:
-        took_part = is_active(state.rows)
-        state, info = speculate(roles, capacity, params, drafter_params, state)
-        return state, _entry(info, took_part)
+    entry = _entry(nothing_of(roles, capacity, params, drafter_params, state), jnp.zeros((batch,), bool))
+    log = jax.tree.map(lambda leaf: jnp.zeros((num_rounds, *leaf.shape), leaf.dtype), entry)
 
-    shape = jax.eval_shape(one, state)[1]
-    log = jax.tree.map(lambda leaf: jnp.zeros((num_rounds, *leaf.shape), leaf.dtype), shape)
+    def note(kept, took_part: Array, info: Round):
+        index, log = kept
+        entry = _entry(info, took_part)
+        return index + 1, jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), log, entry)
 
-    def body(carry):
-        index, state, log = carry
-        state, entry = one(state)
-        log = jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), log, entry)
-        return index + 1, state, log
+    def goes_on(rows: Rows, kept) -> Array:
+        return (kept[0] < num_rounds) & jnp.any(is_active(rows))
 
-    def has_more(carry):
-        index, state, _ = carry
-        return (index < num_rounds) & jnp.any(is_active(state.rows))
-
-    _, state, log = lax.while_loop(has_more, body, (jnp.int32(0), state, log))
+    state, (_, log) = run(roles, capacity, params, drafter_params, state, (jnp.int32(0), log), note, goes_on)
     return state, log
 
 

@@ -13,7 +13,7 @@ from jax._src import test_util as jtu
 from made_up import profile, round_of
 
 import specjax
-from specjax import controllers, hlo, rounds, stats, testing, validate, verify
+from specjax import controllers, hlo, loop, rounds, stats, testing, validate, verify
 from specjax.rounds import Roles
 from specjax.types import Controller
 
@@ -132,7 +132,7 @@ def test_the_draft_model_catches_up(controller, most, turns):
         capacity=None,
     )  # fmt: skip
     state = rounds.start(roles, request.capacity, params, params, request.arrays)
-    step = jax.jit(rounds.speculate, static_argnums=(0, 1))
+    step = jax.jit(loop.speculate, static_argnums=(0, 1))
     for _ in range(turns):
         state, info = step(roles, request.capacity, params, params, state)
         assert (info.num_accepted == info.draft_lengths).all()

@@ -10,7 +10,7 @@ import tiny
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, hlo, prefill, rounds, testing, validate
+from specjax import decode, hlo, loop, prefill, rounds, testing, validate
 from specjax.types import Controller, Status
 
 VOCAB = 13
@@ -89,7 +89,7 @@ def test_caches_hold_verified_tokens_only():
     )
     request = _request(model, PROMPTS, LENGTHS, 12)
     state = rounds.start(roles, request.capacity, params, draft_params, request.arrays)
-    step = jax.jit(rounds.speculate, static_argnums=(0, 1))
+    step = jax.jit(loop.speculate, static_argnums=(0, 1))
     for _ in range(4):
         before = state.rows.lengths
         state, info = step(roles, request.capacity, params, draft_params, state)

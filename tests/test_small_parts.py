@@ -32,6 +32,7 @@ LAYERS = [
     {"parts", "plain"},
     {"settle"},
     {"rounds"},
+    {"loop"},
     {"decode"},
     {"stream", "stats", "profiling", "testing", "machine", "passes", "environment"},
     {"limits", "adapters", "trace"},

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 
 import specjax
-from specjax import controllers, limits, models, rounds, shapes, stats, text, validate, verify
+from specjax import controllers, limits, loop, models, rounds, shapes, stats, text, validate, verify
 from specjax.machine import Machine, known
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
@@ -111,7 +111,7 @@ def _one_round(target: Any, draft: Any, drafter: Any, tokenizer: Any) -> dict[st
     )  # fmt: skip
     roles = rounds.Roles(target.model, drafter, verify.rejection(), controllers.fixed(SHOWN_LONGEST))
     start = jax.jit(rounds.start, static_argnums=(0, 1))
-    speculate = jax.jit(rounds.speculate, static_argnums=(0, 1))
+    speculate = jax.jit(loop.speculate, static_argnums=(0, 1))
     state = start(roles, request.capacity, target.params, draft.params, request.arrays)
     for _ in range(64):
         before = state.rows.tokens[0, : int(state.rows.lengths[0])]

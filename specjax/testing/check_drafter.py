@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax import controllers, validate
 from specjax.decode import autoregressive, generate
-from specjax.rounds import Roles, context_of, plan_of, start
+from specjax.rounds import Roles, context_of, draft_lengths, plan_of, start
 from specjax.testing.tables import random_table, table_model
 from specjax.types import Array, Controller, Draft, Drafter, Model, PyTree, Sampling
 from specjax.verify import rejection
@@ -82,7 +82,8 @@ class _Bench:
         def first_draft(capacity: int, target_params: PyTree, params: PyTree, arrays: validate.Request) -> Draft:
             state = start(roles, capacity, target_params, params, arrays)
             context = context_of(roles, state.rows, state.target_cache)
-            plan = plan_of(roles.controller, state.controller_state, state.rows)
+            lengths = draft_lengths(roles.controller, state.controller_state, state.rows)
+            plan = plan_of(roles.controller, state.controller_state, lengths)
             return drafter.propose(params, state.drafter_state, context, plan)[0]
 
         self.first_draft = jax.jit(first_draft, static_argnums=0)
