@@ -53,10 +53,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
 
     For each row and position it keeps how often a draft token was accepted when its turn came, recently and for longer.
-    Every round it takes, for each draft length, the rounds that each row would still need, and what such a round costs
-    for so many rows and so long a text; and of these the best. 0 is a plain decoding step. Rows share a round, so they
-    share its draft length, and the slower rows count for more, as a batch ends with its last row. A row's own limit
-    (`max_draft_len`) is counted in.
+    Every round (every eighth while nothing is drafted, as deciding takes time too) it takes, for each draft length, the
+    rounds that each row would still need, and what such a round costs for so many rows and so long a text; and of
+    these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the slower rows
+    count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in.
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
