@@ -248,7 +248,7 @@ def _measure(
 
 def _show(console: Console, lines: list[Line], profile: Profile) -> None:
     costs = profile.at(lines[0].batch, profile.contexts()[0])
-    rounds = ", ".join(f"{seconds / costs.plain:.2f}" for seconds in costs.rounds)
+    rounds = ", ".join(f"{steps:.2f}" for steps in costs.in_steps())
     table = Table(
         title=f"{lines[0].pair} draft, batch {lines[0].batch}",
         caption=f"rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}",

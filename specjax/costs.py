@@ -23,6 +23,10 @@ class Costs(NamedTuple):
     # What a draft takes longer after rounds without one: for there being any, and for each token of theirs.
     catch_up: tuple[float, float]
 
+    def in_steps(self) -> tuple[float, ...]:
+        """[K+1]: rounds, in plain steps."""
+        return tuple(whole / self.plain for whole in self.rounds)
+
     def verification(self) -> tuple[float, ...]:
         """[K+1]: rounds less their drafting: the target's pass over K + 1 tokens, acceptance, and what goes with it."""
         return tuple(whole - draft for whole, draft in zip(self.rounds, self.drafts, strict=True))

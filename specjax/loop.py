@@ -42,7 +42,8 @@ def run(
     Rows that have ended stay as they are.
     """
     drafter, controller = roles.drafter, roles.controller
-    nothing = nothing_of(roles, capacity, params, drafter_params, state)
+    given = (roles, capacity, params, drafter_params, state)
+    nothing: Any = nothing_of(*given) if len(controller.buckets) > 1 else None  # traces a draft and a pass
 
     def after(carry: _Carry, drafter_state: PyTree, settled: Settled, happened: Array | bool) -> _Carry:
         before, info = carry.state, settled.info

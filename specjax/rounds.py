@@ -100,13 +100,13 @@ def at_the_narrowest(
             settle(roles, capacity, width, params, rows, found.cache, draft), found.info
         )
 
-    # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
     plain_steps = min(roles.controller.buckets) == 0
     if len(widths) == 1 and not plain_steps:
         return settle(roles, capacity, widest, params, rows, found.cache, draft), True
     needed = jnp.max(_drafted(rows, draft))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     for index, width in enumerate(widths):
+        # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
         is_next = (chosen == index) & (needed > 0) if plain_steps else chosen == index
         found = at_most_once(is_next, at(width), found, rows, draft)
     return found, needed > 0 if plain_steps else True

@@ -12,7 +12,6 @@ import numpy as np
 
 from specjax import stats, text, verify
 from specjax.batches import MOST_RUNS, Batch, Task, in_turn
-from specjax.costs import Profile
 from specjax.pair import Pair, load_pair
 from specjax.policy import choose
 from specjax.trace import Setting, Trace, TracedRow
@@ -132,7 +131,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
         profiled_speedup=profiled,
-        round_costs=None if profile is None else _round_costs(profile, size, context),
+        round_costs=None if profile is None else profile.at(size, context).in_steps(),
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )
@@ -142,11 +141,6 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         plainly = {"plain decoding": _pace(num_plain, baseline_seconds), "speed-up": gain}
         keep(Trace(traced, {**_settings(task, pair, num_tokens, seconds), **plainly}))
     return summary
-
-
-def _round_costs(profile: Profile, rows: int, context: float) -> tuple[float, ...]:
-    costs = profile.at(rows, context)
-    return tuple(seconds / costs.plain for seconds in costs.rounds)
 
 
 def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[str, Setting]:

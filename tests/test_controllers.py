@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 import tiny
 from jax._src import test_util as jtu
-from made_up import profile, round_of
+from made_up import by_plan, profile, round_of
 
 import specjax
 from specjax import controllers, hlo, loop, rounds, stats, testing, validate, verify
 from specjax.rounds import Roles
-from specjax.types import Controller
 
 VOCAB = 13
 PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
@@ -26,19 +25,8 @@ CHEAP = profile()
 DEAR = profile((1.0, 2.5, 4.0, 5.5))  # not even a perfect draft pays
 
 
-def _by_plan(plan: list[int]) -> Controller:
-    """So many tokens for all rows, round by round: whole rounds without a draft, and drafts after them."""
-    lengths = jnp.array(plan)
-    return Controller(
-        init=lambda batch: jnp.zeros((batch,), jnp.int32),
-        draft_len=lambda state, rows: lengths[state % len(plan)],
-        update=lambda state, info: state + 1,
-        buckets=(0, 1, 3),
-    )
-
-
-SOMETIMES = _by_plan([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3])
-SELDOM = _by_plan([0] * 45 + [3] + [0] * 70 + [3])
+SOMETIMES = by_plan([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3])
+SELDOM = by_plan([0] * 45 + [3] + [0] * 70 + [3])
 ALL = {
     "fixed": controllers.fixed(3),
     "additive": controllers.additive(3, 1),
@@ -146,9 +134,8 @@ def test_a_row_may_switch_speculation_off():
     """Catches limits of rows that are ignored, or that change a token; `max_draft_len` is data, not a new program."""
     model, params, draft, draft_params = _pair("table")
     drafter = specjax.drafters.draft_model(draft)
-    most = np.array(
-        [10, 30, 30]
-    )  # the row that drafts nothing ends first: `throughput` sees no use in drafts otherwise
+    # The row that drafts nothing ends first: else `throughput` sees no use in drafts.
+    most = np.array([10, 30, 30])
     plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=most).new_tokens()
     for name in ("fixed", "throughput"):
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from made_up import profile
 
@@ -22,6 +23,11 @@ def _write_with(**fields):
     specjax.generate(model, table, drafter, table, jnp.ones((3, 2), jnp.int32), max_new_tokens=4, controller=controller)
 
 
+def test_any_kind_of_number_is_a_share():
+    """Catches NumPy's numbers taken for nonsense."""
+    assert controllers.throughput(CHEAP, prior=np.float32(0.5), exploration=0) is not None
+
+
 @pytest.mark.parametrize(
     ("make", "said"),
     [
@@ -30,6 +36,7 @@ def _write_with(**fields):
         (lambda: controllers.additive(4, 5), "1 <= start <= longest"),
         (lambda: controllers.throughput(CHEAP, prior=2.0), "shares in 0..1"),
         (lambda: controllers.throughput(CHEAP, prior=None), "shares in 0..1"),
+        (lambda: controllers.throughput(CHEAP, exploration=float("nan")), "shares in 0..1"),
         (lambda: controllers.throughput(None), "must be a specjax.costs.Profile, .* got NoneType"),
         (lambda: controllers.throughput("profile.json"), r"costs.load\(path\) returns; got str"),
         (lambda: controllers.throughput(CHEAP._replace(buckets=[0, 1])), "are tuples"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import numbers
 from typing import NamedTuple
 
 import jax
@@ -86,7 +87,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     2
     """
     costs.check(profile)
-    if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in (prior, exploration)):
+    if not all(isinstance(share, numbers.Real) and 0 <= share <= 1 for share in (prior, exploration)):
         raise ValueError(f"prior and exploration are shares in 0..1, got {prior} and {exploration}.")
     return _throughput(profile, prior, exploration)
 
@@ -112,14 +113,15 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             share=state.share,
         )
 
-    def costs_of(batch: int) -> tuple[Array, Array]:
+    def usual_costs(batch: int) -> tuple[Array, Array]:
+        # Of the shortest text that was measured: constants, and good enough for when to try.
         return _costs(profile, batch, jnp.int32(profile.contexts()[0]))
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
         batch = rows.lengths.shape[0]
         if not _can_pay(profile, batch):
             return jnp.zeros((batch,), jnp.int32)
-        price = _price(state, *costs_of(batch))
+        price = _price(state, *usual_costs(batch))
         tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT * state.trust) * price))
 
         def decide() -> Array:
@@ -139,13 +141,12 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        lengths = info.draft_lengths
-        return lax.cond(jnp.any(lengths > 0), learn, wait, state, lengths, info.num_accepted, info.num_emitted)
+        seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
+        return lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
 
-    def wait(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
+    def wait(state: ThroughputState) -> ThroughputState:
         """A round without a draft."""
-        del accepted, emitted
-        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *costs_of(len(lengths))))
+        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *usual_costs(len(state.failures))))
         return state._replace(
             idle=state.idle + 1,
             saved=state.saved + state.share,
@@ -155,7 +156,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
 
     def learn(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
         """A round with a draft, [B] tokens of each row."""
-        seconds, catch_up = costs_of(len(lengths))
+        seconds, catch_up = usual_costs(len(lengths))
         took_part, place = lengths > 0, jnp.arange(longest)[None]
         tested = place < jnp.minimum(jnp.minimum(accepted + 1, emitted), lengths)[:, None]
 
