@@ -39,40 +39,41 @@ def main(
     target = models.load(models.PRETRAINED / "target", dtype=jnp.float32)
     draft = models.load(models.PRETRAINED / "draft", dtype=jnp.float32)
     tokenizer = Tokenizer.from_file(str(models.PRETRAINED / "target/tokenizer.json"))
-    drafter = specjax.drafters.draft_model(draft.model)
     for rows in batch:
         prompts = code_prompts(tokenizer, rows, shortest=CONTEXT, longest=CONTEXT)
-        capacity = CONTEXT + max_new_tokens
+        _measure(target, draft, prompts, rows, repeats, max_new_tokens)
 
-        def plain(limit: int) -> Generation:
-            return specjax.autoregressive(
-                target.model, target.params, *prompts, max_new_tokens=limit, capacity=capacity
-            )  # noqa: B023
 
-        def by(controller: Controller, learnt: PyTree) -> Callable[[int], Generation]:
-            return lambda limit: specjax.generate(
-                target.model, target.params, drafter, draft.params, *prompts, controller=controller,  # noqa: B023
-                controller_state=learnt, max_new_tokens=limit, capacity=capacity,  # noqa: B023
-            )  # fmt: skip
+def _measure(target, draft, prompts, rows: int, repeats: int, most: int) -> None:
+    drafter, capacity = specjax.drafters.draft_model(draft.model), CONTEXT + most
 
-        adaptive = controllers.throughput(_profile(rows), exploration=0.0)
-        learnt = adaptive.init(rows)
-        learnt = learnt._replace(long_tested=learnt.long_tested + 20.0)  # of which nothing was accepted
-        ways = {"plain": plain, "never drafts": by(_never(), None), "throughput": by(adaptive, learnt)}
-        times: dict[str, list[float]] = {name: [] for name in ways}
+    def plain(limit: int) -> Generation:
+        return specjax.autoregressive(target.model, target.params, *prompts, max_new_tokens=limit, capacity=capacity)
+
+    def by(controller: Controller, learnt: PyTree) -> Callable[[int], Generation]:
+        return lambda limit: specjax.generate(
+            target.model, target.params, drafter, draft.params, *prompts, controller=controller,
+            controller_state=learnt, max_new_tokens=limit, capacity=capacity,
+        )  # fmt: skip
+
+    adaptive = controllers.throughput(_profile(rows), exploration=0.0)
+    learnt = adaptive.init(rows)
+    learnt = learnt._replace(long_tested=learnt.long_tested + 20.0)  # of which nothing was accepted
+    ways = {"plain": plain, "never drafts": by(_never(), None), "throughput": by(adaptive, learnt)}
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    for name, run in ways.items():
+        for limit in (1, most, most):
+            out = jax.block_until_ready(run(limit))
+        drafted = 0 if name == "plain" else int(stats.draft_lengths(jax.device_get(out.stats))[1:].sum())
+        if drafted:
+            raise RuntimeError(f"{name} drafted in {drafted} rounds: this measures rounds without a draft.")
+    for _ in range(repeats):
         for name, run in ways.items():
-            for limit in (1, max_new_tokens, max_new_tokens):
-                out = jax.block_until_ready(run(limit))
-            drafted = 0 if name == "plain" else int(stats.draft_lengths(jax.device_get(out.stats))[1:].sum())
-            if drafted:
-                raise RuntimeError(f"{name} drafted in {drafted} rounds: this measures rounds without a draft.")
-        for _ in range(repeats):
-            for name, run in ways.items():
-                times[name].append(_seconds(run, max_new_tokens) - _seconds(run, 1))
-        for name in list(ways)[1:]:
-            ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
-            step = 1e3 * statistics.median(times["plain"]) / (max_new_tokens - 1)
-            print(f"{rows} rows, {name}: {ratio:.3f} plain steps of {step:.2f} ms")
+            times[name].append(_seconds(run, most) - _seconds(run, 1))
+    for name in list(ways)[1:]:
+        ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))
+        step = 1e3 * statistics.median(times["plain"]) / (most - 1)
+        print(f"{rows} rows, {name}: {ratio:.3f} plain steps of {step:.2f} ms")
 
 
 def _never() -> Controller:
