@@ -7,11 +7,13 @@ turns useless half-way through every text ("collapse"), or is useless up to ther
 and slow. Repetitions are paired: each runs every contender once, in turn; plain decoding, the best fixed length and
 `throughput` go on to more of them, as a few percent are at stake. Times are of the rounds alone: a run to one
 token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
-starts every batch anew.
+starts every batch anew. Speed-ups are predicted twice: by the profile that `throughput` decides by, taken before, and
+by one taken after, as the neighbours on a shared machine come and go.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import statistics
 import time
@@ -54,6 +56,14 @@ class Way(NamedTuple):
     adapts: bool = False  # whether it is what this is all about
 
 
+class Measured(NamedTuple):
+    """What the contenders took, and gave."""
+
+    seconds: dict[str, list[float]]  # of each contender, a repetition each
+    last: dict[str, list[Generation]]  # of the last repetition, a batch each
+    best: str  # the fastest of plain decoding and the fixed draft lengths
+
+
 class Line(NamedTuple):
     """One contender on one pair and batch size."""
 
@@ -64,7 +74,7 @@ class Line(NamedTuple):
     speedup: float  # over plain decoding, the median of paired ratios
     over_best: float | None  # seconds over those of the best fixed draft length, the median of paired ratios
     tokens_per_round: float
-    predicted: float | None  # speed-up by the profile
+    predicted: list[float]  # speed-up by the profile taken before and by the one taken after; of `throughput` alone
     draft_lengths: list[int]  # rounds of the last repetition that drafted 0, 1, ... tokens
     repeats: int  # that the medians are of
 
@@ -95,24 +105,25 @@ def main(
         profiles: dict[Model, Profile] = {}
         for each in (each for each in pairs if each.name in wanted):
             drafter = specjax.drafters.draft_model(each.model)
-            if each.model not in profiles:
-                profiles[each.model] = specjax.profile(
-                    target.model, target.params, drafter, each.params, batch_sizes=(rows,), longest=longest,
-                    contexts=(CONTEXT + max_new_tokens // 2,), sampling=sampling,
-                )  # fmt: skip
-            profile = profiles[each.model]
+            measure = functools.partial(
+                specjax.profile, target.model, target.params, drafter, each.params, batch_sizes=(rows,),
+                contexts=(CONTEXT + max_new_tokens // 2,), longest=longest, sampling=sampling,
+            )  # fmt: skip
+            before = profiles.get(each.model) or measure()
             # A draft as slow as the target is hopeless at any length: a few of them show it.
             swept = draft_len if each.name != "slow" else draft_len[:: max(len(draft_len) // 2, 1)]
-            ways = _ways(target, each, drafter, profile, swept, longest, rows, max_new_tokens, sampling)
+            ways = _ways(target, each, drafter, before, swept, longest, rows, max_new_tokens, sampling)
             batches = [
                 text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
                 for at in range(0, num_prompts - rows + 1, rows)
             ]
-            found = _measure(each.name, rows, ways, batches, max_new_tokens, repeats, finals, profile)
+            measured = _measure(ways, batches, max_new_tokens, repeats, finals)
+            after = profiles[each.model] = measure()  # the next draft of this form is decided by it
+            found = _lines(each.name, rows, ways, measured, [before, after])
             lines += found
-            _show(console, found, profile)
+            _show(console, found, [before, after])
             if each.name in ("collapse", "rise"):
-                _show_shift(console, target, each, drafter, profile, batches, max_new_tokens, sampling)
+                _show_shift(console, target, each, drafter, after, batches, max_new_tokens, sampling)
     if json_file is not None:
         said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
         said["max_new_tokens"] = max_new_tokens
@@ -184,10 +195,7 @@ def _ways(
     ]
 
 
-def _measure(
-    name: str, rows: int, ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int,
-    profile: Profile,
-) -> list[Line]:  # fmt: skip
+def _measure(ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int) -> Measured:
     states: dict[str, PyTree] = {}
     results: dict[str, list[Generation]] = {}
 
@@ -219,6 +227,11 @@ def _measure(
     fixed = [way.name for way in ways if way.name.startswith("fixed")]
     best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
     run_in_turn([way for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
+    return Measured(times, results, best)
+
+
+def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: list[Profile]) -> list[Line]:
+    times, results, best = measured
     wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
     lines = []
     for way in ways:
@@ -228,7 +241,8 @@ def _measure(
         parts = [jax.device_get(out.stats) for out in outs]
         emitted, rounds = (sum(int(getattr(part, field).sum()) for part in parts) for field in ("emitted", "rounds"))
         lengths = np.sum([stats.draft_lengths(part) for part in parts], 0) if way.name != "plain decoding" else []
-        predicted = stats.profiled_speedup(*parts, profile=profile, context=CONTEXT + most / 2) if way.adapts else None
+        predictors = profiles if way.adapts else []
+        predicted = [stats.profiled_speedup(*parts, profile=each, context=each.contexts()[0]) for each in predictors]
         lines.append(
             Line(
                 pair=name,
@@ -246,18 +260,18 @@ def _measure(
     return lines
 
 
-def _show(console: Console, lines: list[Line], profile: Profile) -> None:
-    costs = profile.at(lines[0].batch, profile.contexts()[0])
-    rounds = ", ".join(f"{steps:.2f}" for steps in costs.in_steps())
-    table = Table(
-        title=f"{lines[0].pair} draft, batch {lines[0].batch}",
-        caption=f"rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}",
-    )
+def _show(console: Console, lines: list[Line], profiles: list[Profile]) -> None:
+    caption = []
+    for profile, when in zip(profiles, ("before", "after"), strict=True):
+        costs = profile.at(lines[0].batch, profile.contexts()[0])
+        rounds = ", ".join(f"{steps:.2f}" for steps in costs.in_steps())
+        caption.append(f"{when}: rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}")
+    table = Table(title=f"{lines[0].pair} draft, batch {lines[0].batch}", caption="\n".join(caption))
     for column in ("", "runs", "tokens/s", "speed-up", "seconds / best", "tokens/round", "predicted", "rounds by K"):
         table.add_column(column, justify="right" if column else "left")
     for line in lines:
         over = "" if line.over_best is None else f"{line.over_best:.3f}"
-        predicted = "" if line.predicted is None else f"{line.predicted:.2f}"
+        predicted = ", ".join(f"{speedup:.2f}" for speedup in line.predicted)
         numbers = (f"{line.tokens_per_second:.0f}", f"{line.speedup:.2f}", over, f"{line.tokens_per_round:.2f}")
         lengths = " ".join(map(str, line.draft_lengths))
         table.add_row(line.name, str(line.repeats), *numbers, predicted, lengths)
