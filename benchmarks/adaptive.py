@@ -87,6 +87,7 @@ def main(
     max_new_tokens: int = 128,
     repeats: Annotated[int, typer.Option(help="paired repetitions; medians are reported")] = 5,
     finals: Annotated[int, typer.Option(help="more of them, of plain, the best fixed length and throughput")] = 12,
+    profile_repeats: Annotated[int, typer.Option(help="turns that a profile is the median of; more last longer")] = 9,
     temperature: float = 0.0,
     longest: Annotated[int, typer.Option(help="K of the adaptive controllers")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -108,6 +109,7 @@ def main(
             measure = functools.partial(
                 specjax.profile, target.model, target.params, drafter, each.params, batch_sizes=(rows,),
                 contexts=(CONTEXT + max_new_tokens // 2,), longest=longest, sampling=sampling,
+                repeats=profile_repeats,
             )  # fmt: skip
             before = profiles.get(each.model) or measure()
             # A draft as slow as the target is hopeless at any length: a few of them show it.

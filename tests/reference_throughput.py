@@ -13,7 +13,7 @@ class Reference:
     def __init__(self, profile, batch, prior=0.7, exploration=0.01):
         self.found, self.longest, self.prior = profile.at(batch, 0), profile.longest, prior
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
-        self.least, self.most = exploration, 10 * exploration
+        self.least, self.most = exploration, 16 * exploration
         self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
         self.failures, self.trust = np.zeros(batch, int), 1.0
 

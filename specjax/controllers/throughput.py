@@ -26,7 +26,7 @@ _WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
 _ROW_WEIGHT = 8.0  # likewise, for how a row does on the whole
 _HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
-_EAGER = 10.0  # times the share of exploration: the most that is put aside for tries
+_EAGER = 16.0  # times the share of exploration: the most that is put aside for tries
 _OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
 # Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
@@ -61,7 +61,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
-    larger the more drafts gain on the whole, by all that is known of the pair, up to ten times `exploration`. A try
+    larger the more drafts gain on the whole, by all that is known of the pair, up to sixteen times `exploration`. A try
     that gives hope doubles it, others halve it, down to `exploration`. Hope is where drafts would gain if the rows
     that the try was right for went on as the pair usually does; then the next try is at once, on credit, up to eight
     tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain again

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from specjax.decode import autoregressive, generate
 from specjax.testing.adversaries import Adversary, adversaries
 from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law
 from specjax.testing.tables import random_table, table_model
-from specjax.types import Array, Controller, Generation, Sampling, Verifier
+from specjax.types import Array, Controller, Drafter, Generation, PyTree, Sampling, Verifier
 
 _VOCAB, _ORDER, _PROMPT = 3, 2, [1, 2]
 _MODEL = table_model(_ORDER, _VOCAB)
@@ -72,6 +72,31 @@ def check_rows(adversary: Adversary, verifier: Verifier, controller: Controller)
     return f"rows keep to themselves against {adversary.name}"
 
 
+@functools.cache
+def _sampled(drafter: Drafter, verifier: Verifier, controller: Controller, length: int) -> Callable[..., Array]:
+    """(drafter_params, prompts, seeds, sampling) -> texts of `length` new tokens; one program for all of a drafter's
+    parameters."""
+
+    def run(drafter_params: PyTree, prompts: Array, seeds: Array, sampling: Sampling) -> Array:
+        parts = (_MODEL, _table(), drafter, drafter_params)
+        return generate(
+            *parts, prompts, key=jax.random.key(2024), seeds=seeds, max_new_tokens=length, verifier=verifier,
+            controller=controller, sampling=sampling,
+        ).tokens  # fmt: skip
+
+    return run
+
+
+@functools.cache
+def _each_alone(sampled: Callable[..., Array]) -> Callable[..., Array]:
+    """The same, each row in a batch of its own."""
+
+    def row(drafter_params: PyTree, *arrays: PyTree) -> Array:
+        return sampled(drafter_params, *jax.tree.map(lambda leaf: leaf[None], arrays))[0]
+
+    return jax.jit(jax.vmap(row, in_axes=(None, 0, 0, 0)))
+
+
 def check_laws(
     adversary: Adversary,
     verifier: Verifier,
@@ -95,17 +120,8 @@ def check_laws(
     count = samples * len(_SETTINGS)
     prompts, seeds = jnp.tile(jnp.array([_PROMPT]), (count, 1)), jnp.arange(count, dtype=jnp.int32)
 
-    def run(prompts: Array, seeds: Array, sampling: Sampling) -> Array:
-        return _generate(
-            adversary, verifier, controller, prompts, key=jax.random.key(2024), seeds=seeds, max_new_tokens=length,
-            sampling=sampling,
-        ).tokens  # fmt: skip
-
-    if alone:
-        row = jax.jit(jax.vmap(lambda *row: run(*jax.tree.map(lambda leaf: leaf[None], row))[0]))
-        tokens = row(prompts, seeds, sampling)
-    else:
-        tokens = run(prompts, seeds, sampling)
+    sampled = _sampled(adversary.drafter, verifier, controller, length)
+    tokens = (_each_alone(sampled) if alone else sampled)(adversary.params, prompts, seeds, sampling)
     for (name, setting), texts in zip(_SETTINGS.items(), np.split(np.asarray(tokens), len(_SETTINGS)), strict=True):
         case = f"{name} against {adversary.name}, {said}"
         law = exact_sequence_law(_MODEL, _table(), _PROMPT, length, sampling=setting)
