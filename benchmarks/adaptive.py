@@ -8,7 +8,7 @@ and slow. Repetitions are paired: each runs every contender once, in turn; plain
 `throughput` go on to more of them, as a few percent are at stake. Times are of the rounds alone: a run to one
 token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
 starts every batch anew. Speed-ups are predicted twice: by the profile that `throughput` decides by, taken before, and
-by one taken after, as the neighbours on a shared machine come and go.
+by one taken in turn with the contenders. On a shared machine neighbours come and go, and rounds get cheaper and dearer.
 """
 
 from __future__ import annotations
@@ -62,6 +62,7 @@ class Measured(NamedTuple):
     seconds: dict[str, list[float]]  # of each contender, a repetition each
     last: dict[str, list[Generation]]  # of the last repetition, a batch each
     best: str  # the fastest of plain decoding and the fixed draft lengths
+    profile: Profile  # of the same minutes
 
 
 class Line(NamedTuple):
@@ -74,7 +75,7 @@ class Line(NamedTuple):
     speedup: float  # over plain decoding, the median of paired ratios
     over_best: float | None  # seconds over those of the best fixed draft length, the median of paired ratios
     tokens_per_round: float
-    predicted: list[float]  # speed-up by the profile taken before and by the one taken after; of `throughput` alone
+    predicted: list[float]  # speed-up by the profile taken before, and by the one in turn; of `throughput` alone
     draft_lengths: list[int]  # rounds of the last repetition that drafted 0, 1, ... tokens
     repeats: int  # that the medians are of
 
@@ -87,7 +88,6 @@ def main(
     max_new_tokens: int = 128,
     repeats: Annotated[int, typer.Option(help="paired repetitions; medians are reported")] = 5,
     finals: Annotated[int, typer.Option(help="more of them, of plain, the best fixed length and throughput")] = 12,
-    profile_repeats: Annotated[int, typer.Option(help="turns that a profile is the median of; more last longer")] = 9,
     temperature: float = 0.0,
     longest: Annotated[int, typer.Option(help="K of the adaptive controllers")] = 8,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the results here")] = None,
@@ -109,23 +109,22 @@ def main(
             measure = functools.partial(
                 specjax.profile, target.model, target.params, drafter, each.params, batch_sizes=(rows,),
                 contexts=(CONTEXT + max_new_tokens // 2,), longest=longest, sampling=sampling,
-                repeats=profile_repeats,
             )  # fmt: skip
-            before = profiles.get(each.model) or measure()
+            profile = profiles.get(each.model) or measure()
             # A draft as slow as the target is hopeless at any length: a few of them show it.
             swept = draft_len if each.name != "slow" else draft_len[:: max(len(draft_len) // 2, 1)]
-            ways = _ways(target, each, drafter, before, swept, longest, rows, max_new_tokens, sampling)
+            ways = _ways(target, each, drafter, profile, swept, longest, rows, max_new_tokens, sampling)
             batches = [
                 text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
                 for at in range(0, num_prompts - rows + 1, rows)
             ]
-            measured = _measure(ways, batches, max_new_tokens, repeats, finals)
-            after = profiles[each.model] = measure()  # the next draft of this form is decided by it
-            found = _lines(each.name, rows, ways, measured, [before, after])
+            measured = _measure(ways, batches, max_new_tokens, repeats, finals, functools.partial(measure, repeats=1))
+            profiles[each.model] = measured.profile  # the next draft of this form is decided by it
+            found = _lines(each.name, rows, ways, measured, [profile, measured.profile])
             lines += found
-            _show(console, found, [before, after])
+            _show(console, found, [profile, measured.profile])
             if each.name in ("collapse", "rise"):
-                _show_shift(console, target, each, drafter, after, batches, max_new_tokens, sampling)
+                _show_shift(console, target, each, drafter, profile, batches, max_new_tokens, sampling)
     if json_file is not None:
         said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
         said["max_new_tokens"] = max_new_tokens
@@ -197,7 +196,9 @@ def _ways(
     ]
 
 
-def _measure(ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int) -> Measured:
+def _measure(
+    ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int, profiled: Callable[[], Profile]
+) -> Measured:
     states: dict[str, PyTree] = {}
     results: dict[str, list[Generation]] = {}
 
@@ -218,9 +219,11 @@ def _measure(ways: list[Way], batches: list[text.Prompts], most: int, repeats: i
             states[way.name] = results[way.name][-1].controller_state
             seconds(way, most)
     times: dict[str, list[float]] = {way.name: [] for way in ways}
+    profiles: list[Profile] = []
 
     def run_in_turn(chosen: list[Way], count: int) -> None:
         for _ in range(count):
+            profiles.append(profiled())
             for way in chosen:
                 prefill = seconds(way, 1)
                 times[way.name].append(seconds(way, most) - prefill)
@@ -229,11 +232,17 @@ def _measure(ways: list[Way], batches: list[text.Prompts], most: int, repeats: i
     fixed = [way.name for way in ways if way.name.startswith("fixed")]
     best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
     run_in_turn([way for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
-    return Measured(times, results, best)
+    return Measured(times, results, best, _middle(profiles))
+
+
+def _middle(profiles: list[Profile]) -> Profile:
+    """The median of each time."""
+    (costs,) = jax.tree.map(lambda *times: statistics.median(times), *(each.costs for each in profiles))
+    return profiles[0]._replace(costs=(costs,))
 
 
 def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: list[Profile]) -> list[Line]:
-    times, results, best = measured
+    times, results, best, _ = measured
     wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
     lines = []
     for way in ways:
@@ -264,7 +273,7 @@ def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: 
 
 def _show(console: Console, lines: list[Line], profiles: list[Profile]) -> None:
     caption = []
-    for profile, when in zip(profiles, ("before", "after"), strict=True):
+    for profile, when in zip(profiles, ("before", "in turn"), strict=True):
         costs = profile.at(lines[0].batch, profile.contexts()[0])
         rounds = ", ".join(f"{steps:.2f}" for steps in costs.in_steps())
         caption.append(f"{when}: rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}")

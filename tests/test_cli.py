@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from specjax import models
+
 COMMAND = [sys.executable, "-m", "specjax.cli"]
 
 
@@ -194,7 +196,9 @@ def test_a_machine_without_accelerator_stays_quiet(cache):
 
 def test_a_profile_is_measured_once(cache):
     """Catches an adaptive run without its costs, and a profile that is measured anew for a prompt of another length."""
+    small = str(models.PRETRAINED / "draft")  # as its own draft: seconds instead of a minute
     arguments = ("--controller", "throughput", "--draft-len", "1", "--max-new-tokens", "6", "--no-baseline", "--json")
+    arguments += ("--model", small, "--draft", small)
     for prompt in ("import numpy", "def merge_sort(items: list[int]) -> list[int]:"):
         out = _run("generate", prompt, *arguments, "-v", env=cache)
         assert out.returncode == 0, out.stderr
