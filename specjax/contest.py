@@ -125,7 +125,9 @@ def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[A
     for way, run in contest.runs.items():
         with busy(f"compiling {way}"):
             jax.block_until_ready(run(1, contest.prompts[0]))
-            contest.learn.get(way, lambda: None)()
+            if way in contest.learn:
+                contest.learn[way]()
+                jax.block_until_ready(run(1, contest.prompts[0]))  # another program: it is given a state
 
 
 def time_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> dict[Way, list[Timed]]:

@@ -25,7 +25,12 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
             "drafter must be a specjax.Drafter: wrap a draft model as drafters.draft_model(loaded.model)",
         ),
         (verifier, Verifier, "verifier must be a specjax.Verifier: call its maker, as in verify.rejection()"),
-        (controller, Controller, "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5)"),
+        (
+            controller,
+            Controller,
+            "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5) or "
+            "controllers.throughput(profile)",
+        ),
     )
     for part, kind, wanted in parts:
         if part is not None and not isinstance(part, kind):
@@ -63,6 +68,15 @@ def updated(before: Any, after: Any) -> None:
 def _form(make: Callable[[], Any]) -> Any:
     """Dtypes and shapes of the state that `make` would return, as they are said in messages."""
     return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make))
+
+
+def _first_difference(wanted: Any, given: Any) -> tuple[str, Any, Any]:
+    """Where two forms first differ, and what they are there; all of them where they have other parts."""
+    if jax.tree.structure(wanted) != jax.tree.structure(given):
+        return "", wanted, given
+    both = zip(jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(given), strict=True)
+    path, own, other = next((path, own, other) for (path, own), other in both if own != other)
+    return f" in {jax.tree_util.keystr(path, simple=True)}" if path else "", own, other
 
 
 def processor(rule: Any) -> None:
@@ -106,7 +120,9 @@ def controller_state(controller: Controller, state: Any, request: Checked) -> No
     batch = request.arrays.prompts.shape[0]
     wanted, given = _form(lambda: controller.init(batch)), _form(lambda: state)
     if wanted != given:
+        where, wanted, given = _first_difference(wanted, given)
         raise ValueError(
-            f"controller_state does not fit: for {batch} rows this controller's state is {wanted}, got {given}. Pass "
-            "the controller_state of a Generation by the same controller with as many rows, or None to start afresh."
+            f"controller_state does not fit: for {batch} rows this controller's state is {wanted}{where}, got {given}. "
+            "Pass the controller_state of a Generation by the same controller with as many rows, or None to start "
+            "afresh."
         )

@@ -51,13 +51,16 @@ def speedups(found: Sequence[Speed]) -> Figure:
             counts = line.draft_lengths
             mean = sum(size * count for size, count in enumerate(counts)) / max(sum(counts), 1)
             axes.axhline(line.speedup, color=colour, linestyle="--", linewidth=1)
-            axes.plot([mean], [line.speedup], "*", color=colour, markersize=15, label=f"{line.controller}, {rows}")
+            axes.plot(
+                [mean], [line.speedup], "*--", color=colour, linewidth=1, markersize=15,
+                label=f"{line.controller}, {rows}, at its mean K",
+            )  # fmt: skip
     axes.set_xlabel("tokens drafted in a round, K")
     axes.set_ylabel("speed-up over plain decoding")
     first = found[0]
     axes.set_title(f"{first.machine.name}, {first.dtype}, temperature {first.setting.temperature:g}", fontsize=10)
     axes.set_ylim(0, 1.08 * max(line.speedup for speed in found for line in speed.lines))
-    axes.set_xlim(left=0)
+    axes.set_xlim(left=-0.3)  # room for a star at 0
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(frameon=False, fontsize=9)
     axes.spines[["top", "right"]].set_visible(False)

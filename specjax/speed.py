@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import statistics
 from collections.abc import Callable, Sequence
@@ -32,6 +33,8 @@ from specjax.limits import Work
 from specjax.machine import Machine, this_machine
 from specjax.pair import Pair
 from specjax.types import Stats
+
+_log = logging.getLogger(__name__)
 
 
 class Line(NamedTuple):
@@ -108,6 +111,11 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
     lengths = stats.draft_lengths(whole)
     works = _works(pair, setting, live, way, lengths)
     middle = statistics.median(x.seconds for x in own)
+    if middle <= 0:
+        _log.warning(
+            "%s: long generations took no longer than short ones, so its numbers are noise. More --prompts, --repeats "
+            "or --max-new-tokens help.", way,
+        )  # fmt: skip
     call = statistics.median(x.call_seconds for x in own)
     per_pass = own[0].tokens_per_pass  # the same in every repetition: so are the keys
     split = _split(own[0].between, contest.profiles.get(way), live)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 
 import jax
@@ -11,8 +12,9 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from specjax import cli, contest, drafters, exactness, limits, machine, models, speed, testing, text
+from specjax import cli, contest, decode, drafters, exactness, limits, machine, models, speed, testing, text
 from specjax.pair import in_int8, load_pair
+from specjax.policy import Policy
 
 MODEL, TABLE = tiny.model("table")
 PROMPTS = jax.random.randint(jax.random.key(8), (16, 3), 0, tiny.VOCAB)
@@ -152,6 +154,29 @@ def test_prompts_are_as_long_as_asked_and_apart():
     batches = contest._prompts(pair, setting)
     assert [(part.tokens.shape, part.lengths.tolist()) for part in batches] == [((5, 700), [700] * 5)] * 3
     assert len({row.tobytes() for part in batches for row in part.tokens}) == 15
+
+
+def test_adaptive_controllers_are_compiled_before_they_are_timed():
+    """Catches a program that is first compiled on the clock: with one batch of prompts, the one that is given what was
+    learnt."""
+    pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
+    setting = contest.Setting((1,), (Policy.additive,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    prepared = contest.prepare(pair, setting)
+    contest.compile_all(prepared, lambda what: contextlib.nullcontext())
+    programs = decode._generate._cache_size()
+    timed = contest.time_all(prepared, lambda what: contextlib.nullcontext())
+    assert decode._generate._cache_size() == programs >= 3
+    assert len(timed) == 3
+
+
+def test_a_time_of_nothing_is_not_passed_on_in_silence(made_up_machine, monkeypatch, caplog):
+    """Catches negative times, as noise makes them of too few tokens, that nobody is told of."""
+    timed = contest.time_generations
+    monkeypatch.setattr(contest, "time_generations", lambda *given: timed(*given)._replace(seconds=-1e-3))
+    pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
+    setting = contest.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    speed.measure(pair, setting, lambda what: contextlib.nullcontext())
+    assert "its numbers are noise" in caplog.text
 
 
 def test_too_few_tokens_are_refused():

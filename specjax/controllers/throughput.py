@@ -87,8 +87,9 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     2
     """
     costs.check(profile)
-    if not all(isinstance(share, numbers.Real) and 0 <= share <= 1 for share in (prior, exploration)):
-        raise ValueError(f"prior and exploration are shares in 0..1, got {prior} and {exploration}.")
+    for name, share in (("prior", prior), ("exploration", exploration)):
+        if not (isinstance(share, numbers.Real) and 0 <= share <= 1):
+            raise ValueError(f"{name} must be a share in 0..1, got {share}.")
     return _throughput(profile, prior, exploration)
 
 
