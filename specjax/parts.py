@@ -62,7 +62,8 @@ def updated(before: Any, after: Any) -> None:
     """Checks, while tracing, that a controller's state keeps its form."""
     was, now = _form(lambda: before), _form(lambda: after)
     if was != now:
-        raise ValueError(f"a Controller's update must return a state of the form of init's, {was}; got {now}.")
+        where, was, now = _first_difference(was, now)
+        raise ValueError(f"a Controller's update must return a state of the form of init's, {was}{where}; got {now}.")
 
 
 def _form(make: Callable[[], Any]) -> Any:

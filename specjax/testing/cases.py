@@ -72,22 +72,21 @@ def check_rows(adversary: Adversary, verifier: Verifier, controller: Controller)
     return f"rows keep to themselves against {adversary.name}"
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # of some controller's programs, not of all there ever were
 def _sampled(drafter: Drafter, verifier: Verifier, controller: Controller, length: int) -> Callable[..., Array]:
     """(drafter_params, prompts, seeds, sampling) -> texts of `length` new tokens; one program for all of a drafter's
     parameters."""
 
     def run(drafter_params: PyTree, prompts: Array, seeds: Array, sampling: Sampling) -> Array:
-        parts = (_MODEL, _table(), drafter, drafter_params)
-        return generate(
-            *parts, prompts, key=jax.random.key(2024), seeds=seeds, max_new_tokens=length, verifier=verifier,
-            controller=controller, sampling=sampling,
+        return _generate(
+            Adversary("any", drafter, drafter_params), verifier, controller, prompts, key=jax.random.key(2024),
+            seeds=seeds, max_new_tokens=length, sampling=sampling,
         ).tokens  # fmt: skip
 
     return run
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)
 def _each_alone(sampled: Callable[..., Array]) -> Callable[..., Array]:
     """The same, each row in a batch of its own."""
 
