@@ -45,9 +45,9 @@ def run(
     given = (roles, capacity, params, drafter_params, state)
     nothing: Any = nothing_of(*given) if len(controller.buckets) > 1 else None  # traces a draft and a pass
 
-    def after(carry: _Carry, drafter_state: PyTree, settled: Settled, happened: Array | bool) -> _Carry:
+    def after(carry: _Carry, rows: Rows, drafter_state: PyTree, settled: Settled, happened: Array | bool) -> _Carry:
         before, info = carry.state, settled.info
-        rows, took_part = moved(roles, before.rows, settled), is_active(before.rows)
+        took_part = is_active(before.rows)
         # For drafters that read them; others leave them out of the program.
         context = context_of(roles, rows, settled.cache)
         learnt = controller.update(before.controller_state, info)
@@ -68,12 +68,13 @@ def run(
         draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
         found = Settled(state.target_cache, state.rows.status, nothing)
         settled, happened = at_the_narrowest(roles, capacity, params, state.rows, found, draft)
-        return after(carry, drafter_state, settled, happened)
+        return after(carry, moved(roles, state.rows, settled), drafter_state, settled, happened)
 
     def plainly(carry: _Carry) -> _Carry:
         state = carry.state
         settled = settle_plainly(roles, capacity, params, state.rows, state.target_cache)
-        return after(carry, state.drafter_state, widened(settled, nothing), True)
+        rows = moved(roles, state.rows, settled)  # by one token: as wide as a draft's, it would cost as much
+        return after(carry, rows, state.drafter_state, widened(settled, nothing), True)
 
     def has_next(carry: _Carry) -> Array:
         return goes_on(carry.state.rows, carry.kept)

@@ -15,7 +15,7 @@ class Reference:
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
         self.least, self.most = exploration, 16 * exploration
         self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
-        self.failures, self.trust = np.zeros(batch, int), 1.0
+        self.failures, self.trust, self.took_part = np.zeros(batch, int), 1.0, batch
 
     def draft_len(self, lengths, limits, room, active):
         step = self.found.rounds[0]
@@ -23,7 +23,7 @@ class Reference:
             return 0
         price = self._price()
         affordable = self.saved >= price or (self.hot and self.saved > (0.5 - 8 * self.trust) * price)
-        if not affordable and self.idle % 8:
+        if not affordable and self.idle % 32 and np.sum(active) == self.took_part:
             return 0
         needed = []
         for k in range(self.longest + 1):
@@ -77,9 +77,10 @@ class Reference:
     def begin(self):
         self.recent = [np.zeros_like(counts) for counts in self.recent]
         self.failures, self.idle, self.hot = np.zeros_like(self.failures), 0, False
-        self.saved = max(self.saved, 0)
+        self.saved, self.took_part = max(self.saved, 0), len(self.failures)
 
     def update(self, drafted, accepted, emitted):
+        self.took_part = np.sum(emitted > 0)
         if max(drafted) == 0:
             if self.idle == 0 and self.saved < -0.5 * self._price():
                 self.trust = max(self.trust / 2, 1 / 16)

@@ -77,6 +77,19 @@ def test_nothing_is_tried_that_cannot_end_the_batch_sooner():
     assert controller.draft_len(controller.init(2), shorter).tolist() == [1, 1]  # the other one ends later
 
 
+def test_drafts_begin_when_the_row_that_held_them_up_has_ended():
+    """Catches a decision not to draft that outlives its reason: one row may draft nothing, and ends."""
+    controller = controllers.throughput(profile((1.0, 1.2, 1.25, 1.3)), exploration=0.0)
+    rows = _Rows(limits=[200, 200], lengths=(2, 2))
+    held_up = rows.arrays()._replace(draft_limits=jnp.array([0, 3], jnp.int32))
+    state = controller.update(controller.init(2), round_of([0, 3], [0, 3], [1, 4]))
+    for _ in range(3):
+        assert controller.draft_len(state, held_up).tolist() == [0, 0]
+        state = controller.update(state, round_of([0, 0], [0, 0], [1, 1]))
+    rows.active[0] = False
+    assert controller.draft_len(state, rows.arrays()).tolist() == [3, 3]
+
+
 class _Rows:
     """As much of `types.Rows` as the controller reads."""
 

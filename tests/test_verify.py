@@ -168,3 +168,6 @@ def test_parameters_out_of_range():
         verify.typical_lossy(epsilon=0.0)
     with pytest.raises(ValueError, match="k of 1 or more, got 0"):
         verify.top_k_lossy(0)
+    with pytest.raises(ValueError, match=r"k of 1 or more, got 2\.5"):
+        verify.top_k_lossy(2.5)  # pyright: ignore[reportArgumentType]
+    assert verify.top_k_lossy(np.int64(2)).verify  # pyright: ignore[reportArgumentType]

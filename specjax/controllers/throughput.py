@@ -31,7 +31,9 @@ _OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, w
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
 # Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
 _LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.5, 1.4
-_LOOK = 8  # rounds without a draft from one decision to the next, where no try is due: deciding costs time too
+# Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
+# them, and deciding takes a tenth of a step of a small model at one row.
+_LOOK = 32
 _SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
@@ -44,6 +46,7 @@ class ThroughputState(NamedTuple):
     long_tested: Array  # [B, K] float32
     failures: Array  # [B] int32, drafts in a row of which nothing was accepted
     idle: Array  # [] int32, rounds since the last draft
+    took_part: Array  # [] int32, rows in the last round
     saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
     hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
     trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
@@ -54,10 +57,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
 
     For each row and position it keeps how often a draft token was accepted when its turn came, recently and for longer.
-    Every round (every eighth while nothing is drafted, as deciding takes time too) it takes, for each draft length, the
-    rounds that each row would still need, and what such a round costs for so many rows and so long a text; and of
-    these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the slower rows
-    count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in.
+    Every round (while nothing is drafted when a row ends, or every 32nd, as deciding takes time too) it takes, for each
+    draft length, the rounds that each row would still need, and what such a round costs for so many rows and so long a
+    text; and of these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the
+    slower rows count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in.
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
@@ -100,8 +103,8 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
         none, failures = jnp.zeros((batch, longest), jnp.float32), jnp.zeros((batch,), jnp.int32)
-        tries = (jnp.int32(0), jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
-        return ThroughputState(none, none, none, none, failures, *tries)
+        tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
+        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.int32(batch), *tries)
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
@@ -124,9 +127,9 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             return jnp.zeros((batch,), jnp.int32)
         price = _price(state, *usual_costs(batch))
         tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT * state.trust) * price))
+        active = is_active(rows)
 
         def decide() -> Array:
-            active = is_active(rows)
             seconds, _ = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
             left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
@@ -138,10 +141,11 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
             return jnp.where(wanted & could_pay, 1, best)
 
-        is_due = tries | (state.idle % _LOOK == 0)
+        is_due = tries | (state.idle % _LOOK == 0) | (_count(active) != state.took_part)
         return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
+        state = state._replace(took_part=_count(info.num_emitted > 0))
         seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
         return lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
 
@@ -214,6 +218,10 @@ def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
     own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
     gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
     return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
+
+
+def _count(which: Array) -> Array:
+    return jnp.sum(which, dtype=jnp.int32)
 
 
 def _is_new(state: ThroughputState) -> Array:

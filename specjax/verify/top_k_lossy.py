@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import numbers
 
 import jax.numpy as jnp
 
@@ -25,7 +26,7 @@ def top_k_lossy(k: int = 3) -> Verifier:
     >>> top_k_lossy(2) is top_k_lossy(2)
     True
     """
-    if not isinstance(k, int) or k < 1:
+    if not isinstance(k, numbers.Integral) or k < 1:
         raise ValueError(f"top_k_lossy needs a whole k of 1 or more, got {k}.")
 
     def verify(context: Context, draft: Draft, target: Target) -> Verdict:
