@@ -108,7 +108,7 @@ def main(
             drafter = specjax.drafters.draft_model(each.model)
             measure = functools.partial(
                 specjax.profile, target.model, target.params, drafter, each.params, batch_sizes=(rows,),
-                contexts=(CONTEXT + max_new_tokens // 2,), longest=longest, sampling=sampling,
+                contexts=(CONTEXT, CONTEXT + max_new_tokens), longest=longest, sampling=sampling,
             )  # fmt: skip
             profile = profiles.get(each.model) or measure()
             # A draft as slow as the target is hopeless at any length: a few of them show it.
@@ -222,8 +222,9 @@ def _measure(
     profiles: list[Profile] = []
 
     def run_in_turn(chosen: list[Way], count: int) -> None:
-        for _ in range(count):
-            profiles.append(profiled())
+        for turn in range(count):
+            if turn % 3 == 0:
+                profiles.append(profiled())
             seconds(chosen[0], most)  # so that it is no worse off than those which run right after another
             for way in chosen:
                 prefill = seconds(way, 1)
@@ -233,13 +234,19 @@ def _measure(
     fixed = [way.name for way in ways if way.name.startswith("fixed")]
     best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
     run_in_turn([way for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
-    return Measured(times, results, best, _middle(profiles))
+    return Measured(times, results, best, _median(profiles))
 
 
-def _middle(profiles: list[Profile]) -> Profile:
-    """The median of each time."""
-    (costs,) = jax.tree.map(lambda *times: statistics.median(times), *(each.costs for each in profiles))
-    return profiles[0]._replace(costs=(costs,))
+def _median(profiles: list[Profile]) -> Profile:
+    """Of each time."""
+    return profiles[0]._replace(
+        costs=jax.tree.map(lambda *times: statistics.median(times), *(each.costs for each in profiles))
+    )
+
+
+def _middle(profile: Profile) -> float:
+    """Tokens in the cache, on the way from the shortest text to the longest."""
+    return statistics.mean(profile.contexts())
 
 
 def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: list[Profile]) -> list[Line]:
@@ -254,7 +261,7 @@ def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: 
         emitted, rounds = (sum(int(getattr(part, field).sum()) for part in parts) for field in ("emitted", "rounds"))
         lengths = np.sum([stats.draft_lengths(part) for part in parts], 0) if way.name != "plain decoding" else []
         predictors = profiles if way.adapts else []
-        predicted = [stats.profiled_speedup(*parts, profile=each, context=each.contexts()[0]) for each in predictors]
+        predicted = [stats.profiled_speedup(*parts, profile=each, context=_middle(each)) for each in predictors]
         lines.append(
             Line(
                 pair=name,
@@ -275,9 +282,12 @@ def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: 
 def _show(console: Console, lines: list[Line], profiles: list[Profile]) -> None:
     caption = []
     for profile, when in zip(profiles, ("before", "in turn"), strict=True):
-        costs = profile.at(lines[0].batch, profile.contexts()[0])
-        rounds = ", ".join(f"{steps:.2f}" for steps in costs.in_steps())
-        caption.append(f"{when}: rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}")
+        costs = profile.at(lines[0].batch, _middle(profile))
+        rounds, late = ", ".join(f"{steps:.2f}" for steps in costs.in_steps()), costs.catch_up[0] / costs.plain
+        caption.append(
+            f"{when}: rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}; "
+            f"after a break {late:.2f} more"
+        )
     table = Table(title=f"{lines[0].pair} draft, batch {lines[0].batch}", caption="\n".join(caption))
     for column in ("", "runs", "tokens/s", "speed-up", "seconds / best", "tokens/round", "predicted", "rounds by K"):
         table.add_column(column, justify="right" if column else "left")

@@ -202,9 +202,9 @@ def _autoregressive(
 
     carry = (rows, prompt.cache)
     rows, _ = plain_loop(model, processor, capacity, params, carry, rounds_per_test)
-    nothing = jnp.zeros((batch, 0), jnp.int32)
+    nothing, none = jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch,), jnp.int32)
     emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
-    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing, by_longest=rows.rounds[:, None])
+    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing, rows.rounds[:, None], none, none)
     return _result(rows, capacity, pad_token, stats, (), model.layout)
 
 

@@ -58,7 +58,7 @@ def start(
         target_cache=prompt.cache,
         drafter_state=drafter_state,
         controller_state=_begin(controller, batch, controller_state),
-        stats=Stats(none, none, counts, counts, counts, jnp.zeros((batch, longest + 1), jnp.int32)),
+        stats=Stats(none, none, counts, counts, counts, jnp.zeros((batch, longest + 1), jnp.int32), none, none),
     )
 
 
@@ -143,6 +143,8 @@ def plan_of(controller: Controller, state: PyTree, lengths: Array) -> DraftPlan:
 def count(stats: Stats, info: Round, was_active: Array) -> Stats:
     """The counts after the round."""
     place = jnp.arange(stats.drafted.shape[1] + 1)[None]
+    longest = jnp.max(info.draft_lengths)
+    waited = jnp.where(was_active & (longest > 0), stats.by_longest[:, 0] - stats.caught_up, 0)
     was_drafted = place[:, :-1] < info.draft_lengths[:, None]
     # An emitted token that was not drafted replaces the draft token whose turn it was.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
@@ -153,5 +155,7 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
         drafted=stats.drafted + was_drafted.astype(jnp.int32),
         tested=stats.tested + ((place[:, :-1] < num_tested) & was_drafted).astype(jnp.int32),
         accepted=stats.accepted + (place[:, :-1] < info.num_accepted[:, None]).astype(jnp.int32),
-        by_longest=stats.by_longest + jnp.where(place == jnp.max(info.draft_lengths), took_part[:, None], 0),
+        by_longest=stats.by_longest + jnp.where(place == longest, took_part[:, None], 0),
+        resumed=stats.resumed + (waited > 0).astype(jnp.int32),
+        caught_up=stats.caught_up + waited,
     )

@@ -12,6 +12,7 @@ import numpy as np
 
 from specjax import stats, text, verify
 from specjax.batches import MOST_RUNS, Batch, Task, in_turn
+from specjax.contest import together
 from specjax.pair import Pair, load_pair
 from specjax.policy import choose
 from specjax.trace import Setting, Trace, TracedRow
@@ -174,9 +175,7 @@ def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -
     pieces: list[list[text.Piece]] = [[] for _ in texts]
     tokens: list[list[int]] = [[] for _ in texts]
     status = [Status.ACTIVE] * len(texts)
-    nothing = np.zeros((len(texts),), np.int32)
-    counts = np.zeros((len(texts), batch.task.draft_len), np.int32)
-    latest = Stats(nothing, nothing, counts, counts, counts, np.zeros((len(texts), batch.task.draft_len + 1), np.int32))  # type: ignore[arg-type]
+    latest = stats.zeros(len(texts), batch.task.draft_len)
     interrupted = False
     if not several:
         display.prompt(0, texts[0], several)
@@ -210,10 +209,7 @@ def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -
 
 
 def _join(parts: list[Stats], draft_len: int) -> Stats:
-    if not parts:
-        none, counts = np.zeros((0,), np.int32), np.zeros((0, draft_len), np.int32)
-        parts = [Stats(none, none, counts, counts, counts, np.zeros((0, draft_len + 1), np.int32))]  # type: ignore[arg-type]
-    return Stats(*(np.concatenate(counts) for counts in zip(*parts, strict=True)))  # type: ignore[arg-type]
+    return together(parts or [stats.zeros(0, draft_len)])
 
 
 def _num_bytes(params: Any) -> int:

@@ -13,7 +13,7 @@ from specjax.types import Stats
 class Split(NamedTuple):
     """Where the seconds of a generation go, by a profile; reading the prompts is not in it."""
 
-    drafting: float
+    drafting: float  # beginning again after rounds without a draft included
     verification: float  # the target's passes over drafts, acceptance, and what goes with them
     plain: float  # rounds without a draft
 
@@ -23,13 +23,18 @@ class Split(NamedTuple):
         return self.drafting + self.verification + self.plain
 
 
+def zeros(batch: int, draft_len: int) -> Stats:
+    """The counts of rows that have done nothing: NumPy arrays."""
+    none, by_position = np.zeros((batch,), np.int32), np.zeros((batch, draft_len), np.int32)
+    by_longest = np.zeros((batch, draft_len + 1), np.int32)
+    return Stats(none, none, by_position, by_position, by_position, by_longest, none, none)  # type: ignore[arg-type]
+
+
 def acceptance_rate(stats: Stats) -> float:
     """Accepted over drafted tokens, all rows together; NaN where nothing was drafted.
 
     >>> import numpy as np
-    >>> counts = Stats(np.array([4]), np.array([10]), np.array([[4, 4]]), np.array([[4, 3]]), np.array([[3, 3]]),
-    ...                np.array([[0, 0, 4]]))
-    >>> acceptance_rate(counts)
+    >>> acceptance_rate(zeros(1, 2)._replace(drafted=np.array([[4, 4]]), accepted=np.array([[3, 3]])))
     0.75
     """
     return _ratio(stats.accepted, stats.drafted)
@@ -55,8 +60,7 @@ def draft_lengths(stats: Stats) -> np.ndarray:
     """[K+1] int: how many rounds drafted 0, 1, ..., K tokens for a row, all rows together.
 
     >>> import numpy as np
-    >>> none = np.zeros((1, 2), int)
-    >>> draft_lengths(Stats(np.array([5]), none, np.array([[4, 1]]), none, none, none)).tolist()
+    >>> draft_lengths(zeros(1, 2)._replace(rounds=np.array([5]), drafted=np.array([[4, 1]]))).tolist()
     [1, 3, 1]
     """
     drafted = np.asarray(stats.drafted).sum(0)
@@ -76,8 +80,6 @@ def draft_utilisation(stats: Stats) -> float:
 def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
     """Seconds of the rounds of one batch, by what its rounds drafted and what such rounds cost.
 
-    Left out is what nothing counts: that a draft after rounds without one catches up with the text (`Costs.catch_up`).
-
     Args:
       stats: of one batch of rows, which began together.
       profile: of the same models on the same device.
@@ -90,8 +92,10 @@ def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
             f"these statistics are of drafts of up to {by_longest.shape[1] - 1} tokens, the profile knows "
             f"{profile.longest} at most: make one with longest={by_longest.shape[1] - 1}."
         )
-    of_batch = by_longest[int(np.argmax(stats.rounds))]  # the last row to end took part in every round
+    last = int(np.argmax(stats.rounds))  # the last row to end took part in every round
+    of_batch = by_longest[last]
     drafting = float(sum(count * seconds for count, seconds in zip(of_batch, costs.drafts, strict=False)))
+    drafting += float(stats.resumed[last]) * costs.catch_up[0] + float(stats.caught_up[last]) * costs.catch_up[1]
     verifying = zip(of_batch[1:], costs.verification()[1:], strict=False)
     verification = float(sum(count * seconds for count, seconds in verifying))
     return Split(drafting, verification, float(of_batch[0]) * costs.rounds[0])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -316,12 +317,19 @@ def test_statistics_tell_what_was_paid_for():
     assert stats.draft_lengths(counted).sum() == counted.rounds.sum()
     assert stats.draft_lengths(counted)[0] >= counted.by_longest[:, 0].sum()
     assert counted.by_longest.sum() == counted.rounds.sum()
-    table = profile((1.0, 1.5, 2.0, 3.0), batch=3)
+    table = profile((1.0, 1.5, 2.0, 3.0), batch=3, catch_up=(0.5, 0.25))
     split = stats.time_split(counted, table, context=20)
-    longest_row = counted.by_longest[np.argmax(counted.rounds)]
-    assert split.total == pytest.approx(longest_row @ [1.0, 1.5, 2.0, 3.0])
+    last = np.argmax(counted.rounds)
+    longest_row = counted.by_longest[last]
+    turns = "".join(
+        "-" if size == 0 else "d" for size in ([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3] * 9)[: longest_row.sum()]
+    )
+    breaks = re.findall("-+(?=d)", turns)
+    assert (counted.resumed[last], counted.caught_up[last]) == (len(breaks), len("".join(breaks)))
+    late = len(breaks) * 0.5 + len("".join(breaks)) * 0.25
+    assert split.total == pytest.approx(longest_row @ [1.0, 1.5, 2.0, 3.0] + late)
     assert split.plain == longest_row[0]
-    assert split.drafting == pytest.approx(longest_row @ [0.0, 0.05, 0.1, 0.15])
+    assert split.drafting == pytest.approx(longest_row @ [0.0, 0.05, 0.1, 0.15] + late)
     assert stats.profiled_speedup(counted, profile=table, context=20) == pytest.approx(24 / split.total)
     used = counted.accepted.sum() / (counted.by_longest @ [0, 1, 2, 3]).sum()
     assert stats.draft_utilisation(counted) == pytest.approx(used)

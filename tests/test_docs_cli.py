@@ -66,7 +66,7 @@ def _nested(key: str) -> set[str]:
 def test_json_keys_are_documented():
     """Catches a key that came, went or changed its name without the page, which calls them stable."""
     counts = np.ones((1, 2), np.int32)
-    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 3, by_longest=counts)
+    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, *(counts[:, 0],) * 2)
     row = runner.Row("prompt", "text", [1], [0], Status.LENGTH)
     summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, 5, 1, True, 0.1, None, None, "cpu", False)
     made_up = machine.Machine("made up", 1e9, 1e12, "measured")

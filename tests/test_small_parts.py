@@ -12,7 +12,7 @@ import pytest
 
 import specjax
 from specjax import models, stats, testing, text, tree
-from specjax.types import Draft, Drafter, Stats
+from specjax.types import Draft, Drafter
 
 PACKAGE = Path(specjax.__file__).resolve().parent
 
@@ -131,8 +131,7 @@ def test_predicted_speedup_matches_the_published_table(alpha, cost, draft_len, s
 
 def test_statistics_of_nothing_are_nan():
     """Catches a division by zero where a row never drafted."""
-    none = np.zeros((1,), np.int32)
-    empty = Stats(none, none, *(np.zeros((1, 2), np.int32),) * 3, by_longest=np.zeros((1, 3), np.int32))
+    empty = stats.zeros(1, 2)
     assert np.isnan(stats.acceptance_rate(empty))
     assert np.isnan(stats.tokens_per_round(empty))
     assert np.isnan(stats.acceptance_by_position(empty)).all()

@@ -11,12 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from made_up import by_plan
 
 import specjax
 from specjax import models, settle, stats, testing, text, trace, verify
 from specjax.stream import Chunk, Drafted, LogProb, Origin
 from specjax.trace import Kind
-from specjax.types import Draft, Drafter, LogProbs, Stats, Status, Verdict, Verifier
+from specjax.types import Draft, Drafter, LogProbs, Status, Verdict, Verifier
 
 VOCAB = 9
 MODEL = testing.table_model(1, VOCAB)
@@ -38,6 +39,17 @@ def _run(*, drafter=DRAFTER, rounds_per_dispatch=1, **options):
     }  # fmt: skip
     chunks = specjax.stream(*given, rounds_per_dispatch=rounds_per_dispatch, **options)
     return trace.collect(chunks, IDS, _letters), specjax.generate(*given, **options)
+
+
+def test_a_trace_counts_breaks():
+    """Catches rounds without a draft that are forgotten, or counted where no draft comes after them."""
+    found, whole = _run(controller=by_plan([0, 0, 2, 1, 0, 3]))
+    counted = trace.counts(found.rows)
+    for ours, wanted in zip(counted, whole.stats, strict=True):
+        np.testing.assert_array_equal(ours, wanted)
+    assert counted.resumed.max() >= 2
+    assert (counted.caught_up > counted.resumed).any()
+    assert (counted.caught_up < counted.by_longest[:, 0]).any()
 
 
 @pytest.mark.parametrize(
@@ -186,8 +198,7 @@ def test_generate_pays_nothing(monkeypatch, buckets):
 def _chunk(tokens, origins, drafted, **changes):
     none = np.zeros((1,), np.int32)
     score = changes.pop("score", LogProb(-1.0, -0.5))
-    counted = Stats(none, none, *[np.zeros((1, 3), np.int32)] * 3, np.zeros((1, 4), np.int32))  # type: ignore[arg-type]
-    return Chunk([tokens], [origins], [[score] * len(tokens)], [drafted], none, counted)
+    return Chunk([tokens], [origins], [[score] * len(tokens)], [drafted], none, stats.zeros(1, 3))
 
 
 def _bytes(ids):
