@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-FORMAT = 3  # raised too where numbers come to mean something else: 3 is of loops less empty ones
+FORMAT = 4  # raised too where numbers come to mean something else: 4 has all that a change to drafts and back costs
 
 
 class Costs(NamedTuple):
@@ -20,7 +20,8 @@ class Costs(NamedTuple):
     plain: float  # one autoregressive step
     rounds: tuple[float, ...]  # [K+1]: a whole round with a draft of 0, 1, ..., K tokens; 0 is a plain step inside it
     drafts: tuple[float, ...]  # [K+1]: of that, the drafting
-    # What a draft takes longer after rounds without one: for there being any, and for each token of theirs.
+    # What drafts after rounds without one cost on top, going back to such rounds included: for the change, and for each
+    # of those rounds, whose tokens the drafter has to read.
     catch_up: tuple[float, float]
 
     def in_steps(self) -> tuple[float, ...]:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ _TOKENS = 96  # emitted at most in a timed loop: the context stays near the one 
 _FEWEST, _MOST = 8, 32  # rounds of such a loop
 _SUSTAINED, _MOST_CALLS = 0.3, 20  # seconds that such loops last together, and how many they are at most
 _IDLE = 64  # rounds without a draft, before the one that catches up with a long way
+_BREAK, _BREAKS = 8, 6  # rounds without a draft before each with one, and how many of these a timed loop has
 
 Busy = Callable[[str], AbstractContextManager[Any]]
 
@@ -169,19 +170,37 @@ def _kept(file: Path) -> Profile | None:
     return found
 
 
+class _Orders(NamedTuple):
+    """So many rounds without a draft, so many with one, and again."""
+
+    size: Array  # [] int32, tokens to draft
+    without: Array  # [] int32
+    period: Array  # [] int32
+    turn: Array  # [] int32
+
+
 @functools.cache
 def _forced(buckets: tuple[int, ...]) -> Controller:
     """Drafts what its state says."""
+
+    def draft_len(orders: _Orders, rows: Rows) -> Array:
+        drafts = orders.turn % orders.period >= orders.without
+        return jnp.broadcast_to(jnp.where(drafts, orders.size, 0), rows.lengths.shape)
+
     return Controller(
-        init=lambda batch: jnp.full((batch,), buckets[-1], jnp.int32),
-        draft_len=lambda state, rows: state,
-        update=lambda state, info: state,
+        init=lambda batch: _orders(buckets[-1]),
+        draft_len=draft_len,
+        update=lambda orders, info: orders._replace(turn=orders.turn + 1),
         buckets=buckets,
     )
 
 
-def _told(state: State, draft_len: int) -> State:
-    return state._replace(controller_state=jnp.full_like(state.controller_state, draft_len))
+def _orders(size: int, without: int = 0, drafts: int = 1) -> _Orders:
+    return _Orders(*(jnp.int32(value) for value in (size, without, without + drafts, 0)))
+
+
+def _told(state: State, *orders: int) -> State:
+    return state._replace(controller_state=_orders(*orders))
 
 
 class _Bench:
@@ -221,6 +240,10 @@ class _Bench:
         jobs |= {("draft", k): (_drafts, _told(state, k), _MOST) for k in {1, longest}}
         for idle in (1, _IDLE):
             jobs["late", idle] = (_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
+        # The same rounds in two orders, with many changes and with one.
+        for breaks in (_BREAKS, 1):
+            orders = (1, _BREAK * _BREAKS // breaks, _BREAKS // breaks)
+            jobs["breaks", breaks] = (_rounds, _told(state, *orders), (_BREAK + 1) * _BREAKS)
         # In turn, plain steps in between: what slows the machine down for a while slows them all.
         steps: list[float] = []
         times: dict[Any, list[float]] = {name: [] for name in jobs}
@@ -243,7 +266,11 @@ class _Bench:
         drafts = tuple(min(draft, whole) for draft, whole in zip(drafts, rounds, strict=True))
         soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))
         each = max(late - soon, 0.0) / (_IDLE - 1)
-        return Costs(self.batch, context, plain, tuple(rounds), drafts, (max(soon - each, 0.0), each))
+        # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
+        both = zip(times["breaks", _BREAKS], times["breaks", 1], strict=True)
+        more = statistics.median(often - once for often, once in both)
+        change = more * (_BREAK + 1) * _BREAKS / (_BREAKS - 1)
+        return Costs(self.batch, context, plain, tuple(rounds), drafts, (max(change, soon - each, 0.0), each))
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
         """Of one turn: what loops of so many take longer than empty ones, after one that brings their data near.
@@ -251,7 +278,8 @@ class _Bench:
         Loops are repeated until they last as long as a generation does: a machine runs faster for a moment. (The
         difference between loops of two lengths has several times the variance.)
         """
-        once = self._time(run, state, count, 1)
+        few = max(count // 4, 1)
+        once = self._time(run, state, few, 1) * count / few
         calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
         empty, full = (self._time(run, state, turns, calls) for turns in (0, count))
         return max(full - empty, 1e-9) / (calls * count)

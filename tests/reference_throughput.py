@@ -15,7 +15,7 @@ class Reference:
         self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
         self.least, self.most = exploration, 16 * exploration
         self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
-        self.failures, self.trust, self.took_part = np.zeros(batch, int), 1.0, batch
+        self.failures, self.trust, self.took_part = np.zeros(batch, int), 1.0, 0
 
     def draft_len(self, lengths, limits, room, active):
         step = self.found.rounds[0]
@@ -30,15 +30,23 @@ class Reference:
             needs = [
                 (limits[row] - lengths[row]) / self._tokens(row, min(k, room[row])) for row in np.flatnonzero(active)
             ]
-            needed.append(self._last(np.array(needs), (limits - lengths)[active]) * self.found.rounds[k])
+            rounds = self._last(np.array(needs), (limits - lengths)[active])
+            needed.append(rounds * self.found.rounds[k] + self._change(k))
         best = int(np.argmin(needed))
         left, rooms = (limits - lengths)[active], np.asarray(room)[active]
-        perfect = [max(left / (1 + np.minimum(k, rooms))) * cost for k, cost in enumerate(self.found.rounds)]
+        perfect = [
+            max(left / (1 + np.minimum(k, rooms))) * cost + self._change(k) for k, cost in enumerate(self.found.rounds)
+        ]
         wanted = self.long[1].sum() == 0 or (best == 0 and affordable)
         return 1 if wanted and min(perfect[1:]) < needed[0] else best
 
+    def _change(self, k):
+        if k == 0:
+            return self.found.catch_up[0] if self.idle == 0 and self.took_part else 0
+        return self.idle * self.found.catch_up[1]
+
     def _last(self, needs, most):
-        spread = max(0.06 * max(most - needs), 1e-3)
+        spread = max(0.1 * max(most - needs), 1e-3)
         return min(max(needs) + spread * np.log(np.sum(np.exp((needs - max(needs)) / spread))), max(most))
 
     def _price(self):
@@ -48,18 +56,18 @@ class Reference:
 
     def _everywhere(self):
         accepted, tested = self.long
-        return (2 * self.prior + accepted.sum()) / (2 + tested.sum())
+        return (8 * self.prior + accepted.sum()) / (8 + tested.sum())
 
     def _known(self, place):
         accepted, tested = self.long
-        return (2 * self._everywhere() + accepted[:, place].sum()) / (2 + tested[:, place].sum())
+        return (8 * self._everywhere() + accepted[:, place].sum()) / (8 + tested[:, place].sum())
 
     def _tokens(self, row, size):
         total = reach = 1.0
-        whole = (8 * self._everywhere() + self.recent[0][row].sum()) / (8 + self.recent[1][row].sum())
+        whole = (16 * self._everywhere() + self.recent[0][row].sum()) / (16 + self.recent[1][row].sum())
         for place in range(size):
             odds = _odds(self._known(place)) * _odds(whole) / _odds(self._everywhere())
-            own = (2 * odds / (1 + odds) + self.recent[0][row, place]) / (2 + self.recent[1][row, place])
+            own = (8 * odds / (1 + odds) + self.recent[0][row, place]) / (8 + self.recent[1][row, place])
             if place == 0 and self.failures[row]:
                 own = min(own, 1 - 0.2 ** (1 / self.failures[row]))
             reach *= own
@@ -77,17 +85,17 @@ class Reference:
     def begin(self):
         self.recent = [np.zeros_like(counts) for counts in self.recent]
         self.failures, self.idle, self.hot = np.zeros_like(self.failures), 0, False
-        self.saved, self.took_part = max(self.saved, 0), len(self.failures)
+        self.saved, self.took_part = max(self.saved, 0), 0
 
     def update(self, drafted, accepted, emitted):
-        self.took_part = np.sum(emitted > 0)
+        begins, self.took_part = self.took_part == 0, np.sum(emitted > 0)
         if max(drafted) == 0:
             if self.idle == 0 and self.saved < -0.5 * self._price():
                 self.trust = max(self.trust / 2, 1 / 16)
             self.idle, self.hot = self.idle + 1, False
             self.saved += self.share
             return
-        is_new, price = self.long[1].sum() == 0, self._price()
+        price = self._price()
         for row, size in enumerate(drafted):
             if size == 0:
                 continue
@@ -104,12 +112,12 @@ class Reference:
             hoped.append(1 / (usual if accepted[row] else own))
         again = self._gain(1 / np.mean(hoped, 0)) > 0
         was_hot, self.hot = self.hot, False
-        is_try = max(drafted) == 1 and (self.idle > 0 or was_hot or is_new)
+        is_try = max(drafted) == 1 and (self.idle > 0 or was_hot or begins)
         owed = min(self.saved - price, 0)
         pays = not is_try or owed < -(8 * self.trust + 0.5) * price
         if pays:
             self.trust, owed = min(1.4 * self.trust, 1), 0
-        most = min(max(0.2 * self.trust * self._gain(usual), self.least), self.most)
+        most = min(max(0.35 * self.trust * self._gain(usual), self.least), self.most)
         if is_try:
             self.hot, self.saved = again, owed
             self.share = min(max(self.share * (2 if again else 0.5), self.least), most)

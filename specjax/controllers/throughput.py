@@ -22,19 +22,20 @@ _log = logging.getLogger(__name__)
 # Rounds with a draft, over which evidence fades to 1/e: the recent one follows a shift in the text within a few rounds,
 # the long one knows the pair.
 _RECENT, _LONG = 12.0, 256.0
-_WEIGHT = 2.0  # of what an estimate falls back on, in tested tokens
-_ROW_WEIGHT = 8.0  # likewise, for how a row does on the whole
+# Patience: easy texts have hard stretches, and who stops there misses the rest of the text.
+_WEIGHT = 8.0  # of what an estimate falls back on, in tested tokens
+_ROW_WEIGHT = 16.0  # likewise, for how a row does on the whole
 _HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
 _EAGER = 16.0  # times the share of exploration: the most that is put aside for tries
-_OF_GAIN = 0.2  # of what drafts usually gain: what is put aside after drafts, within those bounds
+_OF_GAIN = 0.35  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
 # Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
 _LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.5, 1.4
 # Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
 # them, and deciding takes a tenth of a step of a small model at one row.
 _LOOK = 32
-_SPREAD = 0.06  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
+_SPREAD = 0.1  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
 
 
 class ThroughputState(NamedTuple):
@@ -45,8 +46,8 @@ class ThroughputState(NamedTuple):
     long_accepted: Array  # [B, K] float32
     long_tested: Array  # [B, K] float32
     failures: Array  # [B] int32, drafts in a row of which nothing was accepted
-    idle: Array  # [] int32, rounds since the last draft
-    took_part: Array  # [] int32, rows in the last round
+    idle: Array  # [] int32, rounds since the last draft, or since the text began
+    took_part: Array  # [] int32, rows in the last round; 0 where a text begins
     saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
     hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
     trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
@@ -104,7 +105,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         _warn(profile, batch)
         none, failures = jnp.zeros((batch, longest), jnp.float32), jnp.zeros((batch,), jnp.int32)
         tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
-        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.int32(batch), *tries)
+        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.int32(0), *tries)
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
@@ -130,14 +131,18 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         active = is_active(rows)
 
         def decide() -> Array:
-            seconds, _ = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
+            seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
             left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
-            needed = _last_row(left / expected_tokens(state, room, prior)) * seconds  # [K+1]
+            # Who drafts pays for the change where it goes back to plain steps; tries count it in their price.
+            back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
+            behind = catch_up[1] * state.idle.astype(jnp.float32)
+            once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
+            needed = _last_row(left / expected_tokens(state, room, prior)) * seconds + once  # [K+1]
             best = jnp.argmin(needed).astype(jnp.int32)
             # A row that may draft nothing holds the batch up whatever the others do.
             perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
-            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds)[1:]) < needed[0]
+            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds + once)[1:]) < needed[0]
             wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
             return jnp.where(wanted & could_pay, 1, best)
 
@@ -145,9 +150,9 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        state = state._replace(took_part=_count(info.num_emitted > 0))
         seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
-        return lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
+        after = lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
+        return after._replace(took_part=_count(info.num_emitted > 0))
 
     def wait(state: ThroughputState) -> ThroughputState:
         """A round without a draft."""
@@ -176,7 +181,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             failures=jnp.where(took_part, jnp.where(accepted > 0, 0, state.failures + 1), state.failures),
             idle=jnp.int32(0),
         )
-        tried = (jnp.max(lengths) == 1) & ((state.idle > 0) | state.hot | _is_new(state))
+        tried = (jnp.max(lengths) == 1) & ((state.idle > 0) | (state.took_part == 0) | state.hot)
         again = _hope(seen, took_part, accepted, prior, seconds) > 0
         price = _price(state, seconds, catch_up)
         owed = jnp.minimum(state.saved - price, 0.0)
