@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import logging
+import operator
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ _TOKENS = 96  # emitted at most in a timed loop: the context stays near the one 
 _FEWEST, _MOST = 8, 32  # rounds of such a loop
 _SUSTAINED, _MOST_CALLS = 0.3, 20  # seconds that such loops last together, and how many they are at most
 _IDLE = 64  # rounds without a draft, before the one that catches up with a long way
-_BREAK, _BREAKS = 8, 6  # rounds without a draft before each with one, and how many of these a timed loop has
+_BREAK, _AFTER, _BREAKS = 8, 2, 5  # rounds without a draft, rounds with one after them, and how often in a timed loop
 
 Busy = Callable[[str], AbstractContextManager[Any]]
 
@@ -57,8 +58,8 @@ def profile(
     """Times whole rounds with a draft of 0 to K tokens, the drafting in them, and a plain step, on this device.
 
     Rounds are timed as `generate` runs them, in compiled loops, less what the call takes, and plain steps in between:
-    medians of `repeats` turns. That takes seconds; compiling comes before, once for a batch size. Other work on the
-    machine makes the numbers wrong: measure while it is quiet.
+    medians of `repeats` turns. That takes half a minute for one row of the shipped pair at one context on two cores;
+    compiling comes before. Other work on the machine makes the numbers wrong: measure while it is quiet.
 
     Args:
       model, params: the target.
@@ -211,7 +212,9 @@ class _Bench:
         self.sampling, self.batch = sampling, batch
         longest = roles.controller.longest
         grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
-        self.capacity = widest + 2 + max(*grown, _IDLE + longest)
+        self.middling = (longest + 1) // 2  # to draft between rounds without
+        mixed = _BREAKS * (_BREAK + _AFTER * (self.middling + 1))
+        self.capacity = widest + 2 + max(*grown, _IDLE + longest, mixed)
         if roles.model.max_positions is not None:
             self.capacity = min(self.capacity, roles.model.max_positions)
 
@@ -242,8 +245,8 @@ class _Bench:
             jobs["late", idle] = (_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
         # The same rounds in two orders, with many changes and with one.
         for breaks in (_BREAKS, 1):
-            orders = (1, _BREAK * _BREAKS // breaks, _BREAKS // breaks)
-            jobs["breaks", breaks] = (_rounds, _told(state, *orders), (_BREAK + 1) * _BREAKS)
+            orders = (self.middling, _BREAKS * _BREAK // breaks, _BREAKS * _AFTER // breaks)
+            jobs["breaks", breaks] = (_rounds, _told(state, *orders), _BREAKS * (_BREAK + _AFTER))
         # In turn, plain steps in between: what slows the machine down for a while slows them all.
         steps: list[float] = []
         times: dict[Any, list[float]] = {name: [] for name in jobs}
@@ -267,9 +270,8 @@ class _Bench:
         soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))
         each = max(late - soon, 0.0) / (_IDLE - 1)
         # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
-        both = zip(times["breaks", _BREAKS], times["breaks", 1], strict=True)
-        more = statistics.median(often - once for often, once in both)
-        change = more * (_BREAK + 1) * _BREAKS / (_BREAKS - 1)
+        more = statistics.median(map(operator.sub, times["breaks", _BREAKS], times["breaks", 1]))
+        change = more * _BREAKS * (_BREAK + _AFTER) / (_BREAKS - 1)
         return Costs(self.batch, context, plain, tuple(rounds), drafts, (max(change, soon - each, 0.0), each))
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
@@ -314,7 +316,6 @@ _start = jax.jit(start, static_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1))
 def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> State:
     """`count` rounds, as `generate` runs them."""
-
     return run(
         roles, capacity, params, drafter_params, state, jnp.int32(0), lambda done, took_part, info: done + 1,
         lambda rows, done: done < count,

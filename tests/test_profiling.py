@@ -7,6 +7,7 @@ import logging
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from made_up import profile as made_up
 
@@ -44,6 +45,22 @@ def test_a_profile_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert len(calls) == 4
     specjax.profile(*PAIR, **{**options, "longest": 1, "contexts": (8,), "batch_sizes": (1,)})
     assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
+    """Catches changes that are counted wrong: by a made-up clock a round takes 1 + K/2, and beginning again 2."""
+
+    def seconds(bench, run, state, count):
+        if run is not profiling._rounds:
+            return 1.0 if run is profiling._steps else 0.1
+        counted = bench._call(run, state, count).stats
+        assert counted.rounds.tolist() == [count]
+        return float(counted.by_longest[0] @ np.array([1.0, 1.5, 2.0, 2.5]) + 2 * counted.resumed[0]) / count
+
+    monkeypatch.setattr(profiling._Bench, "_seconds", seconds)
+    (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
+    assert found.in_steps() == pytest.approx((1.0, 1.5, 2.0, 2.5))
+    assert found.catch_up == pytest.approx((2.0, 0.0))
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     Every round (while nothing is drafted when a row ends, or every 32nd, as deciding takes time too) it takes, for each
     draft length, the rounds that each row would still need, and what such a round costs for so many rows and so long a
     text; and of these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the
-    slower rows count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in.
+    slower rows count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in, so
+    is what going back to plain steps costs (`Costs.catch_up`).
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
