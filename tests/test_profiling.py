@@ -55,7 +55,7 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
             return 1.0 if run is profiling._steps else 0.1
         counted = jax.device_get(bench._call(run, state, count).stats)
         assert counted.rounds.tolist() == [count]
-        return float(counted.by_longest[0] @ np.array([1.0, 1.5, 2.0, 2.5]) + 2 * counted.resumed[0]) / count
+        return float(np.dot(counted.by_longest[0], [1.0, 1.5, 2.0, 2.5]) + 2 * counted.resumed[0]) / count
 
     monkeypatch.setattr(profiling._Bench, "_seconds", seconds)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
