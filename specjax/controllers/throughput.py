@@ -135,7 +135,8 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
             left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
-            # Who drafts pays for the change where it goes back to plain steps; tries count it in their price.
+            # Who drafts pays for the change where it goes back to plain steps; tries count it in their price, but at a
+            # text's beginning, where a price without it keeps bad luck from lasting (LOG).
             back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
             behind = catch_up[1] * state.idle.astype(jnp.float32)
             once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
