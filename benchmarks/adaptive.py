@@ -7,8 +7,9 @@ turns useless half-way through every text ("collapse"), or is useless up to ther
 and slow. Repetitions are paired: each runs every contender once, in turn; plain decoding, the best fixed length and
 `throughput` go on to more of them, as a few percent are at stake. Times are of the rounds alone: a run to one
 token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
-starts every batch anew. Speed-ups are predicted twice: by the profile that `throughput` decides by, taken before, and
-by one taken in turn with the contenders. On a shared machine neighbours come and go, and rounds get cheaper and dearer.
+starts every batch anew. On a shared machine neighbours come and go, and rounds get cheaper and dearer, so profiles are
+taken in turn with the contenders, one every third repetition, and `throughput` decides by the latest. Speed-ups are
+predicted twice: by a profile taken before all this, and by the median of those.
 """
 
 from __future__ import annotations
@@ -113,14 +114,15 @@ def main(
             profile = profiles.get(each.model) or measure()
             # A draft as slow as the target is hopeless at any length: a few of them show it.
             swept = draft_len if each.name != "slow" else draft_len[:: max(len(draft_len) // 2, 1)]
-            ways = _ways(target, each, drafter, profile, swept, longest, rows, max_new_tokens, sampling)
+            ways_by = functools.partial(_ways, target, each, drafter, swept, longest, rows, max_new_tokens, sampling)
             batches = [
                 text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
                 for at in range(0, num_prompts - rows + 1, rows)
             ]
-            measured = _measure(ways, batches, max_new_tokens, repeats, finals, functools.partial(measure, repeats=1))
+            again = functools.partial(measure, repeats=3)
+            measured = _measure(ways_by, profile, batches, max_new_tokens, repeats, finals, again)
             profiles[each.model] = measured.profile  # the next draft of this form is decided by it
-            found = _lines(each.name, rows, ways, measured, [profile, measured.profile])
+            found = _lines(each.name, rows, ways_by(profile), measured, [profile, measured.profile])
             lines += found
             _show(console, found, [profile, measured.profile])
             if each.name in ("collapse", "rise"):
@@ -164,7 +166,7 @@ def _turning(model: Model) -> Model:
 
 
 def _ways(
-    target, each: Pair, drafter, profile: Profile, swept: list[int], longest: int, rows: int, most: int, sampling
+    target, each: Pair, drafter, swept: list[int], longest: int, rows: int, most: int, sampling, profile: Profile
 ) -> list[Way]:
     options = {"capacity": CONTEXT + most, "sampling": sampling}
 
@@ -197,8 +199,9 @@ def _ways(
 
 
 def _measure(
-    ways: list[Way], batches: list[text.Prompts], most: int, repeats: int, finals: int, profiled: Callable[[], Profile]
-) -> Measured:
+    ways_by: Callable[[Profile], list[Way]], profile: Profile, batches: list[text.Prompts], most: int, repeats: int,
+    finals: int, profiled: Callable[[], Profile],
+) -> Measured:  # fmt: skip
     states: dict[str, PyTree] = {}
     results: dict[str, list[Generation]] = {}
 
@@ -212,28 +215,31 @@ def _measure(
                 states[way.name] = out.controller_state
         return time.perf_counter() - begin
 
+    ways = ways_by(profile)
     for way in ways:  # compiles; what is carried has seen every prompt once
         for limit in (1, most):
             seconds(way, limit)
-        if way.carries:
-            states[way.name] = results[way.name][-1].controller_state
-            seconds(way, most)
     times: dict[str, list[float]] = {way.name: [] for way in ways}
     profiles: list[Profile] = []
 
-    def run_in_turn(chosen: list[Way], count: int) -> None:
+    def run_in_turn(names: list[str], count: int) -> None:
+        chosen = []
         for turn in range(count):
             if turn % 3 == 0:
                 profiles.append(profiled())
+                chosen = [way for way in ways_by(profiles[-1]) if way.name in names]
+                for way in chosen:
+                    if way.adapts:  # compiled anew
+                        seconds(way, 1)
             seconds(chosen[0], most)  # so that it is no worse off than those which run right after another
             for way in chosen:
                 prefill = seconds(way, 1)
                 times[way.name].append(seconds(way, most) - prefill)
 
-    run_in_turn(ways, repeats)
+    run_in_turn([way.name for way in ways], repeats)
     fixed = [way.name for way in ways if way.name.startswith("fixed")]
     best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
-    run_in_turn([way for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
+    run_in_turn([way.name for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
     return Measured(times, results, best, _median(profiles))
 
 

@@ -60,7 +60,9 @@ class Reference:
 
     def _known(self, place):
         accepted, tested = self.long
-        return (8 * self._everywhere() + accepted[:, place].sum()) / (8 + tested[:, place].sum())
+        first = (8 * self.prior + accepted[:, 0].sum()) / (8 + tested[:, 0].sum())
+        expected = (2 * first + place) / (2 + place)
+        return (8 * expected + accepted[:, place].sum()) / (8 + tested[:, place].sum())
 
     def _tokens(self, row, size):
         total = reach = 1.0
@@ -91,7 +93,7 @@ class Reference:
         begins, self.took_part = self.took_part == 0, np.sum(emitted > 0)
         if max(drafted) == 0:
             if self.idle == 0 and self.saved < -0.5 * self._price():
-                self.trust = max(self.trust / 2, 1 / 16)
+                self.trust = max(0.7 * self.trust, 1 / 16)
             self.idle, self.hot = self.idle + 1, False
             self.saved += self.share
             return
@@ -120,7 +122,7 @@ class Reference:
         most = min(max(0.35 * self.trust * self._gain(usual), self.least), self.most)
         if is_try:
             self.hot, self.saved = again, owed
-            self.share = min(max(self.share * (2 if again else 0.5), self.least), most)
+            self.share = min(max(self.share * (2 if again else 0.7), self.least), most)
         else:
             self.saved, self.share = 0.0, most
         self.idle = 0

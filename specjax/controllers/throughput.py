@@ -24,6 +24,9 @@ _log = logging.getLogger(__name__)
 _RECENT, _LONG = 12.0, 256.0
 # Patience: easy texts have hard stretches, and who stops there misses the rest of the text.
 _WEIGHT = 8.0  # of what an estimate falls back on, in tested tokens
+_ALIKE = (
+    2.0  # tested tokens that the pair's usual acceptance counts as, when a text's own is guessed from a draft so far
+)
 _ROW_WEIGHT = 16.0  # likewise, for how a row does on the whole
 _HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
@@ -31,7 +34,8 @@ _EAGER = 16.0  # times the share of exploration: the most that is put aside for 
 _OF_GAIN = 0.35  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
 # Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
-_LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.5, 1.4
+_LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.7, 1.4
+_WITH_HOPE, _WITHOUT = 2.0, 0.7  # factors for the share, after a try
 # Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
 # them, and deciding takes a tenth of a step of a small model at one row.
 _LOOK = 32
@@ -67,11 +71,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
     larger the more drafts gain on the whole, by all that is known of the pair, up to sixteen times `exploration`. A try
-    that gives hope doubles it, others halve it, down to `exploration`. Hope is where drafts would gain if the rows
-    that the try was right for went on as the pair usually does; then the next try is at once, on credit, up to eight
-    tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain again
-    and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the
-    share, tries are left to the beginning of the next text, which drafters have read. Where even a perfect draft
+    that gives hope doubles it, others take three tenths of it, down to `exploration`. Hope is where drafts would gain
+    if the rows that the try was right for went on as the pair usually does; then the next try is at once, on credit, up
+    to eight tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain
+    again and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the share, tries
+    are left to the beginning of the next text, which drafters have read. Where even a perfect draft
     could not pay there never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
@@ -191,7 +195,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         pays = ~tried | (owed < -(_CREDIT * state.trust + 0.5) * price)
         trust = jnp.minimum(jnp.where(pays, _TRUST, 1.0) * state.trust, 1.0)
         most = jnp.clip(trust * _OF_GAIN * _gain(_usual_tokens(seen, prior), seconds), exploration, eager)
-        share = jnp.clip(jnp.where(again, 2.0, 0.5) * state.share, exploration, most)
+        share = jnp.clip(jnp.where(again, _WITH_HOPE, _WITHOUT) * state.share, exploration, most)
         return seen._replace(
             saved=jnp.where(pays, 0.0, owed),
             hot=tried & again,
@@ -237,11 +241,15 @@ def _is_new(state: ThroughputState) -> Array:
 
 
 def _record(state: ThroughputState, prior: float) -> tuple[Array, Array]:
-    """Acceptance by the long record: of all positions together, [], and of each, [K]. Where little is known, positions
-    fall back on all together, and those on `prior`."""
-    accepted, tested = state.long_accepted, state.long_tested
+    """Acceptance by the long record: of all positions together, [], and of each, [K]. Where nothing is known that is
+    `prior`, and for later positions more: texts are easy or hard, and where a draft was right so far, this one is easy.
+    (If a text's acceptance is drawn from a beta law, n successes in a row count as n more: Polya's urn.)"""
+    accepted, tested = jnp.sum(state.long_accepted, 0), jnp.sum(state.long_tested, 0)
     everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
-    return everywhere, (_WEIGHT * everywhere + jnp.sum(accepted, 0)) / (_WEIGHT + jnp.sum(tested, 0))
+    first = (_WEIGHT * prior + accepted[0]) / (_WEIGHT + tested[0])
+    right = jnp.arange(len(accepted), dtype=accepted.dtype)
+    usual = (_ALIKE * first + right) / (_ALIKE + right)
+    return everywhere, (_WEIGHT * usual + accepted) / (_WEIGHT + tested)
 
 
 def _last_row(rounds: Array) -> Array:
