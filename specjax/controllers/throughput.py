@@ -24,9 +24,7 @@ _log = logging.getLogger(__name__)
 _RECENT, _LONG = 12.0, 256.0
 # Patience: easy texts have hard stretches, and who stops there misses the rest of the text.
 _WEIGHT = 8.0  # of what an estimate falls back on, in tested tokens
-_ALIKE = (
-    2.0  # tested tokens that the pair's usual acceptance counts as, when a text's own is guessed from a draft so far
-)
+_ALIKE = 2.0  # likewise, of what is usual for a text, where its own is guessed from a draft that was right so far
 _ROW_WEIGHT = 16.0  # likewise, for how a row does on the whole
 _HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
 _CHANCE = 0.2  # a run of failures is taken to be no rarer than this
@@ -75,8 +73,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     if the rows that the try was right for went on as the pair usually does; then the next try is at once, on credit, up
     to eight tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain
     again and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the share, tries
-    are left to the beginning of the next text, which drafters have read. Where even a perfect draft
-    could not pay there never is one.
+    are left to the beginning of the next text, which drafters have read. Where even a perfect draft could not pay there
+    never is one.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
