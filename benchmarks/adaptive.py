@@ -9,12 +9,13 @@ and slow. Repetitions are paired: each runs every contender once, in turn; plain
 token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
 starts every batch anew. On a shared machine neighbours come and go, and rounds get cheaper and dearer, so profiles are
 taken in turn with the contenders, one every third repetition, and `throughput` decides by the latest. Speed-ups are
-predicted twice: by a profile taken before all this, and by the median of those.
+predicted twice: by the first of them, and by their median.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import statistics
 import time
@@ -57,15 +58,6 @@ class Way(NamedTuple):
     adapts: bool = False  # whether it is what this is all about
 
 
-class Measured(NamedTuple):
-    """What the contenders took, and gave."""
-
-    seconds: dict[str, list[float]]  # of each contender, a repetition each
-    last: dict[str, list[Generation]]  # of the last repetition, a batch each
-    best: str  # the fastest of plain decoding and the fixed draft lengths
-    profile: Profile  # of the same minutes
-
-
 class Line(NamedTuple):
     """One contender on one pair and batch size."""
 
@@ -104,29 +96,31 @@ def main(
     console = Console(width=140)
     lines: list[Line] = []
     for rows in batch:
-        profiles: dict[Model, Profile] = {}
-        for each in (each for each in pairs if each.name in wanted):
-            drafter = specjax.drafters.draft_model(each.model)
+        batches = [
+            text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
+            for at in range(0, num_prompts - rows + 1, rows)
+        ]
+        alike = itertools.groupby((each for each in pairs if each.name in wanted), lambda each: each.model)
+        for model, group in ((model, list(group)) for model, group in alike):  # one program, and one profile
+            drafter = specjax.drafters.draft_model(model)
             measure = functools.partial(
-                specjax.profile, target.model, target.params, drafter, each.params, batch_sizes=(rows,),
+                specjax.profile, target.model, target.params, drafter, group[0].params, batch_sizes=(rows,),
                 contexts=(CONTEXT, CONTEXT + max_new_tokens), longest=longest, sampling=sampling,
             )  # fmt: skip
-            profile = profiles.get(each.model) or measure()
-            # A draft as slow as the target is hopeless at any length: a few of them show it.
-            swept = draft_len if each.name != "slow" else draft_len[:: max(len(draft_len) // 2, 1)]
-            ways_by = functools.partial(_ways, target, each, drafter, swept, longest, rows, max_new_tokens, sampling)
-            batches = [
-                text.Prompts(prompts.tokens[at : at + rows], prompts.lengths[at : at + rows])
-                for at in range(0, num_prompts - rows + 1, rows)
+            contests = [
+                _Contest(
+                    functools.partial(_ways, target, each, drafter, draft_len, longest, rows, max_new_tokens, sampling),
+                    batches,
+                )
+                for each in group
             ]
-            again = functools.partial(measure, repeats=3)
-            measured = _measure(ways_by, profile, batches, max_new_tokens, repeats, finals, again)
-            profiles[each.model] = measured.profile  # the next draft of this form is decided by it
-            found = _lines(each.name, rows, ways_by(profile), measured, [profile, measured.profile])
-            lines += found
-            _show(console, found, [profile, measured.profile])
-            if each.name in ("collapse", "rise"):
-                _show_shift(console, target, each, drafter, profile, batches, max_new_tokens, sampling)
+            profiles = _measure(contests, max_new_tokens, repeats, finals, measure)
+            for each, contest in zip(group, contests, strict=True):
+                found = _lines(each.name, rows, contest, [profiles[0], _median(profiles)])
+                lines += found
+                _show(console, found, [profiles[0], _median(profiles)])
+                if each.name in ("collapse", "rise"):
+                    _show_shift(console, target, each, drafter, profiles[-1], batches, max_new_tokens, sampling)
     if json_file is not None:
         said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
         said["max_new_tokens"] = max_new_tokens
@@ -198,49 +192,63 @@ def _ways(
     ]
 
 
-def _measure(
-    ways_by: Callable[[Profile], list[Way]], profile: Profile, batches: list[text.Prompts], most: int, repeats: int,
-    finals: int, profiled: Callable[[], Profile],
-) -> Measured:  # fmt: skip
-    states: dict[str, PyTree] = {}
-    results: dict[str, list[Generation]] = {}
+class _Contest:
+    """The contenders on one pair, and what they took and gave."""
 
-    def seconds(way: Way, limit: int) -> float:
+    def __init__(self, ways_by: Callable[[Profile], list[Way]], batches: list[text.Prompts]):
+        self.ways_by, self.batches = ways_by, batches
+        self.states: dict[str, PyTree] = {}
+        self.last: dict[str, list[Generation]] = {}  # of each contender's last repetition, a batch each
+        self.times: dict[str, list[float]] = {}  # seconds, a repetition each
+        self.best = ""  # the fastest of plain decoding and the fixed draft lengths
+
+    def seconds(self, way: Way, limit: int) -> float:
         begin = time.perf_counter()
-        results[way.name] = []
-        for prompts in batches:
-            out = jax.block_until_ready(way.run(limit, prompts, states.get(way.name)))
-            results[way.name].append(out)
+        self.last[way.name] = []
+        for prompts in self.batches:
+            out = jax.block_until_ready(way.run(limit, prompts, self.states.get(way.name)))
+            self.last[way.name].append(out)
             if way.carries and limit > 1:
-                states[way.name] = out.controller_state
+                self.states[way.name] = out.controller_state
         return time.perf_counter() - begin
 
-    ways = ways_by(profile)
-    for way in ways:  # compiles; what is carried has seen every prompt once
-        for limit in (1, most):
-            seconds(way, limit)
-    times: dict[str, list[float]] = {way.name: [] for way in ways}
+    def run(self, ways: list[Way], most: int) -> None:
+        """A repetition."""
+        self.seconds(ways[0], most)  # so that it is no worse off than those which run right after another
+        for way in ways:
+            prefill = self.seconds(way, 1)
+            self.times.setdefault(way.name, []).append(self.seconds(way, most) - prefill)
+
+    def choose(self) -> None:
+        simple = [name for name in self.times if name.startswith(("plain", "fixed"))]
+        self.best = min(simple, key=lambda name: statistics.median(self.times[name]))
+
+
+def _measure(
+    contests: list[_Contest], most: int, repeats: int, finals: int, profiled: Callable[..., Profile]
+) -> list[Profile]:
+    """Runs them all; the profiles that `throughput` decided by."""
     profiles: list[Profile] = []
 
-    def run_in_turn(names: list[str], count: int) -> None:
-        chosen = []
+    def run_in_turn(count: int, wanted: Callable[[_Contest, Way], bool]) -> None:
         for turn in range(count):
             if turn % 3 == 0:
-                profiles.append(profiled())
-                chosen = [way for way in ways_by(profiles[-1]) if way.name in names]
-                for way in chosen:
-                    if way.adapts:  # compiled anew; the first run of a program's rounds takes half a second longer
-                        seconds(way, most)
-            seconds(chosen[0], most)  # so that it is no worse off than those which run right after another
-            for way in chosen:
-                prefill = seconds(way, 1)
-                times[way.name].append(seconds(way, most) - prefill)
+                profiles.append(profiled(repeats=3) if profiles else profiled())
+            for contest in contests:
+                ways = [way for way in contest.ways_by(profiles[-1]) if wanted(contest, way)]
+                if turn % 3 == 0:
+                    for way in (way for way in ways if way.adapts or not contest.times):
+                        # Compiles. What is carried sees every prompt once, and the first run of a program's rounds
+                        # takes half a second longer.
+                        for limit in (1, most):
+                            contest.seconds(way, limit)
+                contest.run(ways, most)
 
-    run_in_turn([way.name for way in ways], repeats)
-    fixed = [way.name for way in ways if way.name.startswith("fixed")]
-    best = min((*fixed, "plain decoding"), key=lambda way: statistics.median(times[way]))
-    run_in_turn([way.name for way in ways if way.name in ("plain decoding", best) or way.adapts], finals)
-    return Measured(times, results, best, _median(profiles))
+    run_in_turn(repeats, lambda contest, way: True)
+    for contest in contests:
+        contest.choose()
+    run_in_turn(finals, lambda contest, way: way.adapts or way.name in ("plain decoding", contest.best))
+    return profiles
 
 
 def _median(profiles: list[Profile]) -> Profile:
@@ -255,11 +263,11 @@ def _middle(profile: Profile) -> float:
     return statistics.mean(profile.contexts())
 
 
-def _lines(name: str, rows: int, ways: list[Way], measured: Measured, profiles: list[Profile]) -> list[Line]:
-    times, results, best, _ = measured
+def _lines(name: str, rows: int, contest: _Contest, profiles: list[Profile]) -> list[Line]:
+    times, results, best = contest.times, contest.last, contest.best
     wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
     lines = []
-    for way in ways:
+    for way in contest.ways_by(profiles[0]):
         outs, own = results[way.name], times[way.name]
         plain, winner = (times[other][: len(own)] for other in ("plain decoding", best))
         same = [row for out in outs for row in out.new_tokens()] == wanted

@@ -6,16 +6,21 @@ import math
 
 import numpy as np
 
+KINDS = np.array([0.02, 0.1, 0.25, 0.45, 0.65, 0.8, 0.9, 0.96, 0.99])
+BETWEEN = np.array([0, 0.06, 0.175, 0.35, 0.55, 0.725, 0.85, 0.93, 0.975, 1])
+
 
 class Reference:
     """One batch. K is the profile's longest draft; the profile has one context."""
 
     def __init__(self, profile, batch, prior=0.7, exploration=0.01):
-        self.found, self.longest, self.prior = profile.at(batch, 0), profile.longest, prior
-        self.recent, self.long = ([np.zeros((batch, self.longest)) for _ in range(2)] for _ in range(2))
+        self.found, self.longest = profile.at(batch, 0), profile.longest
+        beta = KINDS ** (4 * prior - 1) * (1 - KINDS) ** (4 * (1 - prior) - 1) * np.diff(BETWEEN)
+        self.expected, self.counts = beta / beta.sum(), np.zeros(len(KINDS))
+        self.rows = [self._usual() for _ in range(batch)]
         self.least, self.most = exploration, 16 * exploration
         self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
-        self.failures, self.trust, self.took_part = np.zeros(batch, int), 1.0, 0
+        self.trust, self.took_part = 1.0, 0
 
     def draft_len(self, lengths, limits, room, active):
         step = self.found.rounds[0]
@@ -27,17 +32,16 @@ class Reference:
             return 0
         needed = []
         for k in range(self.longest + 1):
-            needs = [
-                (limits[row] - lengths[row]) / self._tokens(row, min(k, room[row])) for row in np.flatnonzero(active)
-            ]
-            rounds = self._last(np.array(needs), (limits - lengths)[active])
+            tokens = [_tokens(self.rows[row], min(k, room[row])) for row in np.flatnonzero(active)]
+            needs = (limits - lengths)[active] / tokens
+            rounds = self._last(needs, (limits - lengths)[active])
             needed.append(rounds * self.found.rounds[k] + self._change(k))
         best = int(np.argmin(needed))
         left, rooms = (limits - lengths)[active], np.asarray(room)[active]
         perfect = [
             max(left / (1 + np.minimum(k, rooms))) * cost + self._change(k) for k, cost in enumerate(self.found.rounds)
         ]
-        wanted = self.long[1].sum() == 0 or (best == 0 and affordable)
+        wanted = self.counts.sum() == 0 or (best == 0 and affordable)
         return 1 if wanted and min(perfect[1:]) < needed[0] else best
 
     def _change(self, k):
@@ -51,66 +55,49 @@ class Reference:
 
     def _price(self):
         step, one = self.found.rounds[:2]
-        late = self.found.catch_up[0] + self.idle * self.found.catch_up[1] if self.idle else 0
+        begins = self.idle or not self.took_part
+        late = self.found.catch_up[0] + self.idle * self.found.catch_up[1] if begins else 0
         return (one - step + late) / step
 
-    def _everywhere(self):
-        accepted, tested = self.long
-        return (8 * self.prior + accepted.sum()) / (8 + tested.sum())
+    def _usual(self, hope=0):
+        counts = 8 * self.expected + self.counts
+        counts[-1] += hope
+        return counts / counts.sum()
 
-    def _known(self, place):
-        accepted, tested = self.long
-        first = (8 * self.prior + accepted[:, 0].sum()) / (8 + tested[:, 0].sum())
-        expected = (2 * first + place) / (2 + place)
-        return (8 * expected + accepted[:, place].sum()) / (8 + tested[:, place].sum())
-
-    def _tokens(self, row, size):
-        total = reach = 1.0
-        whole = (16 * self._everywhere() + self.recent[0][row].sum()) / (16 + self.recent[1][row].sum())
-        for place in range(size):
-            odds = _odds(self._known(place)) * _odds(whole) / _odds(self._everywhere())
-            own = (8 * odds / (1 + odds) + self.recent[0][row, place]) / (8 + self.recent[1][row, place])
-            if place == 0 and self.failures[row]:
-                own = min(own, 1 - 0.2 ** (1 / self.failures[row]))
-            reach *= own
-            total += reach
-        return total
-
-    def _usual(self):
-        hoped = (8 + self.long[0].sum()) / (8 + self.long[1].sum())
-        chances = [max(self._known(place), hoped) for place in range(self.longest)]
-        return 1 + np.concatenate([[0], np.cumsum(np.cumprod(chances))])
+    def _later(self, law, tokens):
+        for _ in range(tokens):
+            law = law + (self._usual() - law) / 64
+        return law
 
     def _gain(self, tokens):
         return max((tokens / self.found.rounds * self.found.rounds[0])[1:]) - 1
 
     def begin(self):
-        self.recent = [np.zeros_like(counts) for counts in self.recent]
-        self.failures, self.idle, self.hot = np.zeros_like(self.failures), 0, False
+        self.rows = [self._usual() for _ in self.rows]
+        self.idle, self.hot = 0, False
         self.saved, self.took_part = max(self.saved, 0), 0
 
     def update(self, drafted, accepted, emitted):
-        begins, self.took_part = self.took_part == 0, np.sum(emitted > 0)
+        begins, price = self.took_part == 0, self._price()
+        self.took_part = np.sum(emitted > 0)
         if max(drafted) == 0:
-            if self.idle == 0 and self.saved < -0.5 * self._price():
+            if self.idle == 0 and self.saved < -0.5 * price:
                 self.trust = max(0.7 * self.trust, 1 / 16)
             self.idle, self.hot = self.idle + 1, False
             self.saved += self.share
             return
-        price = self._price()
-        for row, size in enumerate(drafted):
-            if size == 0:
-                continue
-            for record, fade in ((self.recent, math.exp(-1 / 12)), (self.long, math.exp(-1 / 256))):
-                record[0][row] *= fade
-                record[1][row] *= fade
-                for place in range(min(accepted[row] + 1, size, emitted[row])):
-                    record[1][row, place] += 1
-                    record[0][row, place] += place < accepted[row]
-            self.failures[row] = 0 if accepted[row] else self.failures[row] + 1
-        usual, hoped = self._usual(), []
-        for row in np.flatnonzero(drafted):
-            own = np.array([self._tokens(row, k) for k in range(self.longest + 1)])
+        is_first = self.counts.sum() == 0
+        part = np.flatnonzero(drafted)
+        for row in part:
+            law = self._later(self.rows[row], self.idle)
+            for place in range(min(accepted[row] + 1, drafted[row], emitted[row])):
+                law = law * (KINDS if place < accepted[row] else 1 - KINDS)
+            self.rows[row] = law / law.sum()
+        self.counts = self.counts * math.exp(-1 / 256) + sum(self.rows[row] for row in part)
+        usual, hoped = np.array([_tokens(self._usual(hope=8), k) for k in range(self.longest + 1)]), []
+        for row in part:
+            self.rows[row] = self._later(self.rows[row], emitted[row])
+            own = np.array([_tokens(self.rows[row], k) for k in range(self.longest + 1)])
             hoped.append(1 / (usual if accepted[row] else own))
         again = self._gain(1 / np.mean(hoped, 0)) > 0
         was_hot, self.hot = self.hot, False
@@ -118,7 +105,9 @@ class Reference:
         owed = min(self.saved - price, 0)
         pays = not is_try or owed < -(8 * self.trust + 0.5) * price
         if pays:
-            self.trust, owed = min(1.4 * self.trust, 1), 0
+            self.trust = min(1.4 * self.trust, 1)
+        if pays or is_first:
+            owed = 0
         most = min(max(0.35 * self.trust * self._gain(usual), self.least), self.most)
         if is_try:
             self.hot, self.saved = again, owed
@@ -128,6 +117,6 @@ class Reference:
         self.idle = 0
 
 
-def _odds(share):
-    share = min(max(share, 1e-3), 1 - 1e-3)
-    return share / (1 - share)
+def _tokens(law, size):
+    """Of a draft of so many, and one more: it ends where one is not accepted."""
+    return sum(np.dot(law, KINDS**place) for place in range(size + 1))

@@ -135,14 +135,13 @@ def test_a_pair_that_disappoints_at_first_gets_another_chance():
                 taken.append(int(size) > 0)
             state = controller.begin(state)
         drafted.append(np.mean(taken[600:]))
-    assert np.quantile(drafted, 0.1) > 0.8
+    assert np.quantile(drafted, 0.1) > 0.9
 
 
 def test_easy_texts_between_hard_ones_are_found():
-    """Catches tries that come too seldom after a few failures, and later positions that are taken to be no better than
-    the first, which are the tried ones: every other text is easy, and a try costs more than two steps. In fewer than 15
-    of 100 runs the easy texts go mostly without drafts; 20 where failed tries halve the share, and positions are alike.
-    """
+    """Catches tries that come too seldom after a few failures, and a belief that takes all texts for the mean of them:
+    every other text is easy, and a try costs more than two steps. In fewer than 5 of 100 runs the easy texts go mostly
+    without drafts; 10 with a fading count for each position, 20 where failed tries halve the share as well."""
     rng = np.random.default_rng(1)
     controller = controllers.throughput(profile((1.0, 2.0, 2.3, 2.5), catch_up=(1.5, 0.014)))
     turn = _turn(controller)
@@ -159,7 +158,7 @@ def test_easy_texts_between_hard_ones_are_found():
             state = controller.begin(state)
             taken.append(float(jnp.mean(sizes > 0)))
         drafted.append(np.mean(taken[5::2]))
-    assert np.mean(np.array(drafted) < 0.5) < 0.15
+    assert np.mean(np.array(drafted) < 0.5) < 0.05
 
 
 @pytest.mark.parametrize(

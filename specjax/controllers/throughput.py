@@ -10,24 +10,20 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from specjax import costs
+from specjax.controllers import acceptance
+from specjax.controllers.acceptance import KINDS
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
 
 _log = logging.getLogger(__name__)
 
-# Rounds with a draft, over which evidence fades to 1/e: the recent one follows a shift in the text within a few rounds,
-# the long one knows the pair.
-_RECENT, _LONG = 12.0, 256.0
-# Patience: easy texts have hard stretches, and who stops there misses the rest of the text.
-_WEIGHT = 8.0  # of what an estimate falls back on, in tested tokens
-_ALIKE = 2.0  # likewise, of what is usual for a text, where its own is guessed from a draft that was right so far
-_ROW_WEIGHT = 16.0  # likewise, for how a row does on the whole
-_HOPE = 8.0  # tested tokens of which all were accepted, added where it is asked whether drafts pay at all
-_CHANCE = 0.2  # a run of failures is taken to be no rarer than this
+_LONG = 256.0  # rounds with a draft, over which what is known of the pair fades to 1/e
+_PRIOR, _HOPE = 8.0, 8.0  # rounds that the prior counts for, and easy ones added where it is asked whether drafts pay
 _EAGER = 16.0  # times the share of exploration: the most that is put aside for tries
 _OF_GAIN = 0.35  # of what drafts usually gain: what is put aside after drafts, within those bounds
 _CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
@@ -41,13 +37,10 @@ _SPREAD = 0.1  # of the rounds that a draft is expected to save: by how much row
 
 
 class ThroughputState(NamedTuple):
-    """What was learnt. Counts fade; K is the profile's longest draft."""
+    """What was learnt. S is the number of kinds of text, `acceptance.KINDS`."""
 
-    recent_accepted: Array  # [B, K] float32
-    recent_tested: Array  # [B, K] float32
-    long_accepted: Array  # [B, K] float32
-    long_tested: Array  # [B, K] float32
-    failures: Array  # [B] int32, drafts in a row of which nothing was accepted
+    ease: Array  # [B, S] float32, what is believed of each row's text: chances of the kinds
+    usual: Array  # [S] float32, rounds of each kind that the pair has seen; they fade
     idle: Array  # [] int32, rounds since the last draft, or since the text began
     took_part: Array  # [] int32, rows in the last round; 0 where a text begins
     saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
@@ -59,7 +52,10 @@ class ThroughputState(NamedTuple):
 def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.01) -> Controller:
     """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
 
-    For each row and position it keeps how often a draft token was accepted when its turn came, recently and for longer.
+    Each row's text is taken to be of one of nine kinds, from hopeless to easy, and to turn to another now and then.
+    What is accepted tells the kind within a few rounds, and so what a draft of each length would emit. Where little is
+    known of a row, it is as usual for the pair; where little is known of the pair, as the prior says.
+
     Every round (while nothing is drafted when a row ends, or every 32nd, as deciding takes time too) it takes, for each
     draft length, the rounds that each row would still need, and what such a round costs for so many rows and so long a
     text; and of these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the
@@ -82,7 +78,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
-      prior: acceptance of a draft token before any was tested, in 0..1.
+      prior: mean acceptance of a draft token before any was tested, in 0..1.
       exploration: in 0..1, of the time; at 0 nothing is tried.
 
     Raises:
@@ -103,19 +99,24 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 @functools.cache
 def _throughput(profile: Profile, prior: float, exploration: float) -> Controller:
     longest, eager = profile.longest, _EAGER * exploration
+    easy = np.eye(len(KINDS), dtype=np.float32)[-1]
+
+    def usual(state: ThroughputState, more: np.ndarray | float = 0.0) -> Array:
+        """[S], chances of the kinds by all that is known of the pair."""
+        counts = jnp.asarray(_PRIOR * acceptance.expected(prior) + more) + state.usual
+        return counts / jnp.sum(counts)
 
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
-        none, failures = jnp.zeros((batch, longest), jnp.float32), jnp.zeros((batch,), jnp.int32)
+        ease = jnp.broadcast_to(acceptance.expected(prior), (batch, len(KINDS)))
         tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
-        return ThroughputState(none, none, none, none, failures, jnp.int32(0), jnp.int32(0), *tries)
+        return ThroughputState(ease, jnp.zeros((len(KINDS),), jnp.float32), jnp.int32(0), jnp.int32(0), *tries)
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
-        fresh = init(state.failures.shape[0])
-        return fresh._replace(
-            long_accepted=state.long_accepted,
-            long_tested=state.long_tested,
+        return init(len(state.ease))._replace(
+            ease=jnp.broadcast_to(usual(state)[None], state.ease.shape),
+            usual=state.usual,
             saved=jnp.maximum(state.saved, 0),
             trust=state.trust,
             share=state.share,
@@ -137,12 +138,11 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
             left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
-            # Who drafts pays for the change where it goes back to plain steps; tries count it in their price, but at a
-            # text's beginning, where a price without it keeps bad luck from lasting (LOG).
+            # Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
             back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
             behind = catch_up[1] * state.idle.astype(jnp.float32)
             once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
-            needed = _last_row(left / expected_tokens(state, room, prior)) * seconds + once  # [K+1]
+            needed = _last_row(left / _within(acceptance.tokens(state.ease, longest), room)) * seconds + once  # [K+1]
             best = jnp.argmin(needed).astype(jnp.int32)
             # A row that may draft nothing holds the batch up whatever the others do.
             perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
@@ -160,7 +160,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
 
     def wait(state: ThroughputState) -> ThroughputState:
         """A round without a draft."""
-        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *usual_costs(len(state.failures))))
+        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *usual_costs(len(state.ease))))
         return state._replace(
             idle=state.idle + 1,
             saved=state.saved + state.share,
@@ -171,31 +171,28 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
     def learn(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
         """A round with a draft, [B] tokens of each row."""
         seconds, catch_up = usual_costs(len(lengths))
-        took_part, place = lengths > 0, jnp.arange(longest)[None]
-        tested = place < jnp.minimum(jnp.minimum(accepted + 1, emitted), lengths)[:, None]
-
-        def fade(counts: Array, new: Array, rounds: float) -> Array:
-            return jnp.where(took_part[:, None], counts * math.exp(-1 / rounds) + new.astype(counts.dtype), counts)
-
-        seen = state._replace(
-            recent_accepted=fade(state.recent_accepted, place < accepted[:, None], _RECENT),
-            recent_tested=fade(state.recent_tested, tested, _RECENT),
-            long_accepted=fade(state.long_accepted, place < accepted[:, None], _LONG),
-            long_tested=fade(state.long_tested, tested, _LONG),
-            failures=jnp.where(took_part, jnp.where(accepted > 0, 0, state.failures + 1), state.failures),
-            idle=jnp.int32(0),
-        )
+        took_part = lengths > 0
+        tested = jnp.minimum(jnp.minimum(accepted + 1, emitted), lengths)
+        missed = jnp.broadcast_to(state.idle, lengths.shape)
+        before = acceptance.later(state.ease, usual(state), missed)
+        now = acceptance.seen(before, jnp.minimum(accepted, tested), tested)
+        counts = jnp.sum(jnp.where(took_part[:, None], now, 0.0), 0)
+        seen = state._replace(usual=math.exp(-1 / _LONG) * state.usual + counts, idle=jnp.int32(0))
+        after = acceptance.later(now, usual(seen), emitted)
+        seen = seen._replace(ease=jnp.where(took_part[:, None], after, state.ease))
+        hoped = acceptance.tokens(usual(seen, _HOPE * easy), longest)
         tried = (jnp.max(lengths) == 1) & ((state.idle > 0) | (state.took_part == 0) | state.hot)
-        again = _hope(seen, took_part, accepted, prior, seconds) > 0
+        own = acceptance.tokens(seen.ease, longest)
+        again = _gain(_mean(jnp.where((accepted > 0)[:, None], hoped[None], own), took_part), seconds) > 0
         price = _price(state, seconds, catch_up)
         owed = jnp.minimum(state.saved - price, 0.0)
         # Who drafts on when credit is used up does so because it pays: these were no tries.
         pays = ~tried | (owed < -(_CREDIT * state.trust + 0.5) * price)
         trust = jnp.minimum(jnp.where(pays, _TRUST, 1.0) * state.trust, 1.0)
-        most = jnp.clip(trust * _OF_GAIN * _gain(_usual_tokens(seen, prior), seconds), exploration, eager)
+        most = jnp.clip(trust * _OF_GAIN * _gain(hoped, seconds), exploration, eager)
         share = jnp.clip(jnp.where(again, _WITH_HOPE, _WITHOUT) * state.share, exploration, most)
         return seen._replace(
-            saved=jnp.where(pays, 0.0, owed),
+            saved=jnp.where(pays | _is_new(state), 0.0, owed),  # a pair's first try is free
             hot=tried & again,
             trust=trust,
             share=jnp.where(tried, share, most),
@@ -204,29 +201,10 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
     return Controller(init, draft_len, update, profile.buckets, begin=begin)
 
 
-def expected_tokens(state: ThroughputState, room: Array, prior: float) -> Array:
-    """Tokens that a round is expected to emit with a draft of 0, 1, ..., K: [B, K+1].
-
-    Acceptance of a position is estimated from the row's own recent rounds; those fall back on the position's long
-    record over all rows, moved by as much as the row does better or worse than others at all positions together: else
-    later positions, which only the easy rows see tested, would look good for every row. After n drafts in a row of
-    which nothing was accepted, the first position's is at most what makes that as likely as 0.2: long records yield at
-    once when a text turns. A token is emitted where all before it in its draft are accepted, and one more always is.
-
-    Args:
-      state: what was learnt.
-      room: [B] int32, the most that a row may draft.
-      prior: acceptance where nothing is known.
-    """
-    everywhere, by_place = _record(state, prior)
-    row = _ROW_WEIGHT * everywhere + jnp.sum(state.recent_accepted, 1)
-    row = row / (_ROW_WEIGHT + jnp.sum(state.recent_tested, 1))
-    usual = jax.nn.sigmoid(_log_odds(by_place)[None] + (_log_odds(row) - _log_odds(everywhere))[:, None])
-    own = (_WEIGHT * usual + state.recent_accepted) / (_WEIGHT + state.recent_tested)  # [B, K]
-    most = 1 - _CHANCE ** (1 / jnp.maximum(state.failures, 1).astype(jnp.float32))
-    own = own.at[:, 0].min(jnp.where(state.failures > 0, most, 1.0))
-    gains = jnp.where(jnp.arange(own.shape[1])[None] < room[:, None], jnp.cumprod(own, 1), 0.0)
-    return 1 + jnp.pad(jnp.cumsum(gains, 1), ((0, 0), (1, 0)))
+def _within(tokens: Array, room: Array) -> Array:
+    """[B, K+1]: with drafts cut to [B] `room`."""
+    place = jnp.minimum(jnp.arange(tokens.shape[1])[None], jnp.maximum(room, 0)[:, None])
+    return jnp.take_along_axis(tokens, place, 1)
 
 
 def _count(which: Array) -> Array:
@@ -235,19 +213,7 @@ def _count(which: Array) -> Array:
 
 def _is_new(state: ThroughputState) -> Array:
     """Whether nothing is known: the first draft is a try, and one token tells as much as many."""
-    return jnp.sum(state.long_tested) == 0
-
-
-def _record(state: ThroughputState, prior: float) -> tuple[Array, Array]:
-    """Acceptance by the long record: of all positions together, [], and of each, [K]. Where nothing is known that is
-    `prior`, and for later positions more: texts are easy or hard, and where a draft was right so far, this one is easy.
-    (If a text's acceptance is drawn from a beta law, n successes in a row count as n more: Polya's urn.)"""
-    accepted, tested = jnp.sum(state.long_accepted, 0), jnp.sum(state.long_tested, 0)
-    everywhere = (_WEIGHT * prior + jnp.sum(accepted)) / (_WEIGHT + jnp.sum(tested))
-    first = (_WEIGHT * prior + accepted[0]) / (_WEIGHT + tested[0])
-    right = jnp.arange(len(accepted), dtype=accepted.dtype)
-    usual = (_ALIKE * first + right) / (_ALIKE + right)
-    return everywhere, (_WEIGHT * usual + accepted) / (_WEIGHT + tested)
+    return jnp.sum(state.usual) == 0
 
 
 def _last_row(rounds: Array) -> Array:
@@ -263,21 +229,10 @@ def _last_row(rounds: Array) -> Array:
     return jnp.minimum(slowest + spread * jnp.log(jnp.maximum(jnp.sum(close, 0), 1.0)), slowest[0])
 
 
-def _usual_tokens(state: ThroughputState, prior: float) -> Array:
-    """[K+1]: what a round emits with a draft of 0 to K tokens by the long record; hopeful where that is short."""
-    hoped = (_HOPE + jnp.sum(state.long_accepted)) / (_HOPE + jnp.sum(state.long_tested))
-    reached = jnp.cumprod(jnp.maximum(_record(state, prior)[1], hoped))
-    return 1 + jnp.pad(jnp.cumsum(reached), (1, 0))
-
-
-def _hope(state: ThroughputState, took_part: Array, accepted: Array, prior: float, seconds: Array) -> Array:
-    """[]: the gain if rows whose draft was right go on as drafts usually do, and the others as they have been doing.
-    Where drafts are a loss even as good as they usually are, a success is no news."""
-    own = expected_tokens(state, jnp.full_like(accepted, state.long_tested.shape[1]), prior)
-    tokens = jnp.where((accepted > 0)[:, None], _usual_tokens(state, prior)[None], own)
-    count = jnp.maximum(jnp.sum(took_part), 1).astype(jnp.float32)
-    needed = jnp.sum(jnp.where(took_part[:, None], 1 / tokens, 0.0), 0) / count  # rounds a token
-    return _gain(1 / jnp.maximum(needed, 1e-6), seconds)
+def _mean(tokens: Array, rows: Array) -> Array:
+    """[K+1]: tokens a round of those [B] rows, by the rounds that they need for a token each."""
+    count = jnp.maximum(jnp.sum(rows), 1).astype(jnp.float32)
+    return count / jnp.maximum(jnp.sum(jnp.where(rows[:, None], 1 / tokens, 0.0), 0), 1e-6)
 
 
 def _gain(tokens: Array, seconds: Array) -> Array:
@@ -288,13 +243,9 @@ def _gain(tokens: Array, seconds: Array) -> Array:
 def _price(state: ThroughputState, seconds: Array, catch_up: Array) -> Array:
     """[] float32: what a draft of one token costs now on top of a plain step, in plain steps."""
     missed = state.idle.astype(jnp.float32)
-    late = jnp.where(missed > 0, catch_up[0] + catch_up[1] * missed, 0.0)
+    begins = (state.idle > 0) | (state.took_part == 0)
+    late = jnp.where(begins, catch_up[0] + catch_up[1] * missed, 0.0)
     return (seconds[1] - seconds[0] + late) / seconds[0]
-
-
-def _log_odds(share: Array) -> Array:
-    share = jnp.clip(share, 1e-3, 1 - 1e-3)
-    return jnp.log(share / (1 - share))
 
 
 def _warn(profile: Profile, batch: int) -> None:
