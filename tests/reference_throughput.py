@@ -30,28 +30,26 @@ class Reference:
         affordable = self.saved >= price or (self.hot and self.saved > (0.5 - 8 * self.trust) * price)
         if not affordable and self.idle % 32 and np.sum(active) == self.took_part:
             return 0
+        left, rooms = (limits - lengths)[active], np.asarray(room)[active]
+        near = 64 * (1 - (63 / 64) ** left)
+        costs = np.array(self.found.rounds)
+        rest = (left - near) * min(costs / [_tokens(self._usual(), k) for k in range(self.longest + 1)])
+        spread = 0.1 * step * np.sqrt(64 * max(left))
         needed = []
         for k in range(self.longest + 1):
             tokens = [_tokens(self.rows[row], min(k, room[row])) for row in np.flatnonzero(active)]
-            needs = (limits - lengths)[active] / tokens
-            rounds = self._last(needs, (limits - lengths)[active])
-            needed.append(rounds * self.found.rounds[k] + self._change(k))
+            seconds = near / tokens * costs[k] + rest
+            needed.append(spread * np.log(np.sum(np.exp(seconds / spread))) + self._change(k))
         best = int(np.argmin(needed))
-        left, rooms = (limits - lengths)[active], np.asarray(room)[active]
-        perfect = [
-            max(left / (1 + np.minimum(k, rooms))) * cost + self._change(k) for k, cost in enumerate(self.found.rounds)
-        ]
-        wanted = self.counts.sum() == 0 or (best == 0 and affordable)
-        return 1 if wanted and min(perfect[1:]) < needed[0] else best
+        perfect = [max(left / (1 + np.minimum(k, rooms))) * cost + self._change(k) for k, cost in enumerate(costs)]
+        if min(perfect[1:]) >= perfect[0]:
+            return 0
+        return 1 if self.counts.sum() == 0 or (best == 0 and affordable) else best
 
     def _change(self, k):
         if k == 0:
             return self.found.catch_up[0] if self.idle == 0 and self.took_part else 0
         return self.idle * self.found.catch_up[1]
-
-    def _last(self, needs, most):
-        spread = max(0.1 * max(most - needs), 1e-3)
-        return min(max(needs) + spread * np.log(np.sum(np.exp((needs - max(needs)) / spread))), max(most))
 
     def _price(self):
         step, one = self.found.rounds[:2]

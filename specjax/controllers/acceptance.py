@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 from specjax.types import Array
 
 # A stretch of text is of one kind, and these are the kinds: the chance of a draft token to be accepted. Texts are easy
 # or hard for a while, so a draft that was right so far is in an easy one, and its later tokens are the better for it.
 KINDS = (0.02, 0.1, 0.25, 0.45, 0.65, 0.8, 0.9, 0.96, 0.99)
-_CHANGE = 1 / 64  # chance that the next token begins another stretch
+STRETCH = 64.0  # tokens in a stretch, on average; any of them may be its last
 _SURE = 4.0  # what the prior is worth, in tested tokens
 
 
@@ -30,8 +31,13 @@ def expected(mean: float) -> np.ndarray:
 def later(law: Array, usual: Array, tokens: Array) -> Array:
     """[B, S]: what is believed of a row when [B] `tokens` more have been emitted: other stretches are of `usual` kinds,
     [S]."""
-    same = (1 - _CHANGE) ** tokens.astype(jnp.float32)[:, None]
+    same = (1 - 1 / STRETCH) ** tokens.astype(jnp.float32)[:, None]
     return same * law + (1 - same) * usual[None]
+
+
+def stretch(left: Array) -> Array:
+    """How many tokens of those left are expected to be of the present stretch; float32, of the same shape."""
+    return STRETCH * (1 - (1 - 1 / STRETCH) ** left)
 
 
 def seen(law: Array, accepted: Array, tested: Array) -> Array:
@@ -46,8 +52,8 @@ def tokens(law: Array, longest: int) -> Array:
     """[..., K+1] float32: how many a round is expected to emit with a draft of 0 to K, of which all are accepted up to
     the first that is not; and one more always is.
 
-    >>> tokens(jnp.zeros((9,)).at[3].set(1.0), 2).round(4).tolist()
-    [1.0, 1.4500000476837158, 1.652500033378601]
+    >>> [round(float(count), 3) for count in tokens(jnp.zeros((9,)).at[3].set(1.0), 2)]
+    [1.0, 1.45, 1.652]
     """
-    kept = jnp.asarray(KINDS, jnp.float32)[:, None] ** jnp.arange(longest + 1, dtype=jnp.float32)[None]
-    return law @ jnp.cumsum(kept, 1)
+    by_kind = np.cumsum(np.asarray(KINDS)[:, None] ** np.arange(longest + 1)[None], 1)  # [S, K+1]
+    return jnp.matmul(law, jnp.asarray(by_kind, jnp.float32), precision=lax.Precision.HIGHEST)

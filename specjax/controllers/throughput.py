@@ -33,7 +33,7 @@ _WITH_HOPE, _WITHOUT = 2.0, 0.7  # factors for the share, after a try
 # Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
 # them, and deciding takes a tenth of a step of a small model at one row.
 _LOOK = 32
-_SPREAD = 0.1  # of the rounds that a draft is expected to save: by how much rows miss that, more or less
+_SPREAD = 0.1  # of a step for each token of a stretch: how much of it is not foreseen, as the kinds of text differ
 
 
 class ThroughputState(NamedTuple):
@@ -142,13 +142,18 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
             behind = catch_up[1] * state.idle.astype(jnp.float32)
             once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
-            needed = _last_row(left / _within(acceptance.tokens(state.ease, longest), room)) * seconds + once  # [K+1]
+            # What is believed of a row holds for this stretch of its text; after it the text is as usual.
+            near = acceptance.stretch(left)  # [B, 1] tokens
+            rest = (left - near) * jnp.min(seconds / acceptance.tokens(usual(state), longest))
+            rounds = near / _within(acceptance.tokens(state.ease, longest), room)
+            needed = _last_row(rounds * seconds[None] + rest, left, seconds[0]) + once  # [K+1]
             best = jnp.argmin(needed).astype(jnp.int32)
             # A row that may draft nothing holds the batch up whatever the others do.
             perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
-            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds + once)[1:]) < needed[0]
+            plain = jnp.max(left) * seconds[0] + back
+            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds + once)[1:]) < plain
             wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
-            return jnp.where(wanted & could_pay, 1, best)
+            return jnp.where(could_pay, jnp.where(wanted, 1, best), 0)
 
         is_due = tries | (state.idle % _LOOK == 0) | (_count(active) != state.took_part)
         return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
@@ -216,17 +221,15 @@ def _is_new(state: ThroughputState) -> Array:
     return jnp.sum(state.usual) == 0
 
 
-def _last_row(rounds: Array) -> Array:
-    """Rounds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1].
+def _last_row(seconds: Array, left: Array, step: Array) -> Array:
+    """Seconds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1],
+    for the [B, 1] tokens left to it.
 
-    That is more than the slowest row alone needs: of several rows one will do worse than expected. This is the mean of
-    the last when each errs by a Gumbel law, in proportion to what drafts save. Without a draft nothing is uncertain,
-    and no draft makes a batch end later than that.
+    Which row is the last is not known before: stretches to come are easy or hard. This is the mean of the last when
+    each row errs by a Gumbel law, the more the more stretches there are.
     """
-    slowest = jnp.max(rounds, 0)
-    spread = jnp.maximum(_SPREAD * jnp.max(rounds[:, :1] - rounds, 0), 1e-3)
-    close = jnp.where(rounds > 0, jnp.exp((rounds - slowest[None]) / spread[None]), 0.0)
-    return jnp.minimum(slowest + spread * jnp.log(jnp.maximum(jnp.sum(close, 0), 1.0)), slowest[0])
+    spread = _SPREAD * step * jnp.sqrt(jnp.maximum(jnp.max(left), 1.0) * acceptance.STRETCH)
+    return spread * jax.nn.logsumexp(jnp.where(left > 0, seconds / spread, -jnp.inf), axis=0)
 
 
 def _mean(tokens: Array, rows: Array) -> Array:
