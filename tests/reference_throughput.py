@@ -19,8 +19,9 @@ class Reference:
         self.expected, self.counts = beta / beta.sum(), np.zeros(len(KINDS))
         self.rows = [self._usual() for _ in range(batch)]
         self.least, self.most = exploration, 16 * exploration
-        self.idle, self.saved, self.share, self.hot = 0, 0.0, self.most / 2, False
+        self.idle, self.saved, self.share, self.hot, self.refused = 0, 0.0, self.most / 2, False, False
         self.trust, self.took_part = 1.0, 0
+        self.emitted, self.earlier, self.steps = np.zeros(batch, int), 0.0, 0.0
 
     def draft_len(self, lengths, limits, room, active):
         step = self.found.rounds[0]
@@ -40,7 +41,10 @@ class Reference:
             tokens = [_tokens(self.rows[row], min(k, room[row])) for row in np.flatnonzero(active)]
             seconds = near / tokens * costs[k] + rest
             needed.append(spread * np.log(np.sum(np.exp(seconds / spread))) + self._change(k))
-        best = int(np.argmin(needed))
+        whole = np.where(active, limits - lengths, 0) + self.emitted
+        is_behind = self.earlier + max(whole) - max(left) - self.steps <= -24
+        self.refused = is_behind and np.argmin(needed) > 0
+        best = 0 if is_behind else int(np.argmin(needed))
         perfect = [max(left / (1 + np.minimum(k, rooms))) * cost + self._change(k) for k, cost in enumerate(costs)]
         if min(perfect[1:]) >= perfect[0]:
             return 0
@@ -74,11 +78,15 @@ class Reference:
         self.rows = [self._usual() for _ in self.rows]
         self.idle, self.hot = 0, False
         self.saved, self.took_part = max(self.saved, 0), 0
+        self.earlier = min(max(self.earlier + max(self.emitted) - self.steps, -48), 64)
+        self.emitted, self.steps = np.zeros_like(self.emitted), 0.0
 
     def update(self, drafted, accepted, emitted):
-        begins, price = self.took_part == 0, self._price()
-        self.took_part = np.sum(emitted > 0)
-        if max(drafted) == 0:
+        begins, price, drafts = self.took_part == 0, self._price(), max(drafted)
+        self.steps += (self.found.rounds[drafts] + self._change(drafts)) / self.found.rounds[0]
+        self.steps -= 0 if drafts else self.least
+        self.emitted, self.took_part = self.emitted + emitted, np.sum(emitted > 0)
+        if drafts == 0:
             if self.idle == 0 and self.saved < -0.5 * price:
                 self.trust = max(0.7 * self.trust, 1 / 16)
             self.idle, self.hot = self.idle + 1, False
@@ -99,7 +107,7 @@ class Reference:
             hoped.append(1 / (usual if accepted[row] else own))
         again = self._gain(1 / np.mean(hoped, 0)) > 0
         was_hot, self.hot = self.hot, False
-        is_try = max(drafted) == 1 and (self.idle > 0 or was_hot or begins)
+        is_try = drafts == 1 and (self.idle > 0 or was_hot or begins)
         owed = min(self.saved - price, 0)
         pays = not is_try or owed < -(8 * self.trust + 0.5) * price
         if pays:

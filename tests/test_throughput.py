@@ -21,24 +21,25 @@ HELD_UP = ((0.97, 0.9, 0.0),)  # by one row: tries give hope and lead nowhere, u
 
 
 @pytest.mark.parametrize(
-    ("table", "alphas"),
+    ("table", "alphas", "account"),
     [
-        (CHEAP, SHIFTS),
-        (profile((1.0, 1.6, 1.9, 2.1), catch_up=(0.1037, 0.0113)), SHIFTS),
-        (profile((1.0, 1.21, 1.5, 1.8), catch_up=(0.0137, 0.00113)), HELD_UP),
-        (DEAR, SHIFTS),
+        (CHEAP, SHIFTS, 0),
+        (profile((1.0, 1.6, 1.9, 2.1), catch_up=(0.1037, 0.0113)), SHIFTS, 0),
+        (profile((1.0, 1.6, 1.9, 2.1), catch_up=(0.1037, 0.0113)), SHIFTS, -26),
+        (profile((1.0, 1.21, 1.5, 1.8), catch_up=(0.0137, 0.00113)), HELD_UP, 0),
+        (DEAR, SHIFTS, 0),
     ],
-    ids=["cheap", "middling", "held up", "dear"],
+    ids=["cheap", "middling", "in debt", "held up", "dear"],
 )
-def test_throughput_is_its_reference(table, alphas):
+def test_throughput_is_its_reference(table, alphas, account):
     """Catches a wrong estimate, cost or wait: 300 rounds of random acceptance with shifts, 3 rows that end at different
     times, and a new text every 90 rounds, against the same policy in plain NumPy."""
     rng = np.random.default_rng(4)
     controller, wanted = controllers.throughput(table), Reference(table, batch=3)
-    state = controller.init(3)
+    state, wanted.earlier = controller.init(3)._replace(account=jnp.float32(account)), account
     choose, update = jax.jit(controller.draft_len), jax.jit(controller.update)
     rows = _Rows(limits=[900, 400, 650])
-    picked, owed, trusted = set(), 0.0, []
+    picked, owed, trusted, refused = set(), 0.0, [], 0
     for turn in range(300):
         if turn % 90 == 89:
             state = controller.begin(state)
@@ -58,7 +59,9 @@ def test_throughput_is_its_reference(table, alphas):
         rows.active = rows.lengths < rows.limits
         picked.add(int(lengths[0]))
         owed = min(owed, float(state.saved))
+        refused += wanted.refused
         trusted.append(float(state.trust))
+    assert (refused > 3) == (account < 0)
     if alphas is HELD_UP:
         assert owed <= -7 * 0.21
         assert min(trusted) <= 0.25
@@ -136,6 +139,30 @@ def test_a_pair_that_disappoints_at_first_gets_another_chance():
             state = controller.begin(state)
         drafted.append(np.mean(taken[600:]))
     assert np.quantile(drafted, 0.1) > 0.9
+
+
+def test_losses_are_bounded_whatever_was_expected():
+    """Catches drafts that go on losing because more is always expected of them: of 16 rows one is hard in each batch,
+    and the batch ends with it. Twelve batches of texts of 128 tokens take no more than plain decoding but for 24 steps,
+    the hundredth that goes into exploration, and the end of the last stretch of drafts. (Without an account it takes 11% more.)"""
+    rng = np.random.default_rng(3)
+    costs, controller = (1.0, 1.6, 2.2, 2.5), controllers.throughput(profile((1.0, 1.6, 2.2, 2.5), batch=16))
+    choose, update, begin = (jax.jit(each) for each in (controller.draft_len, controller.update, controller.begin))
+    state, steps = controller.init(16), 0.0
+    for _ in range(12):
+        chances = np.where(np.arange(16) == rng.integers(16), 0.3, 0.9)
+        rows = _Rows(limits=[137] * 16, lengths=[9] * 16)
+        while rows.active.any():
+            size = int(choose(state, rows.arrays())[0])
+            steps += costs[size]
+            drafted = np.where(rows.active, np.minimum(size, rows.limits - rows.lengths - 1), 0)
+            accepted = np.minimum(rng.geometric(1 - chances) - 1, drafted)
+            emitted = np.where(rows.active, accepted + 1, 0)
+            state = update(state, round_of(drafted, accepted, emitted))
+            rows.lengths = rows.lengths + emitted
+            rows.active = rows.lengths < rows.limits
+        state = begin(state)
+    assert steps < 1.01 * 12 * 128 + 24 + 4
 
 
 def test_easy_texts_between_hard_ones_are_found():

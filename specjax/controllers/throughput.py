@@ -33,6 +33,7 @@ _WITH_HOPE, _WITHOUT = 2.0, 0.7  # factors for the share, after a try
 # Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
 # them, and deciding takes a tenth of a step of a small model at one row.
 _LOOK = 32
+_STAKE, _RESERVE = 24.0, 64.0  # plain steps that drafts may lose on the whole, and that savings may pay for on top
 _SPREAD = 0.1  # of a step for each token of a stretch: how much of it is not foreseen, as the kinds of text differ
 
 
@@ -47,6 +48,8 @@ class ThroughputState(NamedTuple):
     hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
     trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
     share: Array  # [] float32, of a plain step that each round without a draft adds to them
+    emitted: Array  # [B] int32, tokens since the text began
+    account: Array  # [] float32, plain steps: what earlier texts saved, less what this one took until now
 
 
 def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.01) -> Controller:
@@ -71,6 +74,11 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     again and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the share, tries
     are left to the beginning of the next text, which drafters have read. Where even a perfect draft could not pay there
     never is one.
+
+    All this rests on expectations, and it keeps accounts as well: the steps that plain decoding would have taken, less
+    those that rounds took by the profile. Drafts may lose 24 plain steps on the whole, of texts before this one too,
+    and what earlier drafts saved, up to 64. Who has lost that decodes plainly but for tries, and the share `exploration`
+    of those steps is all that may be lost from there on, until a text's drafts save again.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -110,7 +118,10 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         _warn(profile, batch)
         ease = jnp.broadcast_to(acceptance.expected(prior), (batch, len(KINDS)))
         tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
-        return ThroughputState(ease, jnp.zeros((len(KINDS),), jnp.float32), jnp.int32(0), jnp.int32(0), *tries)
+        balance = (jnp.zeros((batch,), jnp.int32), jnp.float32(0))
+        return ThroughputState(
+            ease, jnp.zeros((len(KINDS),), jnp.float32), jnp.int32(0), jnp.int32(0), *tries, *balance
+        )
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
@@ -120,6 +131,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             saved=jnp.maximum(state.saved, 0),
             trust=state.trust,
             share=state.share,
+            account=jnp.clip(_balance(state, jnp.zeros_like(state.emitted)), -2 * _STAKE, _RESERVE),
         )
 
     def usual_costs(batch: int) -> tuple[Array, Array]:
@@ -137,17 +149,18 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         def decide() -> Array:
             seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-            left = jnp.where(active, rows.limits - rows.lengths, 0)[:, None].astype(jnp.float32)
+            remaining = jnp.where(active, rows.limits - rows.lengths, 0)
+            left = remaining[:, None].astype(jnp.float32)
             # Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
-            back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
-            behind = catch_up[1] * state.idle.astype(jnp.float32)
+            back, behind = _changes(state, catch_up)
             once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
             # What is believed of a row holds for this stretch of its text; after it the text is as usual.
             near = acceptance.stretch(left)  # [B, 1] tokens
             rest = (left - near) * jnp.min(seconds / acceptance.tokens(usual(state), longest))
             rounds = near / _within(acceptance.tokens(state.ease, longest), room)
             needed = _last_row(rounds * seconds[None] + rest, left, seconds[0]) + once  # [K+1]
-            best = jnp.argmin(needed).astype(jnp.int32)
+            # What is expected may be wrong for long, as where one row of many is hopeless; the balance is not.
+            best = jnp.where(_balance(state, remaining) > -_STAKE, jnp.argmin(needed), 0).astype(jnp.int32)
             # A row that may draft nothing holds the batch up whatever the others do.
             perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
             plain = jnp.max(left) * seconds[0] + back
@@ -161,7 +174,18 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
     def update(state: ThroughputState, info: Round) -> ThroughputState:
         seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
         after = lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
-        return after._replace(took_part=_count(info.num_emitted > 0))
+        return after._replace(
+            took_part=_count(info.num_emitted > 0),
+            emitted=state.emitted + info.num_emitted,
+            account=state.account - took(state, jnp.max(info.draft_lengths)),
+        )
+
+    def took(state: ThroughputState, longest_draft: Array) -> Array:
+        """Plain steps, of a round. Those without a draft pay in what may be spent on drafts that do not pay."""
+        seconds, catch_up = usual_costs(len(state.ease))
+        back, behind = _changes(state, catch_up)
+        drafting = (seconds[longest_draft] + behind) / seconds[0]
+        return jnp.where(longest_draft > 0, drafting, 1 - exploration + back / seconds[0])
 
     def wait(state: ThroughputState) -> ThroughputState:
         """A round without a draft."""
@@ -221,6 +245,13 @@ def _is_new(state: ThroughputState) -> Array:
     return jnp.sum(state.usual) == 0
 
 
+def _balance(state: ThroughputState, remaining: Array) -> Array:
+    """[] float32, plain steps: how much sooner the batch is done than by plain decoding if there are no more drafts,
+    with [B] int32 tokens to come; what earlier texts saved included."""
+    by_plain_decoding = jnp.max(remaining + state.emitted)
+    return state.account + (by_plain_decoding - jnp.max(remaining)).astype(jnp.float32)
+
+
 def _last_row(seconds: Array, left: Array, step: Array) -> Array:
     """Seconds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1],
     for the [B, 1] tokens left to it.
@@ -241,6 +272,12 @@ def _mean(tokens: Array, rows: Array) -> Array:
 def _gain(tokens: Array, seconds: Array) -> Array:
     """[]: by how much the best draft length is faster than none, with `tokens` [K+1] a round; 0.1 is a tenth."""
     return jnp.max(tokens[1:] * seconds[0] / seconds[1:]) - 1
+
+
+def _changes(state: ThroughputState, catch_up: Array) -> tuple[Array, Array]:
+    """[] each: seconds on top of a round without a draft, for going back to plain steps, and of one with a draft."""
+    back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
+    return back, catch_up[1] * state.idle.astype(jnp.float32)
 
 
 def _price(state: ThroughputState, seconds: Array, catch_up: Array) -> Array:
