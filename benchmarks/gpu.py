@@ -39,7 +39,7 @@ from specjax.pair import load_pair
 from specjax.passes import time_pass
 from specjax.types import Generation
 
-_LLAMA = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "model_type": "llama"}
+LLAMA = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "model_type": "llama"}
 SHAPES: dict[str, dict[str, Any]] = {  # Llama 3.2's and 3.1's
     "1b": {
         "vocab_size": 128256, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
     def config(self, name: str) -> dict[str, Any]:
         """The shape called so; a tiny one in a rehearsal."""
-        return {**_LLAMA, **(_TINY if self.rehearse else SHAPES[name])}
+        return {**LLAMA, **(_TINY if self.rehearse else SHAPES[name])}
 
 
 def main(

@@ -144,7 +144,8 @@ def test_a_pair_that_disappoints_at_first_gets_another_chance():
 def test_losses_are_bounded_whatever_was_expected():
     """Catches drafts that go on losing because more is always expected of them: of 16 rows one is hard in each batch,
     and the batch ends with it. Twelve batches of texts of 128 tokens take no more than plain decoding but for 24 steps,
-    the hundredth that goes into exploration, and the end of the last stretch of drafts. (Without an account it takes 11% more.)"""
+    the hundredth that goes into exploration, and the end of the last stretch of drafts. Without an account, 11% more.
+    """
     rng = np.random.default_rng(3)
     costs, controller = (1.0, 1.6, 2.2, 2.5), controllers.throughput(profile((1.0, 1.6, 2.2, 2.5), batch=16))
     choose, update, begin = (jax.jit(each) for each in (controller.draft_len, controller.update, controller.begin))

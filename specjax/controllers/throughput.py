@@ -77,8 +77,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     All this rests on expectations, and it keeps accounts as well: the steps that plain decoding would have taken, less
     those that rounds took by the profile. Drafts may lose 24 plain steps on the whole, of texts before this one too,
-    and what earlier drafts saved, up to 64. Who has lost that decodes plainly but for tries, and the share `exploration`
-    of those steps is all that may be lost from there on, until a text's drafts save again.
+    and what earlier drafts saved, up to 64. Who has lost that decodes plainly but for tries, and no more than the share
+    `exploration` of those steps may be lost from there on.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
