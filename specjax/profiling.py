@@ -134,7 +134,8 @@ def profile(
     if odd:
         _log.warning(
             "a round without a draft took %.1f plain steps (batch %d), and should take one. Was there other work on "
-            "the machine? Then measure again. On a GPU, short steps do that: all they cost is launching.",
+            "the machine? Then measure again. On a GPU, short steps do that, as the host waits for every loop: set "
+            "XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL.",
             odd[0].rounds[0] / odd[0].plain, odd[0].batch,
         )  # fmt: skip
     if file is not None:

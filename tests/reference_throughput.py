@@ -20,7 +20,7 @@ class Reference:
         self.rows = [self._usual() for _ in range(batch)]
         self.least, self.most = exploration, 16 * exploration
         self.idle, self.saved, self.share, self.hot, self.refused = 0, 0.0, self.most / 2, False, False
-        self.trust, self.took_part = 1.0, 0
+        self.trust, self.took_part, self.last = 1.0, 0, 0
         self.emitted, self.earlier, self.steps = np.zeros(batch, int), 0.0, 0.0
 
     def draft_len(self, lengths, limits, room, active):
@@ -51,9 +51,9 @@ class Reference:
         return 1 if self.counts.sum() == 0 or (best == 0 and affordable) else best
 
     def _change(self, k):
-        if k == 0:
-            return self.found.catch_up[0] if self.idle == 0 and self.took_part else 0
-        return self.idle * self.found.catch_up[1]
+        if self.last == 0:
+            return 0 if k == 0 else self.idle * self.found.catch_up[1]
+        return self.found.catch_up[0] * (1 if k == 0 else 0 if k == self.last else 0.5)
 
     def _price(self):
         step, one = self.found.rounds[:2]
@@ -77,7 +77,7 @@ class Reference:
     def begin(self):
         self.rows = [self._usual() for _ in self.rows]
         self.idle, self.hot = 0, False
-        self.saved, self.took_part = max(self.saved, 0), 0
+        self.saved, self.took_part, self.last = max(self.saved, 0), 0, 0
         self.earlier = min(max(self.earlier + max(self.emitted) - self.steps, -48), 64)
         self.emitted, self.steps = np.zeros_like(self.emitted), 0.0
 
@@ -85,7 +85,7 @@ class Reference:
         begins, price, drafts = self.took_part == 0, self._price(), max(drafted)
         self.steps += (self.found.rounds[drafts] + self._change(drafts)) / self.found.rounds[0]
         self.steps -= 0 if drafts else self.least
-        self.emitted, self.took_part = self.emitted + emitted, np.sum(emitted > 0)
+        self.emitted, self.took_part, self.last = self.emitted + emitted, np.sum(emitted > 0), drafts
         if drafts == 0:
             if self.idle == 0 and self.saved < -0.5 * price:
                 self.trust = max(0.7 * self.trust, 1 / 16)

@@ -34,6 +34,9 @@ _WITH_HOPE, _WITHOUT = 2.0, 0.7  # factors for the share, after a try
 # them, and deciding takes a tenth of a step of a small model at one row.
 _LOOK = 32
 _STAKE, _RESERVE = 24.0, 64.0  # plain steps that drafts may lose on the whole, and that savings may pay for on top
+# Of what drafts after rounds without one cost on top: what drafts of another width do. (Measured: nothing to a third of
+# it at sixteen and one rows, a tenth to a half at four.)
+_WIDTH = 0.5
 _SPREAD = 0.1  # of a step for each token of a stretch: how much of it is not foreseen, as the kinds of text differ
 
 
@@ -44,6 +47,7 @@ class ThroughputState(NamedTuple):
     usual: Array  # [S] float32, rounds of each kind that the pair has seen; they fade
     idle: Array  # [] int32, rounds since the last draft, or since the text began
     took_part: Array  # [] int32, rows in the last round; 0 where a text begins
+    last: Array  # [] int32, tokens drafted for a row in that round, at most
     saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
     hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
     trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
@@ -119,9 +123,8 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         ease = jnp.broadcast_to(acceptance.expected(prior), (batch, len(KINDS)))
         tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
         balance = (jnp.zeros((batch,), jnp.int32), jnp.float32(0))
-        return ThroughputState(
-            ease, jnp.zeros((len(KINDS),), jnp.float32), jnp.int32(0), jnp.int32(0), *tries, *balance
-        )
+        rounds = (jnp.int32(0), jnp.int32(0), jnp.int32(0))
+        return ThroughputState(ease, jnp.zeros((len(KINDS),), jnp.float32), *rounds, *tries, *balance)
 
     def begin(state: ThroughputState) -> ThroughputState:
         # How the last text went says nothing of the next one, but that it is of the same pair.
@@ -151,9 +154,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
             remaining = jnp.where(active, rows.limits - rows.lengths, 0)
             left = remaining[:, None].astype(jnp.float32)
-            # Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
-            back, behind = _changes(state, catch_up)
-            once = jnp.where(jnp.arange(longest + 1) > 0, behind, back)
+            once = changes(state, catch_up)
             # What is believed of a row holds for this stretch of its text; after it the text is as usual.
             near = acceptance.stretch(left)  # [B, 1] tokens
             rest = (left - near) * jnp.min(seconds / acceptance.tokens(usual(state), longest))
@@ -163,7 +164,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             best = jnp.where(_balance(state, remaining) > -_STAKE, jnp.argmin(needed), 0).astype(jnp.int32)
             # A row that may draft nothing holds the batch up whatever the others do.
             perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
-            plain = jnp.max(left) * seconds[0] + back
+            plain = jnp.max(left) * seconds[0] + once[0]
             could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds + once)[1:]) < plain
             wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
             return jnp.where(could_pay, jnp.where(wanted, 1, best), 0)
@@ -173,19 +174,27 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
         seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
-        after = lax.cond(jnp.any(info.draft_lengths > 0), lambda: learn(state, *seen), lambda: wait(state))
+        size = jnp.max(info.draft_lengths)
+        after = lax.cond(size > 0, lambda: learn(state, *seen), lambda: wait(state))
+        seconds, catch_up = usual_costs(len(state.ease))
+        steps = (seconds + changes(state, catch_up))[size] / seconds[0]
         return after._replace(
             took_part=_count(info.num_emitted > 0),
+            last=size,
             emitted=state.emitted + info.num_emitted,
-            account=state.account - took(state, jnp.max(info.draft_lengths)),
+            # Rounds without a draft pay in what may be spent on drafts that do not pay.
+            account=state.account - steps + jnp.where(size > 0, 0.0, exploration),
         )
 
-    def took(state: ThroughputState, longest_draft: Array) -> Array:
-        """Plain steps, of a round. Those without a draft pay in what may be spent on drafts that do not pay."""
-        seconds, catch_up = usual_costs(len(state.ease))
-        back, behind = _changes(state, catch_up)
-        drafting = (seconds[longest_draft] + behind) / seconds[0]
-        return jnp.where(longest_draft > 0, drafting, 1 - exploration + back / seconds[0])
+    def changes(state: ThroughputState, catch_up: Array) -> Array:
+        """[K+1] seconds that a round of each draft length takes on top after the last one.
+
+        Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
+        """
+        width = jnp.asarray([min(size for size in profile.buckets if size >= k) for k in range(longest + 1)])
+        other = jnp.where(width == width[state.last], 0.0, _WIDTH * catch_up[0])
+        drafts = jnp.where(state.last > 0, other, catch_up[1] * state.idle.astype(jnp.float32))
+        return drafts.at[0].set(jnp.where(state.last > 0, catch_up[0], 0.0))
 
     def wait(state: ThroughputState) -> ThroughputState:
         """A round without a draft."""
@@ -210,7 +219,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         after = acceptance.later(now, usual(seen), emitted)
         seen = seen._replace(ease=jnp.where(took_part[:, None], after, state.ease))
         hoped = acceptance.tokens(usual(seen, _HOPE * easy), longest)
-        tried = (jnp.max(lengths) == 1) & ((state.idle > 0) | (state.took_part == 0) | state.hot)
+        tried = (jnp.max(lengths) == 1) & ((state.last == 0) | state.hot)
         own = acceptance.tokens(seen.ease, longest)
         again = _gain(_mean(jnp.where((accepted > 0)[:, None], hoped[None], own), took_part), seconds) > 0
         price = _price(state, seconds, catch_up)
@@ -274,17 +283,9 @@ def _gain(tokens: Array, seconds: Array) -> Array:
     return jnp.max(tokens[1:] * seconds[0] / seconds[1:]) - 1
 
 
-def _changes(state: ThroughputState, catch_up: Array) -> tuple[Array, Array]:
-    """[] each: seconds on top of a round without a draft, for going back to plain steps, and of one with a draft."""
-    back = jnp.where((state.idle == 0) & (state.took_part > 0), catch_up[0], 0.0)
-    return back, catch_up[1] * state.idle.astype(jnp.float32)
-
-
 def _price(state: ThroughputState, seconds: Array, catch_up: Array) -> Array:
     """[] float32: what a draft of one token costs now on top of a plain step, in plain steps."""
-    missed = state.idle.astype(jnp.float32)
-    begins = (state.idle > 0) | (state.took_part == 0)
-    late = jnp.where(begins, catch_up[0] + catch_up[1] * missed, 0.0)
+    late = jnp.where(state.last == 0, catch_up[0] + catch_up[1] * state.idle.astype(jnp.float32), 0.0)
     return (seconds[1] - seconds[0] + late) / seconds[0]
 
 
