@@ -67,12 +67,12 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     draft length, the rounds that each row would still need, and what such a round costs for so many rows and so long a
     text; and of these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the
     slower rows count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in, so
-    is what going back to plain steps costs (`Costs.catch_up`).
+    is what going back to plain steps costs (`Costs.catch_up`), and half of that for going to another width.
 
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
     larger the more drafts gain on the whole, by all that is known of the pair, up to sixteen times `exploration`. A try
-    that gives hope doubles it, others take three tenths of it, down to `exploration`. Hope is where drafts would gain
+    that gives hope doubles it, others cut it to seven tenths, down to `exploration`. Hope is where drafts would gain
     if the rows that the try was right for went on as the pair usually does; then the next try is at once, on credit, up
     to eight tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain
     again and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the share, tries
@@ -81,8 +81,8 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
 
     All this rests on expectations, and it keeps accounts as well: the steps that plain decoding would have taken, less
     those that rounds took by the profile. Drafts may lose 24 plain steps on the whole, of texts before this one too,
-    and what earlier drafts saved, up to 64. Who has lost that decodes plainly but for tries, and no more than the share
-    `exploration` of those steps may be lost from there on.
+    and what earlier drafts saved, up to 64. A pair that has lost so much decodes plainly, except for tries, and from
+    there on no more than the share `exploration` of its steps may be lost.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
