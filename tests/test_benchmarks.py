@@ -161,7 +161,7 @@ def test_the_gpu_benchmark_rehearses(tmp_path, monkeypatch):
 
 def test_the_sizes_are_llamas():
     """Catches shapes that are not those of Llama 3.2 1B (1.24B with tied embeddings) and Llama 3.1 8B (8.03B)."""
-    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(models.build({**gpu._LLAMA, **shape}).abstract))
+    sizes = {name: sum(leaf.size for leaf in jax.tree.leaves(models.build({**gpu.LLAMA, **shape}).abstract))
              for name, shape in gpu.SHAPES.items()}  # fmt: skip
     assert round(sizes["8b"] / 1e9, 2) == 8.03
     assert round((sizes["1b"] - 128256 * 2048) / 1e9, 2) == 1.24
