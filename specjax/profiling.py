@@ -133,8 +133,8 @@ def profile(
     odd = [c for c in found if c.rounds[0] > 1.2 * c.plain]
     if odd:
         _log.warning(
-            "a round without a draft took %.1f plain steps (batch %d), not one. Was there other work on the machine? Measure "
-            "again. On a GPU that waits for loops XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL may help.",
+            "a round without a draft took %.1f plain steps (batch %d), not one. Was there other work? Measure again. "
+            "On a GPU try XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL, which waits less for loops.",
             odd[0].rounds[0] / odd[0].plain, odd[0].batch,
         )  # fmt: skip
     if file is not None:
