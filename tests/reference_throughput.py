@@ -14,7 +14,7 @@ class Reference:
     """One batch. K is the profile's longest draft; the profile has one context."""
 
     def __init__(self, profile, batch, prior=0.7, exploration=0.01):
-        self.found, self.longest = profile.at(batch, 0), profile.longest
+        self.found, self.longest, self.buckets = profile.at(batch, 0), profile.longest, profile.buckets
         beta = KINDS ** (4 * prior - 1) * (1 - KINDS) ** (4 * (1 - prior) - 1) * np.diff(BETWEEN)
         self.expected, self.counts = beta / beta.sum(), np.zeros(len(KINDS))
         self.rows = [self._usual() for _ in range(batch)]
@@ -53,7 +53,8 @@ class Reference:
     def _change(self, k):
         if self.last == 0:
             return 0 if k == 0 else self.idle * self.found.catch_up[1]
-        return self.found.catch_up[0] * (1 if k == 0 else 0 if k == self.last else 0.5)
+        of_this, of_last = (min(b for b in self.buckets if b >= size) for size in (k, self.last))
+        return self.found.catch_up[0] * (1 if k == 0 else 0 if of_this == of_last else 0.5)
 
     def _price(self):
         step, one = self.found.rounds[:2]

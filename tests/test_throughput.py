@@ -26,10 +26,11 @@ HELD_UP = ((0.97, 0.9, 0.0),)  # by one row: tries give hope and lead nowhere, u
         (CHEAP, SHIFTS, 0),
         (profile((1.0, 1.6, 1.9, 2.1), catch_up=(0.1037, 0.0113)), SHIFTS, 0),
         (profile((1.0, 1.6, 1.9, 2.1), catch_up=(0.1037, 0.0113)), SHIFTS, -26),
+        (profile((1.0, 1.3, 1.45, 1.72), buckets=(0, 1, 3), catch_up=(1.037, 0.00113)), SHIFTS, 0),
         (profile((1.0, 1.21, 1.5, 1.8), catch_up=(0.0137, 0.00113)), HELD_UP, 0),
-        (DEAR, SHIFTS, 0),
+        (DEAR, SHIFTS, -100),
     ],
-    ids=["cheap", "middling", "in debt", "held up", "dear"],
+    ids=["cheap", "middling", "in debt", "two widths", "held up", "dear"],
 )
 def test_throughput_is_its_reference(table, alphas, account):
     """Catches a wrong estimate, cost or wait: 300 rounds of random acceptance with shifts, 3 rows that end at different
@@ -55,13 +56,14 @@ def test_throughput_is_its_reference(table, alphas, account):
         emitted = np.where(rows.active, accepted + 1, 0)
         state = update(state, round_of(drafted, accepted, emitted))
         wanted.update(drafted, accepted, emitted)
+        np.testing.assert_allclose(float(state.account), wanted.earlier - wanted.steps, atol=1e-3)
         rows.lengths = np.minimum(rows.lengths + emitted, rows.limits)
         rows.active = rows.lengths < rows.limits
         picked.add(int(lengths[0]))
         owed = min(owed, float(state.saved))
         refused += wanted.refused
         trusted.append(float(state.trust))
-    assert (refused > 3) == (account < 0)
+    assert (refused > 3) == (account == -26)
     if alphas is HELD_UP:
         assert owed <= -7 * 0.21
         assert min(trusted) <= 0.25
@@ -147,7 +149,8 @@ def test_losses_are_bounded_whatever_was_expected():
     the hundredth that goes into exploration, and the end of the last stretch of drafts. Without an account, 11% more.
     """
     rng = np.random.default_rng(3)
-    costs, controller = (1.0, 1.6, 2.2, 2.5), controllers.throughput(profile((1.0, 1.6, 2.2, 2.5), batch=16))
+    costs = (1.0, 1.6, 2.2, 2.5)
+    controller = controllers.throughput(profile(costs, batch=16))
     choose, update, begin = (jax.jit(each) for each in (controller.draft_len, controller.update, controller.begin))
     state, steps = controller.init(16), 0.0
     for _ in range(12):
