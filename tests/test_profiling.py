@@ -12,7 +12,7 @@ import pytest
 from made_up import profile as made_up
 
 import specjax
-from specjax import controllers, costs, profiling, testing
+from specjax import controllers, costs, testing, timing
 from specjax.costs import Costs, Profile
 
 MODEL = testing.table_model(1, 8)
@@ -36,8 +36,8 @@ def test_a_profile_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert costs.load(file) == found
 
     calls = []
-    time = profiling._Bench.time
-    monkeypatch.setattr(profiling._Bench, "time", lambda *args: calls.append(1) or time(*args))
+    time = timing.Bench.time
+    monkeypatch.setattr(timing.Bench, "time", lambda *args: calls.append(1) or time(*args))
     assert specjax.profile(*PAIR, **options) == found
     assert calls == []
     file.write_text("{}")
@@ -51,16 +51,33 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
     """Catches changes that are counted wrong: by a made-up clock a round takes 1 + K/2, and beginning again 2."""
 
     def seconds(bench, run, state, count):
-        if run is not profiling._rounds:
-            return 1.0 if run is profiling._steps else 0.1
+        if run is not timing._rounds:
+            return 1.0 if run is timing._steps else 0.1
         counted = jax.device_get(bench._call(run, state, count).stats)
         assert counted.rounds.tolist() == [count]
         return float(np.dot(counted.by_longest[0], [1.0, 1.5, 2.0, 2.5]) + 2 * counted.resumed[0]) / count
 
-    monkeypatch.setattr(profiling._Bench, "_seconds", seconds)
+    monkeypatch.setattr(timing.Bench, "_seconds", seconds)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
     assert found.in_steps() == pytest.approx((1.0, 1.5, 2.0, 2.5))
     assert found.catch_up == pytest.approx((2.0, 0.0))
+
+
+def test_a_slow_minute_is_not_compared_with_a_fast_one(monkeypatch):
+    """Catches ratios of medians: by a made-up clock each turn is slower than the last, and one has a hiccup."""
+    calls = []
+
+    def seconds(bench, run, state, count):
+        turn = len(calls) // 14  # jobs, of which 4 are plain steps
+        calls.append(run)
+        hiccup = 10.0 if turn == 1 and run is timing._rounds else 1.0
+        return (turn + 1) * hiccup
+
+    monkeypatch.setattr(timing.Bench, "_seconds", seconds)
+    (found,) = specjax.profile(*PAIR, longest=3, repeats=3).costs
+    assert (len(calls), calls.count(timing._steps)) == (3 * 14, 3 * 4)
+    assert found.plain == 2.0
+    assert found.rounds[0] == 2.0
 
 
 @pytest.mark.parametrize(

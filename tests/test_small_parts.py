@@ -34,6 +34,7 @@ LAYERS = [
     {"rounds"},
     {"loop"},
     {"decode"},
+    {"timing"},
     {"stream", "stats", "profiling", "testing", "machine", "passes", "environment"},
     {"limits", "adapters", "trace"},
     {"text", "viewer"},
