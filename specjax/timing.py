@@ -63,7 +63,7 @@ def _told(state: State, *orders: int) -> State:
 class _Job(NamedTuple):
     run: Callable[..., Any]  # one of those below
     state: State
-    count: int  # of rounds, drafts or steps
+    turns: int  # rounds, drafts or steps
 
 
 class Bench:
@@ -118,8 +118,8 @@ class Bench:
         # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
         more = statistics.median(map(operator.sub, times["breaks", _BREAKS], times["breaks", 1]))
         change = max(more * _BREAKS * (_BREAK + _AFTER) / (_BREAKS - 1), soon - each, 0.0)
-        seconds = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
-        return Costs(self.batch, context, plain, *seconds, (plain * change, plain * each))
+        rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
+        return Costs(self.batch, context, plain, rounds, drafts, (plain * change, plain * each))
 
     def _jobs(self, state: State) -> dict[tuple[str, int], _Job]:
         buckets, longest = self.roles.controller.buckets, self.roles.controller.longest
