@@ -121,10 +121,11 @@ def main(
                 _show(console, found, [profiles[0], _median(profiles)])
                 if each.name in ("collapse", "rise"):
                     _show_shift(console, target, each, drafter, profiles[-1], batches, max_new_tokens, sampling)
-    if json_file is not None:
-        said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
-        said["max_new_tokens"] = max_new_tokens
-        json_file.write_text(json.dumps({**said, "lines": [line._asdict() for line in lines]}, indent=1) + "\n")
+            if json_file is not None:  # after each group: the next one may take an hour
+                said = {"device": jax.devices()[0].device_kind, "repeats": repeats, "finals": finals}
+                said["max_new_tokens"] = max_new_tokens
+                json_file.write_text(json.dumps({**said, "lines": [line._asdict() for line in lines]}, indent=1) + "\n")
+            jax.clear_caches()  # a program for each profile: together with the next group's they fill the memory
 
 
 def _pairs(target: Any, draft: Any, middle: int) -> list[Pair]:

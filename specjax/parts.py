@@ -74,10 +74,16 @@ def _form(make: Callable[[], Any]) -> Any:
 def _first_difference(wanted: Any, given: Any) -> tuple[str, Any, Any]:
     """Where two forms first differ, and what they are there; all of them where they have other parts."""
     if jax.tree.structure(wanted) != jax.tree.structure(given):
-        return "", wanted, given
+        names = _named(wanted), _named(given)
+        return "", *(names if names[0] != names[1] else (wanted, given))
     both = zip(jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(given), strict=True)
     path, own, other = next((path, own, other) for (path, own), other in both if own != other)
     return f" in {jax.tree_util.keystr(path, simple=True)}" if path else "", own, other
+
+
+def _named(form: Any) -> Any:
+    """A NamedTuple by its name, as its fields may fill a screen."""
+    return f"a {type(form).__name__}" if hasattr(form, "_fields") else form
 
 
 def processor(rule: Any) -> None:
@@ -124,6 +130,6 @@ def controller_state(controller: Controller, state: Any, request: Checked) -> No
         where, wanted, given = _first_difference(wanted, given)
         raise ValueError(
             f"controller_state does not fit: for {batch} rows this controller's state is {wanted}{where}, got {given}. "
-            "Pass the controller_state of a Generation by the same controller with as many rows, or None to start "
-            "afresh."
+            "Pass the field controller_state of a Generation by the same controller with as many rows, or None to "
+            "start afresh."
         )

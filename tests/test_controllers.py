@@ -268,6 +268,8 @@ def test_what_was_learnt_is_handed_on():
         specjax.generate(
             model, params, drafter, bad, PROMPTS[:1], LENGTHS[:1], controller_state=first.controller_state, **options
         )
+    with pytest.raises(ValueError, match="state is a ThroughputState, got a Generation"):
+        specjax.generate(model, params, drafter, bad, PROMPTS, LENGTHS, controller_state=first, **options)
 
 
 def test_a_narrow_round_does_less_work():
