@@ -122,6 +122,7 @@ class Display:
         for line in (
             f"Time: the difference between generating {lengths} tokens over the difference in steps or rounds, so "
             f"prefill and the call drop out; medians of {setting.repeats}, the speed-up of paired runs.",
+            "Tokens a round: of that difference. Acceptance, places used, rounds by length: of the longer generations.",
             "Whole calls: prefill and the wait for the slowest row included.",
             f"Limit: weights, logits and {found.live:.0f} live tokens a row, once per forward pass, at "
             f"{machine.bandwidth / 1e9:.4g} GB/s and {machine.flops / 1e12:.3g} TFLOP/s ({machine.origin}).",

@@ -119,15 +119,13 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
     call = statistics.median(x.call_seconds for x in own)
     per_pass = own[0].tokens_per_pass  # the same in every repetition: so are the keys
     split = _split(own[0].between, contest.profiles.get(way), live)
-    by_position = stats.acceptance_by_position(whole).tolist()
-    utilisation = stats.draft_utilisation(whole)
     return Line(
         draft_len=way.draft_len if way.policy else None,
         controller=way.policy.value if way.policy else None,
         batch=setting.batch,
         seconds=middle,
         tokens_per_pass=per_pass,
-        acceptance=None if math.isnan(own[0].acceptance) else own[0].acceptance,
+        acceptance=_known(stats.acceptance_rate(whole)),
         tokens_per_second=setting.batch * per_pass / middle,
         speedup=per_pass * paired_ratio(plain, own),
         call_tokens_per_second=setting.prompts * setting.max_new_tokens / call,
@@ -135,11 +133,15 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
         work=_mean([(share, limits.total(passes)) for share, passes in works]),
         limit_seconds=sum(share * limits.seconds(passes, machine) for share, passes in works),
         draft_lengths=lengths.tolist() if way.policy else [],
-        draft_utilisation=None if math.isnan(utilisation) else utilisation,
-        acceptance_by_position=[None if math.isnan(share) else share for share in by_position],
+        draft_utilisation=_known(stats.draft_utilisation(whole)),
+        acceptance_by_position=[_known(share) for share in stats.acceptance_by_position(whole).tolist()],
         predicted_speedup=None if split is None else split.pop("speedup"),
         time_split=split,
     )
+
+
+def _known(share: float) -> float | None:
+    return None if math.isnan(share) else share
 
 
 def _mean(works: list[tuple[float, Work]]) -> Work:

@@ -15,6 +15,7 @@ from jax import lax
 
 from specjax import plain, validate
 from specjax.context import context_of
+from specjax.controllers.buckets import holding
 from specjax.costs import Costs
 from specjax.loop import run
 from specjax.rounds import State, draft_lengths, plan_of, start
@@ -110,7 +111,7 @@ class Bench:
         drafts = (0.0, *(max(middle["draft", 1] + more * k, 0.0) for k in range(longest)))
         rounds = []
         for k in range(longest + 1):
-            bucket = min(size for size in buckets if size >= k)
+            bucket = holding(buckets, k)
             rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
         drafts = map(min, drafts, rounds)
         soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))

@@ -14,3 +14,12 @@ def up_to(longest: int, *, least: int = 0) -> tuple[int, ...]:
     ((0, 1, 2, 3, 5, 8), (1, 2, 3, 5, 6))
     """
     return (*(size for size in _USUAL if least <= size < longest), longest)
+
+
+def holding(buckets: tuple[int, ...], draft_len: int) -> int:
+    """The bucket that verifies a draft of this length: the least that holds it.
+
+    >>> holding((0, 1, 2, 3, 5, 8), 4)
+    5
+    """
+    return min(size for size in buckets if size >= draft_len)

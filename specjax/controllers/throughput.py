@@ -16,6 +16,7 @@ from jax import lax
 from specjax import costs
 from specjax.controllers import acceptance
 from specjax.controllers.acceptance import KINDS
+from specjax.controllers.buckets import holding
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
@@ -192,7 +193,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
 
         Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
         """
-        width = jnp.asarray([min(size for size in profile.buckets if size >= k) for k in range(longest + 1)])
+        width = jnp.asarray([holding(profile.buckets, k) for k in range(longest + 1)])
         other = jnp.where(width == width[state.last], 0.0, _WIDTH * catch_up[0])
         drafts = jnp.where(state.last > 0, other, catch_up[1] * state.idle.astype(jnp.float32))
         return drafts.at[0].set(jnp.where(state.last > 0, catch_up[0], 0.0))
