@@ -4,11 +4,11 @@
 
 One run, the same prompts and target for all. The draft is the shipped one; one of random weights; the shipped one that
 turns useless half-way through every text ("collapse"), or is useless up to there ("rise"); and the target itself, right
-and slow. Repetitions are paired: each runs every contender once, in turn; plain decoding, the best fixed length and
-`throughput` go on to more of them, as a few percent are at stake. Times are of the rounds alone: a run to one
-token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
+and slow. Repetitions are paired: each runs every contender once, in turn, and every other one backwards; plain
+decoding, the best fixed length and `throughput` go on to more of them, as a few percent are at stake. Times are of the
+rounds alone: a run to one token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
 starts every batch anew. On a shared machine neighbours come and go, and rounds get cheaper and dearer, so profiles are
-taken in turn with the contenders, one every third repetition, and `throughput` decides by the latest. Speed-ups are
+taken in turn with the contenders, one every sixth repetition, and `throughput` decides by the latest. Speed-ups are
 predicted twice: by the first of them, and by their median.
 """
 
@@ -39,6 +39,7 @@ from specjax.types import Controller, Generation, Model, PyTree
 
 CONTEXT = 64
 NEVER = 2**30
+PROFILED = 6  # repetitions from one profile to the next
 
 
 class Pair(NamedTuple):
@@ -214,8 +215,8 @@ class _Contest:
         return time.perf_counter() - begin
 
     def run(self, ways: list[Way], most: int) -> None:
-        """A repetition."""
-        self.seconds(ways[0], most)  # so that it is no worse off than those which run right after another
+        """A repetition, around a ring: each contender comes after another, as which it is moves a time by 3%."""
+        self.seconds(ways[-1], most)
         for way in ways:
             prefill = self.seconds(way, 1)
             self.times.setdefault(way.name, []).append(self.seconds(way, most) - prefill)
@@ -233,17 +234,17 @@ def _measure(
 
     def run_in_turn(count: int, wanted: Callable[[_Contest, Way], bool]) -> None:
         for turn in range(count):
-            if turn % 3 == 0:
+            if turn % PROFILED == 0:
                 profiles.append(profiled(repeats=3) if profiles else profiled())
             for contest in contests:
                 ways = [way for way in contest.ways_by(profiles[-1]) if wanted(contest, way)]
-                if turn % 3 == 0:
+                if turn % PROFILED == 0:
                     for way in (way for way in ways if way.adapts or not contest.times):
                         # Compiles, without what is learnt and with it: what is carried has seen every prompt twice. And
                         # the first run of a program's rounds takes half a second longer.
                         for _ in range(2):
                             contest.seconds(way, most)
-                contest.run(ways, most)
+                contest.run(ways[:: -1 if turn % 2 else 1], most)
 
     run_in_turn(repeats, lambda contest, way: True)
     for contest in contests:
