@@ -6,10 +6,10 @@ One run, the same prompts and target for all. The draft is the shipped one; one 
 turns useless half-way through every text ("collapse"), or is useless up to there ("rise"); and the target itself, right
 and slow. Repetitions are paired: each runs every contender once, in turn, and every other one backwards; plain
 decoding, the best fixed length and `throughput` go on to more of them, as a few percent are at stake. Times are of the
-rounds alone: a run to one token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the run before; "from nothing"
-starts every batch anew. On a shared machine neighbours come and go, and rounds get cheaper and dearer, so profiles are
-taken in turn with the contenders, one every sixth repetition, and `throughput` decides by the latest. Speed-ups are
-predicted twice: by the first of them, and by their median.
+rounds alone: a run to one token, which reads the prompts, is taken off. `throughput` goes on from what it learnt in the
+run before; "from nothing" starts every batch anew. On a shared machine neighbours come and go, and rounds get cheaper
+and dearer, so profiles are taken in turn with the contenders, one every sixth repetition, and `throughput` decides by
+the latest. Speed-ups are predicted twice: by the first of them, and by their median.
 """
 
 from __future__ import annotations
