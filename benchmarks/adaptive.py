@@ -215,7 +215,7 @@ class _Contest:
         return time.perf_counter() - begin
 
     def run(self, ways: list[Way], most: int) -> None:
-        """A repetition, around a ring: each contender comes after another, as which it is moves a time by 3%."""
+        """A repetition, around a ring: who ran just before moves a time by a few percent, so nobody follows himself."""
         self.seconds(ways[-1], most)
         for way in ways:
             prefill = self.seconds(way, 1)

@@ -3,11 +3,13 @@
     python benchmarks/idle.py --batch 1 --batch 4 --batch 16
 
 Nothing is ever drafted, by a controller that cannot and by `throughput` after it learnt that drafts are wrong, with
-exploration off. Runs are paired, times are of the rounds alone: a run to one token, which reads the prompts, is off.
+exploration off. Runs are paired, in all orders; times are of the rounds alone: a run to one token, which reads the
+prompts, is off.
 """
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
 from collections.abc import Callable
@@ -67,9 +69,9 @@ def _measure(target, draft, prompts, rows: int, repeats: int, most: int) -> None
         drafted = 0 if name == "plain" else int(stats.draft_lengths(jax.device_get(out.stats))[1:].sum())
         if drafted:
             raise RuntimeError(f"{name} drafted in {drafted} rounds: this measures rounds without a draft.")
-    for turn in range(repeats):
-        # Each way comes after each other one as often: which program ran before moves a time by a few percent.
-        for name, run in list(ways.items())[:: 1 if turn % 2 else -1]:
+    # In all orders: which program ran before moves a time by a few percent.
+    for order in itertools.islice(itertools.cycle(itertools.permutations(ways.items())), repeats):
+        for name, run in order:
             times[name].append(_seconds(run, most) - _seconds(run, 1))
     for name in list(ways)[1:]:
         ratio = statistics.median(a / b for a, b in zip(times[name], times["plain"], strict=True))

@@ -95,8 +95,8 @@ class Bench:
 
     def compile(self, context: int) -> None:
         state = self._state(context)
-        for job in (_rounds, _drafts, _steps):
-            jax.block_until_ready(self._call(job, state, 1))
+        for loop in (_rounds, _drafts, _steps):
+            jax.block_until_ready(self._call(loop, state, 1))
 
     def time(self, context: int, repeats: int) -> Costs:
         """Medians over `repeats` turns of what each job takes in plain steps of the same turn."""
@@ -140,7 +140,7 @@ class Bench:
         """Seconds of a plain step, and of each other job the plain steps that it took in each turn.
 
         Plain steps are timed again and again in between: what slows the machine down for a minute slows both. On a
-        busy machine that halves the errors of the ratio of two medians.
+        busy machine that cuts the errors of ratios of two medians by a third or more.
         """
         plain: list[float] = []
         times: dict[Any, list[float]] = {name: [] for name in jobs}

@@ -130,6 +130,7 @@ def test_speed_as_json(made_up_machine):
     assert 1 <= one["tokens_per_pass"] <= 2
     assert 1 <= two["tokens_per_pass"] <= 3
     assert 0 <= one["acceptance"] <= 1
+    assert one["acceptance"] == one["acceptance_by_position"][0]  # K is 1: both are of the same tokens
     pair = load_pair(None, None, None, None)
     assert said["live_tokens"] == 8 + (3 + 12) / 2
     passes = limits.step(pair.target.model, pair.target.params, batch=2, live=15.5)
