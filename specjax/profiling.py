@@ -44,9 +44,10 @@ def profile(
 ) -> Profile:
     """Times whole rounds with a draft of 0 to K tokens, the drafting in them, and a plain step, on this device.
 
-    Rounds are timed as `generate` runs them, in compiled loops, less what the call takes, in plain steps of the same
-    turn: medians of `repeats` turns. That takes half a minute for one row of the shipped pair at one context on two
-    cores; compiling comes before. Other work on the machine makes the numbers wrong: measure while it is quiet.
+    Rounds are timed as `generate` runs them, in compiled loops, less what a call takes with its first round, in plain
+    steps of the same turn: medians of `repeats` turns. That takes half a minute for one row of the shipped pair at one
+    context on two cores; compiling comes before. Other work on the machine makes the numbers wrong: measure while it is
+    quiet.
 
     Args:
       model, params: the target.

@@ -118,7 +118,7 @@ class Bench:
         each = max(late - soon, 0.0) / (_IDLE - 1)
         # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
         more = statistics.median(map(operator.sub, times["breaks", _BREAKS], times["breaks", 1]))
-        change = max(more * _BREAKS * (_BREAK + _AFTER) / (_BREAKS - 1), soon - each, 0.0)
+        change = max(more * (_BREAKS * (_BREAK + _AFTER) - 1) / (_BREAKS - 1), soon - each, 0.0)
         rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
         return Costs(self.batch, context, plain, rounds, drafts, (plain * change, plain * each))
 
@@ -156,16 +156,16 @@ class Bench:
         return statistics.median(plain), times
 
     def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
-        """Of one turn: what loops of so many take longer than empty ones, after one that brings their data near.
+        """Of one turn: what loops of so many take longer than loops of one, after one that brings their data near.
 
-        Loops are repeated until they last as long as a generation does: a machine runs faster for a moment. (The
-        difference between loops of two lengths has several times the variance.)
+        The first turn of a call costs one to two plain steps more than a later one (LOG.md, sixteenth session). Loops
+        are repeated until they last as long as a generation does: a machine runs faster for a moment.
         """
         few = max(count // 4, 1)
         once = self._time(run, state, few, 1) * count / few
         calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
-        empty, full = (self._time(run, state, turns, calls) for turns in (0, count))
-        return max(full - empty, 1e-9) / (calls * count)
+        one, all_of_them = (self._time(run, state, turns, calls) for turns in (1, count))
+        return max(all_of_them - one, 1e-9) / (calls * (count - 1))
 
     def _time(self, run: Callable[..., Any], state: State, count: int, calls: int) -> float:
         begin = time.perf_counter()
