@@ -310,13 +310,22 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         shares = ", ".join(f"{size} in {count / counts.sum():.0%}" for size, count in enumerate(counts) if count)
         lines.append(("tokens drafted", f"{shares} of the rounds ({summary.controller})"))
     if summary.round_costs is not None:
-        costs = ", ".join(f"{cost:.2f}" for cost in summary.round_costs)
-        lines.append(
-            ("a round costs", f"{costs} plain steps with 0, 1, ... tokens drafted; it pays where it emits more")
-        )
+        lines.append(("a round costs", _costs(summary.round_costs)))
     if summary.interrupted:
         lines.append(("interrupted", "what was generated until then is shown"))
     return lines
+
+
+def _costs(rounds: tuple[float, ...]) -> str:
+    """Rounds in plain steps, and whether any draft could pay.
+
+    >>> _costs((1.0, 2.4))
+    '1.00, 2.40 plain steps with 0, 1, ... tokens drafted; no draft pays here, even if all of it is right'
+    """
+    can_pay = any((size + 1) / cost > 1 / rounds[0] for size, cost in enumerate(rounds))
+    verdict = "it pays where it emits more" if can_pay else "no draft pays here, even if all of it is right"
+    costs = ", ".join(f"{cost:.2f}" for cost in rounds)
+    return f"{costs} plain steps with 0, 1, ... tokens drafted; {verdict}"
 
 
 def _prediction(summary: Summary, show) -> str:

@@ -18,7 +18,7 @@ class Reference:
         beta = KINDS ** (4 * prior - 1) * (1 - KINDS) ** (4 * (1 - prior) - 1) * np.diff(BETWEEN)
         self.expected, self.counts = beta / beta.sum(), np.zeros(len(KINDS))
         self.rows = [self._usual() for _ in range(batch)]
-        self.least, self.most = exploration, 16 * exploration
+        self.least, self.most = exploration / np.sqrt(batch), 16 * exploration
         self.idle, self.saved, self.share, self.hot, self.refused = 0, 0.0, self.most / 2, False, False
         self.trust, self.took_part, self.last = 1.0, 0, 0
         self.emitted, self.earlier, self.steps = np.zeros(batch, int), 0.0, 0.0

@@ -73,17 +73,17 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
     of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
     larger the more drafts gain on the whole, by all that is known of the pair, up to sixteen times `exploration`. A try
-    that gives hope doubles it, others cut it to seven tenths, down to `exploration`. Hope is where drafts would gain
-    if the rows that the try was right for went on as the pair usually does; then the next try is at once, on credit, up
-    to eight tries': this text may have turned easy again. A new call owes nothing. Where such credit is used up in vain
-    again and again, credit and share shrink, until drafts pay. Where catching up alone takes more than the share, tries
-    are left to the beginning of the next text, which drafters have read. Where even a perfect draft could not pay there
-    never is one.
+    that gives hope doubles it, others cut it to seven tenths, down to `exploration` over the square root of the rows,
+    as one try tells of all of them. Hope is where drafts would gain if the rows that the try was right for went on as
+    the pair usually does; then the next try is at once, on credit, up to eight tries': this text may have turned easy
+    again. A new call owes nothing. Where such credit is used up in vain again and again, credit and share shrink, until
+    drafts pay. Where catching up alone takes more than the share, tries are left to the beginning of the next text,
+    which drafters have read. Where even a perfect draft could not pay there never is one.
 
     All this rests on expectations, and it keeps accounts as well: the steps that plain decoding would have taken, less
     those that rounds took by the profile. Drafts may lose 24 plain steps on the whole, of texts before this one too,
     and what earlier drafts saved, up to 64. A pair that has lost so much decodes plainly, except for tries, and from
-    there on no more than the share `exploration` of its steps may be lost.
+    there on no more than that least share of its steps may be lost.
 
     What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
     the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
@@ -92,7 +92,7 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
       prior: mean acceptance of a draft token before any was tested, in 0..1.
-      exploration: in 0..1, of the time; at 0 nothing is tried.
+      exploration: in 0..1, of the time, for one row; at 0 nothing is tried.
 
     Raises:
       ValueError: no usable profile, or a share that is none.
@@ -118,6 +118,10 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         """[S], chances of the kinds by all that is known of the pair."""
         counts = jnp.asarray(_PRIOR * acceptance.expected(prior) + more) + state.usual
         return counts / jnp.sum(counts)
+
+    def least(state: ThroughputState) -> float:
+        """The share for tries that lead nowhere, of the time."""
+        return exploration / math.sqrt(len(state.ease))
 
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
@@ -185,7 +189,7 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
             last=size,
             emitted=state.emitted + info.num_emitted,
             # Rounds without a draft pay in what may be spent on drafts that do not pay.
-            account=state.account - steps + jnp.where(size > 0, 0.0, exploration),
+            account=state.account - steps + jnp.where(size > 0, 0.0, least(state)),
         )
 
     def changes(state: ThroughputState, catch_up: Array) -> Array:
@@ -229,8 +233,8 @@ def _throughput(profile: Profile, prior: float, exploration: float) -> Controlle
         # Who drafts on when credit is used up does so because it pays: these were no tries.
         pays = ~tried | (owed < -(_CREDIT * state.trust + 0.5) * price)
         trust = jnp.minimum(jnp.where(pays, _TRUST, 1.0) * state.trust, 1.0)
-        most = jnp.clip(trust * _OF_GAIN * _gain(hoped, seconds), exploration, eager)
-        share = jnp.clip(jnp.where(again, _WITH_HOPE, _WITHOUT) * state.share, exploration, most)
+        most = jnp.clip(trust * _OF_GAIN * _gain(hoped, seconds), least(state), eager)
+        share = jnp.clip(jnp.where(again, _WITH_HOPE, _WITHOUT) * state.share, least(state), most)
         return seen._replace(
             saved=jnp.where(pays | _is_new(state), 0.0, owed),  # a pair's first try is free
             hot=tried & again,
