@@ -66,6 +66,15 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
     assert found.catch_up == pytest.approx((2.0, 0.0))
 
 
+def test_a_call_and_its_first_round_are_not_counted(monkeypatch):
+    """Catches rounds that seem dearer than they are: by a made-up clock a call takes 5, its first round 3, others 2."""
+    monkeypatch.setattr(
+        timing.Bench, "_time", lambda bench, run, state, count, calls: calls * (5.0 + 2.0 * count + (count > 0))
+    )
+    (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
+    assert (found.plain, found.rounds[0]) == (2.0, 2.0)
+
+
 def test_a_slow_minute_is_not_compared_with_a_fast_one(monkeypatch):
     """Catches ratios of medians: by a made-up clock each turn is slower than the last, and one has a hiccup."""
     calls = []
