@@ -4,6 +4,9 @@ A row has one key, made from the caller's key and the row's seed. From it: one k
 index is the row's round or the position in the text, then one per place inside the round. Nothing depends on the
 batch, the padding or the capacity, so a row draws the same numbers alone and in company. Noise that a later round
 could see again biases verification (block verification first of all), hence the round in the address.
+
+The row's key is always a Threefry key. Under `vmap`, JAX's other implementations (rbg, unsafe_rbg) draw the whole batch
+from the first key: rows would share their noise, and a row that has ended would freeze it.
 """
 
 from __future__ import annotations
@@ -14,6 +17,8 @@ import jax
 import jax.numpy as jnp
 
 from specjax.types import Array
+
+IMPLEMENTATION = "threefry2x32"
 
 
 class Role(enum.IntEnum):
@@ -26,12 +31,25 @@ class Role(enum.IntEnum):
 
 
 def row_keys(key: Array, seeds: Array) -> Array:
-    """The keys of each row, [B, roles]. `key`: a typed key or a legacy uint32 one; `seeds`: [B] int32."""
-    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.wrap_key_data(key)
-    own = jax.vmap(jax.random.fold_in, (None, 0))(key, seeds)
+    """The keys of each row, [B, roles]. `key`: a typed key of any implementation, or a legacy uint32 one; `seeds`: [B]
+    int32."""
+    own = jax.vmap(jax.random.fold_in, (None, 0))(counter_based(key), seeds)
     roles = jnp.arange(len(Role), dtype=jnp.uint32)
     return jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, roles))(own)
+
+
+def counter_based(key: Array) -> Array:
+    """A Threefry key made of all bits of `key`; a Threefry key comes back as it is.
+
+    >>> counter_based(jax.random.key(3, impl="rbg")).dtype
+    key<fry>
+    """
+    bits = jax.random.key_data(key) if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else key
+    bits = bits.astype(jnp.uint32).reshape(-1)
+    own = jax.random.wrap_key_data(jnp.resize(bits[:2], (2,)), impl=IMPLEMENTATION)
+    for word in range(2, bits.shape[0]):
+        own = jax.random.fold_in(own, bits[word])
+    return own
 
 
 def derive(keys: Array, role: Role, index: Array) -> Array:
