@@ -10,6 +10,7 @@ place for all rows, and a tree needs no more than a mask.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -120,6 +121,8 @@ def attend(
     Returns:
       [B, Hq, T, D], the query's dtype. The cost follows the longest live row, not S: the work is done at the
       smallest of a few cache prefixes that holds every live slot. On TPU it follows each row's own length.
+      A token that is not seen has no influence, even if its keys or values are NaN or infinite; a query that does see
+      such a token gives NaN.
     """
     run = functools.partial(_attend, scale=scale, window=window, is_whole=_is_whole(layout))
     kept = ("rows", "heads")
@@ -149,6 +152,7 @@ def _attend(
         seen = seen & (positions - placement.block_positions[:, None, :] < window)
         oldest = jnp.tile(positions - window + 1, (1, groups, 1))
     seen = jnp.tile(seen, (1, groups, 1))  # [B or 1, G*T, N]
+    block_keys, block_values = _faults_in_keys(block_keys, block_values)
 
     form = functools.partial(_attend_over_prefix, scale=scale)
     if is_whole and attention.piece_slots(groups * width, cache_keys) is not None:
@@ -157,31 +161,62 @@ def _attend(
     return form(given).reshape(query.shape)
 
 
+def _faults_in_keys(keys: Array, values: Array) -> tuple[Array, Array]:
+    """The same keys and values [B, Hkv, N, D], but a token whose values are not finite has keys of NaN and values of 0.
+
+    A mask makes a score harmless, whatever the keys; a weight of 0 times a value of NaN would be NaN.
+    """
+    is_sound = jnp.all(jnp.isfinite(values), -1, keepdims=True)
+    return jnp.where(is_sound, keys, jnp.nan), jnp.where(is_sound, values, 0)
+
+
 def _attend_over_prefix(given: Operands, *, scale: float) -> Array:
-    """At the smallest of a few cache prefixes that holds every live slot."""
+    """By XLA, at the smallest of a few cache prefixes that holds every live slot.
+
+    Dead slots hold anything, and a weight of 0 times NaN is NaN. Masking the values is free where XLA fuses the mask
+    into the product. On CPU it does not, and attention would take up to 1.8 times as long: there the values are masked
+    only after a first try has given a number that is not finite.
+    """
     query, cache_keys, cache_values, block_keys, block_values, seen, lengths, oldest = given
     block_scores = jnp.where(seen[:, None], _dot(query, block_keys, ((3,), (3,))) * scale, _MASKED)
     block_peak = jnp.max(block_scores, -1, keepdims=True)
 
-    def with_prefix(size: int) -> Array:
+    def over(size: int, clean: Callable[[Array, Array], Array], cache_keys: Array, cache_values: Array) -> Array:
         if size == 0:
             weights = jnp.exp(block_scores - block_peak)
             return _mix(weights, block_values) / jnp.sum(weights, -1, keepdims=True)
-        keys, values = cache_keys[:, :, :size], cache_values[:, :, :size]
         slot = jnp.arange(size)[None, None]
-        live = slot < lengths[:, None, None]
-        if oldest is not None:
-            live = live & (slot >= oldest)
-        scores = jnp.where(live[:, None], _dot(query, keys, ((3,), (3,))) * scale, _MASKED)
+        is_live = slot < lengths[:, None, None]  # [B, 1, size]
+        is_seen = is_live if oldest is None else is_live & (slot >= oldest)
+        keys, values = cache_keys[:, :, :size], clean(cache_values[:, :, :size], is_live)
+        scores = jnp.where(is_seen[:, None], _dot(query, keys, ((3,), (3,))) * scale, _MASKED)
         peak = jnp.maximum(jnp.max(scores, -1, keepdims=True), block_peak)
         cached, own = jnp.exp(scores - peak), jnp.exp(block_scores - peak)
         total = jnp.sum(cached, -1, keepdims=True) + jnp.sum(own, -1, keepdims=True)
         return (_mix(cached, values) + _mix(own, block_values)) / total
 
     sizes = _prefix_sizes(cache_keys.shape[2])
-    branch = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), jnp.max(lengths), method="compare_all")
-    out = lax.switch(branch, [lambda size=size: with_prefix(size) for size in sizes])
-    return out.astype(query.dtype)
+
+    def over_smallest(clean: Callable[[Array, Array], Array], *cache: Array) -> Array:
+        chosen = jnp.searchsorted(jnp.asarray(sizes, jnp.int32), jnp.max(lengths), method="compare_all")
+        return lax.switch(chosen, [functools.partial(over, size, clean) for size in sizes], *cache)
+
+    def on_cpu(*cache: Array) -> Array:
+        out = over_smallest(lambda values, is_live: values, *cache)
+        is_sound = jnp.isfinite(out)
+
+        def again(*cache: Array) -> Array:  # sound rows keep what they had, to the last bit
+            return jnp.where(is_sound, out, over(sizes[-1], _without_dead, *cache))
+
+        return lax.cond(jnp.all(is_sound), lambda *_: out, again, *cache)
+
+    elsewhere = functools.partial(over_smallest, _without_dead)
+    return lax.platform_dependent(cache_keys, cache_values, cpu=on_cpu, default=elsewhere).astype(query.dtype)
+
+
+def _without_dead(values: Array, is_live: Array) -> Array:
+    """values [B, Hkv, S, D], 0 in the slots that are not live [B, 1, S]."""
+    return jnp.where(is_live[..., None], values, 0)
 
 
 def commit(
@@ -242,12 +277,12 @@ def _is_whole(layout: Layout | None) -> bool:
     return layout is not None or jax.device_count() == 1
 
 
-def _prefix_sizes(slots: int) -> list[int]:
+def _prefix_sizes(slots: int) -> tuple[int, ...]:
     """Cache prefixes to attend over: nothing, then halvings of the whole down to 128 slots, six at most."""
     sizes = [slots]
     while sizes[0] > _SMALLEST_BUCKET and len(sizes) < _MOST_BUCKETS:
         sizes.insert(0, -(-sizes[0] // 256) * 128)
-    return [0, *sizes]
+    return (0, *sizes)
 
 
 def _zeros(layers: int, shape: tuple[int, ...], dtype, layout: Layout | None) -> tuple[Array, ...]:

@@ -21,7 +21,7 @@ def make_context(
 ) -> Context:
     """The context of these rows; `coupled` as the verifier asks for (see `types.Verifier`)."""
     draft_keys = Partial(_coupled_keys if coupled else _own_keys, rows)
-    return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys)
+    return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys, vocab_size)
 
 
 def _own_keys(rows: Rows, step: Array | int) -> Array:

@@ -104,9 +104,10 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         hidden_layers=drafter.hidden_layers,
     )
     processed = context.process(out.logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
+    fault = fault_of(out.logits, processed, model.vocab_size)  # [B, W]
     draft = _match_columns(draft, processed.shape[-1])
     draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
-    verdict = verifier.verify(context, draft, Target(processed, jax.nn.softmax(processed, -1)))
+    verdict = verifier.verify(context, *_without_faults(draft, processed, fault))
     verdict = verdict._replace(next_token=_or_plain_token(rows, draft, processed[:, 0], verdict.next_token))
     target_log_probs = _of_draft(draft, out.logits, processed, model.vocab_size)
 
@@ -115,9 +116,9 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         drafted = jnp.take_along_axis(drafted, path, 1)
         places = jnp.pad(path + 1, ((0, 0), (1, 0)))[..., None]
         logits, processed = (jnp.take_along_axis(x, places, 1) for x in (logits, processed))
+        fault = jnp.take_along_axis(fault, places[..., 0], 1)
     # Nothing after a law that does not exist can be trusted: tokens before it stay, the row ends there.
-    fault = fault_of(logits, processed, model.vocab_size)  # [B, W]
-    num_sound = jnp.sum(jnp.cumprod((fault == Status.ACTIVE).astype(jnp.int32), -1), -1)
+    num_sound = _leading(fault)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
     ends = num_sound <= num_accepted
     candidates = jnp.where(
@@ -150,6 +151,19 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         path=path,
     )
     return Settled(model.commit(cache, out.block, num_emitted, block_path), decision.status, info)
+
+
+def _without_faults(draft: Draft, processed: Array, fault: Array) -> tuple[Draft, Target]:
+    """What the verifier judges: a chain ends before the first token that would stand where there is no law, and rules
+    that compute with all places at once meet no NaN. The row ends at that place, whatever is drawn there."""
+    target = jnp.where((fault == Status.ACTIVE)[..., None], processed, 0.0)
+    judged = draft if draft.parents is not None else draft._replace(lengths=jnp.minimum(draft.lengths, _leading(fault)))
+    return judged, Target(target, jax.nn.softmax(target, -1))
+
+
+def _leading(fault: Array) -> Array:
+    """[B] int32: how many places of [B, W] come before the first fault."""
+    return jnp.sum(jnp.cumprod((fault == Status.ACTIVE).astype(jnp.int32), -1), -1)
 
 
 def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) -> Array:

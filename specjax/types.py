@@ -139,6 +139,7 @@ class Context(NamedTuple):
     target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)
     process: Process  # from logits to a law
     draft_keys: Callable[[Array | int], Array]  # (step) -> keys [B]: the noise to draw the draft token at this step
+    vocab_size: Array | int  # the target's: ids below it may be drafted
 
 
 class Output(NamedTuple):

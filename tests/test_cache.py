@@ -57,18 +57,29 @@ def test_attend_matches_numpy(window, slots, lengths, width, count):
             np.testing.assert_allclose(out[row, head], wanted, atol=2e-5)
 
 
-def test_dead_slots_may_hold_anything():
-    """Catches attention that reads rejected drafts: NaN past the live length must not show."""
-    cache, block, key = _filled(256, [0, 5, 200], 2, 0)
-    place = kv.place(cache, block, 2, None, None)
-    query = jax.random.normal(key, (BATCH, HEADS, 2, DIM))
-    slot = jnp.arange(256)[None, None, :, None]
-    dead = slot >= cache.lengths[:, None, None, None]
-    clean = attend(query, cache.keys[0], cache.values[0], block.keys[0], block.values[0], place, scale=1.0)
-    for poison in (1e9, -1e9):
-        keys = jnp.where(dead, poison, cache.keys[0])
-        out = attend(query, keys, cache.values[0], block.keys[0], block.values[0], place, scale=1.0)
-        np.testing.assert_array_equal(out, clean)
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, -jnp.inf, 1e9, -1e9])
+@pytest.mark.parametrize("part", ["keys", "values"])
+def test_what_is_masked_may_hold_anything(part, poison):
+    """Catches attention that reads rejected drafts: what is past the live length, or not seen in the block, must not
+    show, be it NaN or infinite (0 times either is NaN). Here the block's third token is poison: the first two tokens
+    cannot see it, the third and fourth can."""
+    cache, block, key = _filled(256, [0, 5, 200], 4, 0)
+    place = kv.place(cache, block, 4, None, None)
+    query = jax.random.normal(key, (BATCH, HEADS, 4, DIM))
+    dead = jnp.arange(256)[None, None, :, None] >= cache.lengths[:, None, None, None]
+    is_poison = jnp.arange(4)[None, None, :, None] == 2
+
+    def run(cache, block):
+        return attend(query, cache.keys[0], cache.values[0], block.keys[0], block.values[0], place, scale=1.0)
+
+    clean = run(cache, block)
+    in_cache = cache._replace(**{part: (jnp.where(dead, poison, getattr(cache, part)[0]),)})
+    np.testing.assert_array_equal(run(in_cache, block), clean)
+    in_block = block._replace(**{part: (jnp.where(is_poison, poison, getattr(block, part)[0]),)})
+    out = run(in_cache, in_block)
+    np.testing.assert_array_equal(out[:, :, :2], clean[:, :, :2])
+    if not jnp.isfinite(poison):
+        assert not jnp.isfinite(out[:, :, 2:]).any()
 
 
 def test_commit_keeps_what_was_accepted():

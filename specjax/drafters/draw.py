@@ -14,7 +14,7 @@ def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> 
 
     The drafter's logits go the target's way: the same processors with the draft tokens before this one in view, the
     same temperature, top-k, top-p and min-p. Logits that are not finite, or of which nothing is left, become the
-    uniform law: a bad drafter costs speed, never correctness.
+    uniform law over the target's vocabulary: a bad drafter costs speed, never correctness.
 
     Args:
       context: of this round.
@@ -28,7 +28,8 @@ def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> 
     visible = (jnp.arange(drafted.shape[1]) < step)[None, None]
     processed = context.process(logits[:, None], drafted, visible)[:, 0]
     peak = jnp.max(processed, -1, keepdims=True)
-    processed = jnp.where(jnp.isfinite(peak), processed, 0.0)
+    uniform = jnp.where(jnp.arange(processed.shape[-1])[None] < context.vocab_size, 0.0, -jnp.inf)
+    processed = jnp.where(jnp.isfinite(peak), processed, uniform)
     token = sample(context.draft_keys(step), processed, context.rows.sampling)
     own = jnp.take_along_axis(jax.nn.softmax(logits, -1), token[:, None], -1)[:, 0]
     return Drawn(token, jax.nn.softmax(processed, -1), own)
