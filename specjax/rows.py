@@ -102,7 +102,11 @@ def decide(rows: Rows, candidates: Array, num_candidates: Array, fault: Array, *
 
 
 def append(rows: Rows, candidates: Array, log_probs: LogProbs, decision: Decision) -> Rows:
-    """The rows with as many of their candidates [B, W] and their log-probabilities [B, W] as was decided."""
+    """The rows with as many of their candidates [B, W] and their log-probabilities [B, W] as was decided.
+
+    A row that neither emits nor ends took no part: it keeps its round number, and so the noise of its next round.
+    Whether such a round was run at all depends on the other rows.
+    """
     width = candidates.shape[1]
 
     @jax.vmap  # by rows, which a mesh may cut: with row numbers as indices XLA would send the rows around
@@ -110,12 +114,13 @@ def append(rows: Rows, candidates: Array, log_probs: LogProbs, decision: Decisio
         at = start + jnp.arange(width)
         return text.at[at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)
 
+    took_part = is_active(rows) & ((decision.num_emitted > 0) | (decision.status != Status.ACTIVE))
     both = zip(rows.log_probs, log_probs, strict=True)
     return rows._replace(
         tokens=write(rows.tokens, candidates, rows.lengths),
         lengths=rows.lengths + decision.num_emitted,
         status=decision.status,
-        rounds=rows.rounds + is_active(rows).astype(jnp.int32),
+        rounds=rows.rounds + took_part.astype(jnp.int32),
         log_probs=LogProbs(*(write(old, new, rows.lengths) for old, new in both)),
         counts=None if rows.counts is None else count(rows.counts, candidates, decision.num_emitted),
     )
