@@ -70,8 +70,7 @@ def calibrate(
     if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
         raise ValueError(f"thresholds must be one or more probabilities in 0..1, got {tuple(thresholds)}.")
     controller = controllers.confidence(0.5, profile.longest)
-    prompts = jnp.asarray(prompts)
-    batch = prompts.shape[0]
+    batch = np.shape(prompts)[0]
     speedups = []
     for threshold in thresholds:
         out = generate(

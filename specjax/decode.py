@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, logs, parts, validate, verify
+from specjax import controllers, integers, logs, parts, validate, verify
 from specjax.loop import run
 from specjax.plain import first_token, step
 from specjax.prefill import prefill
@@ -74,7 +74,8 @@ def generate(
       drafter_params: its parameters.
       prompts: [B, P] int32 ids, padded on the right (with any valid or invalid id).
       prompt_lengths: [B] int32 in 1..P; None means P for all.
-      key: a PRNG key; None is `jax.random.key(0)`. Row b draws from `fold_in(key, seeds[b])`.
+      key: a PRNG key of any implementation; None is `jax.random.key(0)`. Row b draws by a Threefry key of its own, made
+        from the bits of `key` and seeds[b].
       max_new_tokens: an int, or [B] int32. Traced, it needs `capacity`.
       sampling: temperature, top-k, top-p, min-p, penalties, bias, bad words, minimum length: scalars or [B]. The
         default is greedy.
@@ -120,7 +121,7 @@ def generate(
         max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
     parts.fit(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
-    validate.at_least_one(rounds_per_test, "rounds_per_test")
+    integers.static(rounds_per_test, "rounds_per_test")
     parts.controller_state(roles.controller, controller_state, request)
     arrays = globally(model.layout, request.arrays)
     return _generate(
@@ -155,7 +156,7 @@ def autoregressive(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    validate.at_least_one(rounds_per_test, "rounds_per_test")
+    integers.static(rounds_per_test, "rounds_per_test")
     arrays = globally(model.layout, request.arrays)
     return _autoregressive(model, processor, request.capacity, rounds_per_test, params, arrays, pad_token)
 

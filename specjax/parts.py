@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
+from specjax.controllers.buckets import MOST
+from specjax.traced import known
 from specjax.types import Controller, Drafter, Model, Sampling, Verifier
-from specjax.validate import Checked, known
+from specjax.validate import Checked
 
 
 def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
@@ -41,10 +43,11 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
 
 def _buckets(buckets: Any) -> None:
     is_whole = isinstance(buckets, tuple) and all(isinstance(size, int) for size in buckets)
-    if not is_whole or not buckets or list(buckets) != sorted(set(buckets)) or buckets[0] < 0 or buckets[-1] < 1:
+    ascends = is_whole and list(buckets) == sorted(set(buckets)) and buckets
+    if not ascends or buckets[0] < 0 or not 1 <= buckets[-1] <= MOST:
         raise ValueError(
-            "a Controller's buckets must be a tuple of whole numbers that ascend, as in (0, 2, 5); the last is K, 1 or "
-            f"more; got {buckets!r}."
+            "a Controller's buckets must be a tuple of whole numbers that ascend, as in (0, 2, 5); the last is K, in "
+            f"1..{MOST}; got {buckets!r}."
         )
 
 

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import numpy as np
 
 import specjax
-from specjax import costs, parts, validate, verify
-from specjax.controllers.buckets import up_to
+from specjax import costs, integers, parts, verify
+from specjax.controllers.buckets import longest_draft, up_to
 from specjax.costs import Costs, Profile
 from specjax.timing import Bench, forced
+from specjax.traced import is_traced
 from specjax.types import Drafter, Model, PyTree, Roles, Sampling, Verifier
 
 _log = logging.getLogger(__name__)
@@ -76,10 +77,10 @@ def profile(
     3
     """
     parts.kinds(model, drafter, verifier)
-    validate.at_least_one(repeats, "repeats")
-    validate.at_least_one(longest, "longest")
+    integers.static(repeats, "repeats")
+    longest_draft(longest, "longest")
     # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
-    if validate.is_traced((params, drafter_params, jnp.zeros(()))):
+    if is_traced((params, drafter_params, jnp.zeros(()))):
         raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
     chosen = tuple(buckets) if buckets is not None else up_to(longest)
     if not chosen or chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:

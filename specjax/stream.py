@@ -14,11 +14,12 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, logs, parts, validate, verify
+from specjax import controllers, integers, logs, parts, validate, verify
 from specjax.loop import nothing_of, run
 from specjax.rounds import State, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
+from specjax.traced import is_traced
 from specjax.types import (
     Array,
     Controller,
@@ -37,6 +38,7 @@ from specjax.types import (
 )
 
 _log = logging.getLogger(__name__)
+_MOST_ROUNDS = 2**16  # of a dispatch, which keeps a record of each
 
 
 class Origin(enum.IntEnum):
@@ -128,7 +130,7 @@ def stream(
     >>> sum(len(chunk.tokens[0]) for chunk in chunks)
     5
     """
-    validate.at_least_one(rounds_per_dispatch, "rounds_per_dispatch")
+    integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=_MOST_ROUNDS)
     parts.kinds(model, drafter, verifier, controller)
     parts.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
@@ -138,7 +140,7 @@ def stream(
     )  # fmt: skip
     parts.fit(model, drafter, roles.verifier, request.arrays.sampling)
     parts.controller_state(roles.controller, controller_state, request)
-    if validate.is_traced((params, drafter_params, request.arrays)):
+    if is_traced((params, drafter_params, request.arrays)):
         raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
     request = request._replace(arrays=globally(model.layout, request.arrays))
     return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)

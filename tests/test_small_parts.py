@@ -18,7 +18,8 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
-    {"logs"},
+    {"logs", "traced"},
+    {"integers"},
     {"sharding"},
     {"status"},
     {"types", "noise", "hlo", "markup", "costs"},

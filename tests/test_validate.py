@@ -67,7 +67,7 @@ def test_parts_that_do_not_fit():
     other = specjax.drafters.draft_model(testing.table_model(1, 9))
     with pytest.raises(ValueError, match=r"vocabularies differ.*9 ids.*8"):
         specjax.generate(MODEL, TABLE, other, TABLE, PROMPTS)
-    with pytest.raises(ValueError, match=r"1 or more, got 0.*autoregressive"):
+    with pytest.raises(ValueError, match=r"in 1\.\.65535, got 0.*autoregressive"):
         specjax.controllers.fixed(0)
     with pytest.raises(ValueError, match=r"temperature 0 only.*rejection"):
         specjax.generate(
@@ -110,3 +110,70 @@ def test_a_traced_limit_needs_a_capacity():
     """Catches a tracer that leaks into a shape."""
     with pytest.raises(ValueError, match=r"max_new_tokens is traced.*capacity="):
         jax.jit(lambda n: specjax.autoregressive(MODEL, TABLE, PROMPTS, max_new_tokens=n))(3)
+
+
+HUGE = (2**31 - 1, 2**31, 2**32, 2**33 + 5, 2**63, 2**70)
+NO_LIMIT = {
+    "max_new_tokens": {"capacity": 9},
+    "max_draft_len": {"capacity": 9},
+    "top_k": {"capacity": 9},
+    "min_new_tokens": {"capacity": 9},
+}
+IN_A_RANGE = (
+    "seeds",
+    "pad_token",
+    "capacity",
+    "rounds_per_test",
+    "stop_tokens",
+    "prompts",
+    "prompt_lengths",
+    "bad_words",
+)
+SAMPLING = ("top_k", "min_new_tokens", "bad_words")
+SHAPES = {"seeds": (2,), "prompt_lengths": (2,), "stop_tokens": (1,), "bad_words": (1,), "prompts": (2, 3)}
+
+
+def _texts(**changes):
+    sampling = {name: changes.pop(name) for name in SAMPLING if name in changes}
+    options = {"prompts": PROMPTS, "max_new_tokens": 4, "capacity": 9, "max_draft_len": 2, **changes}
+    return specjax.generate(
+        MODEL, TABLE, DRAFTER, TABLE, sampling=specjax.Sampling(1.0, **{"top_k": 2, "min_new_tokens": 1, **sampling}),
+        **options,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NO_LIMIT)
+def test_a_number_past_int32_means_no_limit(name):
+    """Catches a cast that wraps: 2**33 new tokens were 0, 2**32 draft tokens none; no limit was meant."""
+    largest = {"max_new_tokens": 100, "max_draft_len": 100, "top_k": 0, "min_new_tokens": 100}[name]
+    wanted = _texts(**{name: largest})
+    for huge in HUGE:
+        out = _texts(**{name: huge})
+        assert out.new_tokens() == wanted.new_tokens()
+        assert (out.status == wanted.status).all()
+        assert (out.stats.rounds == wanted.stats.rounds).all()
+    unsigned = _texts(**{name: jnp.uint32(2**32 - 1)})
+    traced = jax.jit(lambda value: _texts(**{name: value}).tokens)(jnp.uint32(2**32 - 1))
+    assert (unsigned.tokens == wanted.tokens).all()
+    assert (traced == wanted.tokens).all()
+
+
+@pytest.mark.parametrize("name", IN_A_RANGE)
+@pytest.mark.parametrize("huge", [2**32 + 5, 2**70, -(2**40)])
+def test_a_number_that_int32_does_not_hold_is_refused(name, huge):
+    """Catches a cast that wraps where no other number can be meant: seed 2**32 + 5 was seed 5."""
+    value = np.full(SHAPES[name], huge) if name in SHAPES else huge
+    with pytest.raises(ValueError, match=rf"{name}.*(\.\.|or more|empty|= -)"):
+        _texts(**{name: value})
+
+
+@pytest.mark.parametrize("huge", [2**16, 2**32, 2**70, 2.0, True])
+def test_draft_lengths_have_a_range(huge):
+    """Catches an OverflowError, or a loop that never ends, from a K that nobody can mean."""
+    for make in (
+        specjax.controllers.fixed, lambda k: specjax.controllers.confidence(0.4, k), specjax.controllers.additive,
+        lambda k: specjax.profile(MODEL, TABLE, DRAFTER, TABLE, longest=k),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=r"in 1\.\.65535"):
+            make(huge)
+    assert specjax.controllers.additive(4, up=2**40, down=2**40).longest == 4

@@ -6,7 +6,7 @@ import functools
 
 import jax.numpy as jnp
 
-from specjax.controllers.buckets import up_to
+from specjax.controllers.buckets import longest_draft, up_to
 from specjax.types import Array, Controller, Round, Rows
 
 
@@ -31,12 +31,14 @@ def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: 
     >>> additive(8).longest
     8
     """
+    longest = longest_draft(longest, "longest")
     start = min(5, longest) if start is None else start
     if not 1 <= start <= longest or min(up, down) < 0:
         raise ValueError(
             f"additive needs 1 <= start <= longest and steps of 0 or more, got start={start}, longest={longest}, "
             f"up={up}, down={down}."
         )
+    up, down = min(up, longest), min(down, longest)  # larger steps lead no further, and could wrap
 
     def update(state: Array, info: Round) -> Array:
         asked = info.draft_lengths

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from specjax import integers
+
+MOST = 2**16 - 1  # of draft tokens in a round
+
 # Widths of 1, 2, 3, 4, 6, 9, 17, 33, 65 tokens: each costs a compiled target pass, and a draft between two of them pays
 # for the wider.
 _USUAL = (0, 1, 2, 3, 5, 8, 16, 32, 64)
@@ -14,6 +18,14 @@ def up_to(longest: int, *, least: int = 0) -> tuple[int, ...]:
     ((0, 1, 2, 3, 5, 8), (1, 2, 3, 5, 6))
     """
     return (*(size for size in _USUAL if least <= size < longest), longest)
+
+
+def longest_draft(value: object, name: str) -> int:
+    """K, checked. Raises ValueError for anything but a whole number in 1..MOST."""
+    try:
+        return integers.static(value, name, most=MOST)
+    except ValueError as error:
+        raise ValueError(f"{error} For decoding without drafts use specjax.autoregressive.") from None
 
 
 def holding(buckets: tuple[int, ...], draft_len: int) -> int:

@@ -6,7 +6,7 @@ import functools
 
 import jax.numpy as jnp
 
-from specjax.controllers.buckets import up_to
+from specjax.controllers.buckets import longest_draft, up_to
 from specjax.types import Array, Controller, Drawn, Rows
 
 
@@ -36,8 +36,7 @@ def confidence(threshold: float = 0.4, longest: int = 8) -> Controller:
     """
     if not 0 <= threshold <= 1:
         raise ValueError(f"confidence needs a threshold in 0..1, a probability, got {threshold}.")
-    if longest < 1:
-        raise ValueError(f"longest must be 1 or more, got {longest}: for decoding without drafts use autoregressive.")
+    longest = longest_draft(longest, "longest")
 
     def draft_len(state: Array, rows: Rows) -> Array:
         del rows

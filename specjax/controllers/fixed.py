@@ -6,6 +6,7 @@ import functools
 
 import jax.numpy as jnp
 
+from specjax.controllers.buckets import longest_draft
 from specjax.types import Controller
 
 
@@ -19,10 +20,7 @@ def fixed(draft_len: int) -> Controller:
     >>> fixed(4).longest
     4
     """
-    if draft_len < 1:
-        raise ValueError(
-            f"draft_len must be 1 or more, got {draft_len}. For decoding without drafts use specjax.autoregressive."
-        )
+    draft_len = longest_draft(draft_len, "draft_len")
     return Controller(
         init=lambda batch: jnp.full((batch,), draft_len, jnp.int32),
         draft_len=lambda state, rows: state,

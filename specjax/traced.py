@@ -1,0 +1,22 @@
+"""Whether a value is known on the host, or is still being traced."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.core import Tracer
+
+
+def is_traced(tree: Any) -> bool:
+    """Whether any leaf belongs to a trace under way."""
+    return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The value on the host, or None while it is traced or parts of it are other processes'."""
+    if is_traced(value):
+        return None
+    is_elsewhere = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(value))
+    return None if is_elsewhere else np.asarray(value)
