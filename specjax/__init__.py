@@ -1,5 +1,8 @@
 """specjax: exact speculative decoding for JAX models, one XLA program on TPU, GPU and CPU."""
 
+import importlib
+from types import ModuleType
+
 from specjax import controllers, costs, drafters, stats, trace, verify, viewer
 from specjax.calibration import calibrate
 from specjax.decode import autoregressive, generate
@@ -27,6 +30,8 @@ from specjax.types import (
 )
 
 __version__ = "0.1.0"
+
+_ON_DEMAND = ("adapters", "aot", "limits", "machine", "models", "sharding", "testing", "text")
 
 __all__ = [
     "Chunk",
@@ -63,3 +68,14 @@ __all__ = [
     "verify",
     "viewer",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """The parts that not every program needs, imported when first named."""
+    if name in _ON_DEMAND:
+        return importlib.import_module(f"specjax.{name}")
+    raise AttributeError(f"module 'specjax' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})

@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from specjax import controllers, integers, logs, parts, validate, verify
+from specjax.calls import names_sampling, without_gradient
 from specjax.loop import run
 from specjax.plain import first_token, step
 from specjax.prefill import prefill
@@ -40,6 +41,7 @@ from specjax.types import (
 from specjax.validate import Request
 
 
+@names_sampling
 def generate(
     model: Model,
     params: PyTree,
@@ -124,11 +126,11 @@ def generate(
     integers.static(rounds_per_test, "rounds_per_test")
     parts.controller_state(roles.controller, controller_state, request)
     arrays = globally(model.layout, request.arrays)
-    return _generate(
-        roles, request.capacity, rounds_per_test, params, drafter_params, arrays, controller_state, pad_token
-    )
+    program = functools.partial(_generate, roles, request.capacity, rounds_per_test)
+    return without_gradient(program, params, drafter_params, arrays, controller_state, pad_token)
 
 
+@names_sampling
 def autoregressive(
     model: Model,
     params: PyTree,
@@ -158,7 +160,8 @@ def autoregressive(
     )  # fmt: skip
     integers.static(rounds_per_test, "rounds_per_test")
     arrays = globally(model.layout, request.arrays)
-    return _autoregressive(model, processor, request.capacity, rounds_per_test, params, arrays, pad_token)
+    program = functools.partial(_autoregressive, model, processor, request.capacity, rounds_per_test)
+    return without_gradient(program, params, arrays, pad_token)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from specjax.costs import Profile
+from specjax.traced import is_traced
 from specjax.types import Stats
 
 
@@ -47,7 +49,7 @@ def token_acceptance(stats: Stats) -> float:
 
 def acceptance_by_position(stats: Stats) -> np.ndarray:
     """[K] float64: of the rounds in which position i was tested, the share that accepted it; NaN where none was."""
-    accepted, tested = (np.asarray(counts, np.float64).sum(0) for counts in (stats.accepted, stats.tested))
+    accepted, tested = (_on_host(counts).astype(np.float64).sum(0) for counts in (stats.accepted, stats.tested))
     return np.divide(accepted, tested, out=np.full_like(accepted, np.nan), where=tested > 0)
 
 
@@ -63,8 +65,8 @@ def draft_lengths(stats: Stats) -> np.ndarray:
     >>> draft_lengths(zeros(1, 2)._replace(rounds=np.array([5]), drafted=np.array([[4, 1]]))).tolist()
     [1, 3, 1]
     """
-    drafted = np.asarray(stats.drafted).sum(0)
-    at_least = np.concatenate([[int(np.sum(stats.rounds))], drafted, [0]])
+    drafted = _on_host(stats.drafted).sum(0)
+    at_least = np.concatenate([[int(_on_host(stats.rounds).sum())], drafted, [0]])
     return at_least[:-1] - at_least[1:]
 
 
@@ -73,7 +75,7 @@ def draft_utilisation(stats: Stats) -> float:
 
     A round costs what its longest draft costs, in every row: this is what of it was used.
     """
-    longest = np.asarray(stats.by_longest)
+    longest = _on_host(stats.by_longest)
     return _ratio(stats.accepted, longest * np.arange(longest.shape[1]))
 
 
@@ -85,7 +87,7 @@ def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
       profile: of the same models on the same device.
       context: tokens in the cache, the mean over the rounds.
     """
-    by_longest = np.asarray(stats.by_longest, np.float64)
+    by_longest = _on_host(stats.by_longest).astype(np.float64)
     costs = profile.at(len(by_longest), context)
     if by_longest.shape[1] > len(costs.rounds):
         raise ValueError(
@@ -108,7 +110,7 @@ def profiled_speedup(*parts: Stats, profile: Profile, context: float) -> float:
     `time_split`; NaN where there were no rounds.
     """
     seconds = sum(time_split(part, profile, context=context).total for part in parts)
-    plain = sum(float(np.max(part.emitted)) * profile.at(len(part.rounds), context).plain for part in parts)
+    plain = sum(float(_on_host(part.emitted).max()) * profile.at(len(part.rounds), context).plain for part in parts)
     return plain / seconds if seconds > 0 else float("nan")
 
 
@@ -139,5 +141,15 @@ def predicted_speedup(alpha: float, draft_len: int, draft_cost: float, verify_co
 
 
 def _ratio(above, below) -> float:
-    total = float(np.sum(below))
-    return float(np.sum(above)) / total if total > 0 else float("nan")
+    total = float(_on_host(below).sum())
+    return float(_on_host(above).sum()) / total if total > 0 else float("nan")
+
+
+def _on_host(counts: ArrayLike) -> np.ndarray:
+    if is_traced(counts):
+        raise ValueError(
+            "these statistics are numbers for the host, and their counts are still traced: return out.stats from the "
+            "jitted function and call specjax.stats outside of it; inside, compute with the fields, as in "
+            "out.stats.accepted.sum() / out.stats.drafted.sum()."
+        )
+    return np.asarray(counts)

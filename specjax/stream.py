@@ -15,6 +15,7 @@ from jax import lax
 from jax.typing import ArrayLike
 
 from specjax import controllers, integers, logs, parts, validate, verify
+from specjax.calls import names_sampling
 from specjax.loop import nothing_of, run
 from specjax.rounds import State, start
 from specjax.rows import is_active
@@ -94,6 +95,7 @@ class _Log(NamedTuple):
     path: Array | None
 
 
+@names_sampling
 def stream(
     model: Model,
     params: PyTree,

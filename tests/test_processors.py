@@ -179,7 +179,7 @@ def test_bad_settings_are_refused():
         ({"bad_words": [-2]}, "bad_words holds -2"),
         ({"bad_words": [[1], [2, 3]]}, "rows of different lengths"),
         ({"logit_bias": {1: 2.0}}, "From ids to numbers"),
-        ({"top_k": 2.5}, "must hold whole numbers"),
+        ({"top_k": 2.5}, "must hold integers"),
         ({"temperature": "hot"}, "must hold numbers"),
         ({"bad_words": [0.5]}, "bad_words must hold integers"),
         ({"min_new_tokens": -1}, "min_new_tokens must be 0 or more"),

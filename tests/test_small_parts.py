@@ -29,7 +29,7 @@ LAYERS = [
     {"sampling"},
     {"rows", "prefill", "context"},
     {"verify", "controllers", "drafters"},
-    {"validate"},
+    {"validate", "calls"},
     {"parts", "plain"},
     {"settle"},
     {"rounds"},
