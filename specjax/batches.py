@@ -57,8 +57,7 @@ class Batch:
             "key": jax.random.key(task.seed),
             "seeds": np.arange(start, start + size, dtype=np.int32),
             "stop_tokens": pair.stop_tokens(),
-            # In steps, so that runs of similar length find each other's compiled programs.
-            "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP,
+            "capacity": _capacity(prompts.tokens.shape[1] + task.max_new_tokens, pair.target.model.max_positions),
         }
         self.chunks: list[Chunk] = []  # of the run that is shown
 
@@ -112,6 +111,13 @@ class Batch:
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.
         return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
+
+
+def _capacity(needed: int, positions: int | None) -> int:
+    """Tokens a row may hold: in steps, so that runs of similar length find each other's compiled programs, and never
+    more than the target has positions."""
+    rounded = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
+    return rounded if positions is None else min(rounded, positions)
 
 
 class Timed(NamedTuple):

@@ -72,4 +72,6 @@ def _shared(context: int, draft_len: int, pair: Pair) -> int:
     """A length of text near `context` that others share, so that they find each other's profiles."""
     near = max(round(context / _CONTEXT_STEP), 1) * _CONTEXT_STEP
     most = pair.target.model.max_positions
-    return near if most is None or near + draft_len < most else context
+    if most is None or near + draft_len < most:
+        return near
+    return max(min(context, most - draft_len - 1), 1)  # a round of K drafted tokens must fit behind it

@@ -76,12 +76,19 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     traced: list[TracedRow] = []
     interrupted = False
     # Every batch has the width and capacity of the longest prompt, and the last one is filled up: one program for all.
-    prompts = text.encode(pair.tokenizer, texts)
+    positions = pair.target.model.max_positions
+    prompts = text.encode(pair.tokenizer, texts, limit=positions)
     trained, longest = pair.target.config.get("max_position_embeddings"), int(prompts.lengths.max())
-    if trained is not None and longest + task.max_new_tokens > trained:
+    needed = longest + task.max_new_tokens
+    if trained is not None and needed > trained:
         display.note(
-            f"note: prompt and new tokens may reach {longest + task.max_new_tokens} tokens, the target was made for "
-            f"{trained}: past that its text is worth little."
+            f"note: prompt and new tokens may reach {needed} tokens, the target was made for {trained}: past that its "
+            "text is worth little."
+        )
+    if positions is not None and needed > positions:
+        display.note(
+            f"note: the target has {positions} positions, prompt and new tokens may need {needed}: a text that gets "
+            "there ends."
         )
     size = min(task.batch, len(texts))
     chosen = choose(

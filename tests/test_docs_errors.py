@@ -101,6 +101,12 @@ def _no_tokenizer():
     text.load_tokenizer(_folder())
 
 
+def _cut_by_the_tokenizer():
+    tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
+    tokenizer.enable_truncation(8)
+    text.encode(tokenizer, ["x", "def " * 20])
+
+
 def _saved_twice():
     models.save(models.random(tiny.config("llama"), jax.random.key(0)), _folder())
 
@@ -173,6 +179,9 @@ ERRORS = {
     "an id outside": lambda: _plain(prompts=jnp.array([[1, 2, 3], [4, 8, 0]])),
     "small capacity": lambda: _plain(capacity=2),
     "past the positions": lambda: _plain(*_positions(), capacity=11),
+    "traced lengths": lambda: jax.jit(
+        lambda lengths: _plain(*_positions(), jnp.ones((1, 64), jnp.int32), prompt_lengths=lengths, max_new_tokens=3)
+    )(jnp.array([3])),
     "traced limit": lambda: jax.jit(lambda n: _plain(max_new_tokens=n))(3),
     "an integer key": lambda: _plain(key=3),
     "temperature": lambda: _plain(sampling=specjax.Sampling(-1.0)),
@@ -196,6 +205,8 @@ ERRORS = {
     "stream under jit": lambda: jax.jit(lambda x: specjax.stream(MODEL, TABLE, DRAFTER, TABLE, x, capacity=9))(PROMPTS),
     "one text": lambda: text.encode(None, "import os"),  # type: ignore[arg-type]
     "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
+    "a long text": lambda: text.pad_prompts([[1], [1] * 51], limit=50),
+    "a text that is cut": _cut_by_the_tokenizer,
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/nowhere"),

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import pytest
 import tiny
-from tokenizers import Tokenizer, models as tokens, pre_tokenizers
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import models as tokens
 
 import specjax
 from specjax import models, pair, text
@@ -69,7 +70,7 @@ def padded(tmp_path_factory):
 def test_ids_past_the_tokenizer_are_never_emitted(padded):
     """Catches padding columns drawn (11 of 200 tokens at temperature 3) where the tokenizer is not in the target's
     folder, and a pair refused because the two are padded differently."""
-    found = pair.load_pair(*(str(padded / name) for name in ("target", "draft", "tokenizer.json")), None)
+    found = pair.load_pair(str(padded / "target"), str(padded / "draft"), str(padded / "tokenizer.json"), None)
     assert found.target.model.vocab_size == found.draft.model.vocab_size == WORDS
     target, draft = found.target, found.draft
     options = {"max_new_tokens": 60, "sampling": specjax.Sampling(3.0)}
