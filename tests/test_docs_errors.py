@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -105,6 +106,13 @@ def _cut_by_the_tokenizer():
     tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
     tokenizer.enable_truncation(8)
     text.encode(tokenizer, ["x", "def " * 20])
+
+
+def _llama2c():
+    Path("my-model").mkdir()
+    header, count = (8, 4, 1, 2, 2, 11, 16), 11 * 8 + 2 * 8 + 4 * 8 * 8 + 3 * 4 * 8 + 8 + 16 * 4
+    Path("my-model/stories.bin").write_bytes(struct.pack("<7i", *header) + bytes(4 * count))
+    models.load("my-model")
 
 
 def _saved_twice():
@@ -215,12 +223,17 @@ ERRORS = {
     "cut off": _cut_off,
     "a shard missing": _shard_missing,
     "unknown family": lambda: models.load(_folder(model_type="mamba", architectures=["MambaForCausalLM"])),
+    "an encoder-decoder": lambda: models.build(
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    ),
+    "a folder of llama2.c": _llama2c,
     "a field missing": lambda: models.load(_folder(hidden_size=None)),
     "unknown activation": lambda: models.load(_folder(hidden_act="swoosh")),
     "unknown rope": lambda: models.load(_folder(rope_parameters={"rope_type": "helix"})),
     "names": lambda: _with_tensors(lambda tensors: tensors.pop("lm_head.weight")),
     "shapes": lambda: _with_tensors(lambda tensors: tensors.update({"model.norm.weight": np.ones(31, np.float32)})),
     "no tokenizer": _no_tokenizer,
+    "a broken tokenizer": lambda: (Path(_folder(), "tokenizer.json").write_text("{"), text.load_tokenizer("my-model")),
     "saved twice": _saved_twice,
     "int8": _int8,
     "the hub": lambda: models.load("owner/model"),
@@ -230,6 +243,10 @@ ERRORS = {
     "no prompt": lambda: cli._prompts(None, None),
     "no prompt file": lambda: cli._prompts(None, Path("prompts.txt")),
     "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), cli._prompts(None, Path("prompts.txt"))),
+    "another encoding": lambda: (
+        Path("prompts.txt").write_text("x", encoding="utf-16"),
+        cli._prompts(None, Path("prompts.txt")),
+    ),
     "a mesh": lambda: cli._axes("data:1"),
     "a topology": lambda: topology.num_chips("v9z:2x2"),
     "no safetensors": lambda: _without("safetensors", lambda: models.load(models.PRETRAINED / "draft")),
