@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from specjax import drafters, text, trace, verify
+from specjax import drafters, text, trace, undrafted, verify
 from specjax.decode import autoregressive, generate
 from specjax.pair import Pair
 from specjax.policy import Policy
@@ -89,6 +89,8 @@ class Batch:
 
     def _roles(self) -> tuple[Any, ...]:
         target, draft = self.pair.target, self.pair.draft
+        if draft is None:
+            return target.model, target.params, undrafted.DRAFTER, (), *self.prompts
         return target.model, target.params, drafters.draft_model(draft.model), draft.params, *self.prompts
 
     def _adaptively(self, limit: int) -> dict[str, Any]:
@@ -106,7 +108,8 @@ class Batch:
         It is data, so two tokens take the same programs. But XLA readies each branch when it first runs, for up to
         0.1 s on CPU: a controller that takes one or another has a whole run of them.
         """
-        return 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
+        one_branch = len(self.controller.buckets) == 1 or self.pair.draft is None
+        return 2 if one_branch else self.task.max_new_tokens
 
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.

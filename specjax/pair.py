@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     """What `load_pair` found."""
 
     target: Any  # models.Loaded
-    draft: Any
+    draft: Any  # likewise; None: plain decoding
     tokenizer: Any
 
     def stop_tokens(self) -> np.ndarray:
@@ -58,6 +58,14 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     return _fitted(Pair(target, drafting, _tokenizer(tokenizer, target)))
 
 
+def load_target(model: str, tokenizer: str | None, dtype: str | None) -> Pair:
+    """Loads a target that is to decode plainly, without a draft. Errors as for `load_pair`."""
+    from specjax import models
+
+    target = models.load(model, dtype=_dtype(dtype))
+    return _fitted(Pair(target, None, _tokenizer(tokenizer, target)))
+
+
 def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
     """The pair with its target, its draft or both in int8: `parts` names the fields."""
     from specjax import models
@@ -71,7 +79,7 @@ def _fitted(pair: Pair) -> Pair:
     def within(loaded: Any) -> Any:
         return loaded._replace(model=text.within_vocab(loaded.model, pair.tokenizer))
 
-    return pair._replace(target=within(pair.target), draft=within(pair.draft))
+    return pair._replace(target=within(pair.target), draft=None if pair.draft is None else within(pair.draft))
 
 
 def floating(name: str) -> np.dtype:

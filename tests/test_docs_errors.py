@@ -21,7 +21,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import Status, adapters, cli, complaints, models, pair, sharding, speed, testing, text, validate
+from specjax import Status, adapters, cli, complaints, models, pair, policy, sharding, speed, testing, text, validate
 from specjax.aot import topology
 from specjax.stream import warn_of_troubles
 
@@ -113,6 +113,12 @@ def _llama2c():
     header, count = (8, 4, 1, 2, 2, 11, 16), 11 * 8 + 2 * 8 + 4 * 8 * 8 + 3 * 4 * 8 + 8 + 16 * 4
     Path("my-model/stories.bin").write_bytes(struct.pack("<7i", *header) + bytes(4 * count))
     models.load("my-model")
+
+
+def _nothing_to_control():
+    alone = pair.Pair(models.random(tiny.config("llama"), jax.random.key(0)), None, None)
+    given = {"batch": 1, "context": 8, "sampling": specjax.Sampling(), "verifier": specjax.verify.rejection()}
+    policy.choose(policy.Policy.additive, alone, 3, kept_in=None, busy=None, **given)  # type: ignore[arg-type]
 
 
 def _saved_twice():
@@ -238,6 +244,7 @@ ERRORS = {
     "int8": _int8,
     "the hub": lambda: models.load("owner/model"),
     "half a pair": lambda: pair.load_pair("my-model", None, None, None),
+    "a controller without a draft": _nothing_to_control,
     "unknown dtype": lambda: pair.floating("float33"),
     "an integer dtype": lambda: pair.floating("int32"),
     "no prompt": lambda: cli._prompts(None, None),
