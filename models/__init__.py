@@ -55,13 +55,21 @@ def build(
     """
     kind = config.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(
-            f"unknown model_type {kind!r} (architectures: {config.get('architectures')}); "
-            f"known: {', '.join(FAMILIES)}. Any other Flax model can be wrapped as a specjax.Model."
-        )
+        raise ValueError(_unknown(config))
     read = FAMILIES[kind].read_config(config)
     built = FAMILIES[kind].build(read, min(vocab_size or read.vocab_size, read.vocab_size), layout, kinds)
     return built if rules is None else built._replace(rules=rules)
+
+
+def _unknown(config: dict[str, Any]) -> str:
+    said = f"unknown model_type {config.get('model_type')!r} (architectures: {config.get('architectures')})"
+    known = ", ".join(FAMILIES)
+    if config.get("is_encoder_decoder") or {"encoder", "decoder"} <= config.keys():
+        return f"{said}: encoder-decoders are not supported yet. Decoders are: {known}, and your own Flax modules."
+    return (
+        f"{said}; known: {known}. If you have it as a Flax module, specjax.adapters.from_nnx or from_linen makes a "
+        "model of it."
+    )
 
 
 def random(
@@ -139,6 +147,10 @@ def load(
 
 
 def _load_folder(folder: Path, dtype: Any, layout: Layout | None, rules: Rules | None) -> Loaded:
+    if not (folder / "config.json").is_file():
+        files = [file for file in sorted(folder.glob("*.bin")) if llama2c.is_model(file)]
+        if files:
+            raise ValueError(f"{folder} has no config.json, but a llama2.c file: load that, {files[0]}.")
     config = checkpoint.read_config(folder)
     built = build(config, vocab_size=_tokenizer_size(folder), layout=layout, rules=rules)
     return Loaded(built.model, checkpoint.read_params(folder, built, dtype), config, folder)
@@ -165,14 +177,21 @@ def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
     except ImportError as error:
         raise ImportError("fetching from the hub needs huggingface_hub: pip install 'specjax[hf]'.") from error
     _log.info("fetching %s from the hub", name)
-    patterns = ["config.json", "*.safetensors", checkpoint.INDEX, *checkpoint.TOKENIZER_FILES]
-    try:
-        return Path(snapshot_download(name, allow_patterns=patterns))
-    except Exception as error:
-        raise FileNotFoundError(
-            f"{name} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
-            "Check the spelling and the network, or pass the path of a downloaded folder."
-        ) from error
+
+    def fetch(patterns: list[str]) -> Path:
+        try:
+            return Path(snapshot_download(name, allow_patterns=patterns))
+        except Exception as error:
+            raise FileNotFoundError(
+                f"{name} is no folder here and could not be fetched from the hub ({type(error).__name__}: {error}). "
+                "Check the spelling and the network, or pass the path of a downloaded folder."
+            ) from error
+
+    about = ["config.json", checkpoint.INDEX, *checkpoint.TOKENIZER_FILES]
+    folder = fetch(about)
+    # By their names: repositories also hold adapters, and the same weights in other forms.
+    weights = checkpoint.index_of(folder) if (folder / checkpoint.INDEX).is_file() else [checkpoint.SINGLE]
+    return fetch([*about, *weights])
 
 
 __all__ = [

@@ -198,12 +198,17 @@ def _open_tensors(folder: Path) -> dict[str, _Tensor]:
     return tensors
 
 
+def index_of(folder: Path) -> list[str]:
+    """The files of weights that the folder's index names."""
+    weight_map = read_json(folder / INDEX).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{folder / INDEX} has no weight_map: fetch the file again.")
+    return sorted(set(weight_map.values()))
+
+
 def _weight_files(folder: Path) -> list[str]:
     if (folder / INDEX).is_file():
-        weight_map = read_json(folder / INDEX).get("weight_map")
-        if not weight_map:
-            raise ValueError(f"{folder / INDEX} has no weight_map: fetch the file again.")
-        files = sorted(set(weight_map.values()))
+        files = index_of(folder)
         absent = [file for file in files if not (folder / file).is_file()]
         if absent:
             raise ValueError(f"{folder} lacks {_some(absent)}, named in {INDEX}: fetch the missing shards.")

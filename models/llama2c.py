@@ -7,6 +7,7 @@ then float32 tensors, each for all layers at once.
 
 from __future__ import annotations
 
+import math
 import struct
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,23 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 
+_HEADER = 28
+_SIZES = (
+    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "max_position_embeddings",
+)  # fmt: skip
+
+
+def is_model(path: Path) -> bool:
+    """Whether a file is as large as its header asks for: other formats end in `.bin` too."""
+    with path.open("rb") as file:
+        header = file.read(_HEADER)
+    if len(header) < _HEADER:
+        return False
+    config = _config(header)
+    return min(config[name] for name in _SIZES) >= 1 and _size(_stacked(config)) == path.stat().st_size
+
+
 def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rules | None = None) -> Loaded:
     """A Llama model from a version 0 file.
 
@@ -31,48 +49,18 @@ def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rul
       ValueError: the file's size does not fit its header.
     """
     data = path.read_bytes()
-    if len(data) < 28:
-        raise ValueError(f"{path} holds {len(data)} bytes, too few for a llama2.c header of 28.")
-    width, inner, layers, heads, kv_heads, signed_vocab, positions = struct.unpack("<7i", data[:28])
-    vocab, head_dim = abs(signed_vocab), width // heads if heads > 0 else 0
-    config = {
-        "model_type": "llama",
-        "architectures": ["LlamaForCausalLM"],
-        "vocab_size": vocab,
-        "hidden_size": width,
-        "intermediate_size": inner,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "max_position_embeddings": positions,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0,
-        "tie_word_embeddings": signed_vocab > 0,
-    }
-    if min(width, inner, layers, heads, kv_heads, vocab, positions) < 1:
+    if len(data) < _HEADER:
+        raise ValueError(f"{path} holds {len(data)} bytes, too few for a llama2.c header of {_HEADER}.")
+    config = _config(data)
+    if min(config[name] for name in _SIZES) < 1:
         raise ValueError(f"{path} is not a llama2.c version 0 file: its header reads {config}.")
-    kv_width = kv_heads * head_dim
-    stacked = {
-        "model.embed_tokens.weight": (vocab, width),
-        "input_layernorm.weight": (layers, width),
-        "self_attn.q_proj.weight": (layers, width, width),
-        "self_attn.k_proj.weight": (layers, kv_width, width),
-        "self_attn.v_proj.weight": (layers, kv_width, width),
-        "self_attn.o_proj.weight": (layers, width, width),
-        "post_attention_layernorm.weight": (layers, width),
-        "mlp.gate_proj.weight": (layers, inner, width),
-        "mlp.down_proj.weight": (layers, width, inner),
-        "mlp.up_proj.weight": (layers, inner, width),
-        "model.norm.weight": (width,),
-        "angles": (2, positions, head_dim // 2),
-    }
-    if signed_vocab < 0:
-        stacked["lm_head.weight"] = (vocab, width)
-    wanted = 28 + 4 * sum(int(np.prod(shape)) for shape in stacked.values())
+    heads, kv_heads, vocab = config["num_attention_heads"], config["num_key_value_heads"], config["vocab_size"]
+    stacked = _stacked(config)
+    wanted = _size(stacked)
     if len(data) != wanted:
         raise ValueError(f"{path} holds {len(data)} bytes where its header asks for {wanted}: not a version 0 file?")
 
-    tensors, offset = {}, 28
+    tensors, offset = {}, _HEADER
     for name, shape in stacked.items():
         count = int(np.prod(shape))
         tensors[name] = np.frombuffer(data, "<f4", count, offset).reshape(shape)
@@ -91,6 +79,52 @@ def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rul
     built = llama.build(llama.read_config(config), vocab, layout)
     built = built if rules is None else built._replace(rules=rules)
     return Loaded(built.model, assemble(built, pick), config, path)
+
+
+def _config(header: bytes) -> dict[str, Any]:
+    """What the header says, as a config.json would."""
+    width, inner, layers, heads, kv_heads, signed_vocab, positions = struct.unpack("<7i", header[:_HEADER])
+    return {
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": abs(signed_vocab),
+        "hidden_size": width,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "max_position_embeddings": positions,
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": signed_vocab > 0,
+    }
+
+
+def _stacked(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    """The file's tensors in order, and their shapes."""
+    vocab, width, inner, layers, heads, kv_heads, positions = (config[name] for name in _SIZES)
+    head_dim = width // heads
+    kv_width = kv_heads * head_dim
+    stacked = {
+        "model.embed_tokens.weight": (vocab, width),
+        "input_layernorm.weight": (layers, width),
+        "self_attn.q_proj.weight": (layers, width, width),
+        "self_attn.k_proj.weight": (layers, kv_width, width),
+        "self_attn.v_proj.weight": (layers, kv_width, width),
+        "self_attn.o_proj.weight": (layers, width, width),
+        "post_attention_layernorm.weight": (layers, width),
+        "mlp.gate_proj.weight": (layers, inner, width),
+        "mlp.down_proj.weight": (layers, width, inner),
+        "mlp.up_proj.weight": (layers, inner, width),
+        "model.norm.weight": (width,),
+        "angles": (2, positions, head_dim // 2),
+    }
+    return stacked if config["tie_word_embeddings"] else {**stacked, "lm_head.weight": (vocab, width)}
+
+
+def _size(stacked: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of a file with these tensors."""
+    return _HEADER + 4 * sum(math.prod(shape) for shape in stacked.values())
 
 
 def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:

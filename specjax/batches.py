@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from specjax import drafters, text, trace, verify
+from specjax import drafters, text, trace, undrafted, verify
 from specjax.decode import autoregressive, generate
 from specjax.pair import Pair
 from specjax.policy import Policy
@@ -57,8 +57,7 @@ class Batch:
             "key": jax.random.key(task.seed),
             "seeds": np.arange(start, start + size, dtype=np.int32),
             "stop_tokens": pair.stop_tokens(),
-            # In steps, so that runs of similar length find each other's compiled programs.
-            "capacity": -(-(prompts.tokens.shape[1] + task.max_new_tokens) // _CAPACITY_STEP) * _CAPACITY_STEP,
+            "capacity": _capacity(prompts.tokens.shape[1] + task.max_new_tokens, pair.target.model.max_positions),
         }
         self.chunks: list[Chunk] = []  # of the run that is shown
 
@@ -90,6 +89,8 @@ class Batch:
 
     def _roles(self) -> tuple[Any, ...]:
         target, draft = self.pair.target, self.pair.draft
+        if draft is None:
+            return target.model, target.params, undrafted.DRAFTER, (), *self.prompts
         return target.model, target.params, drafters.draft_model(draft.model), draft.params, *self.prompts
 
     def _adaptively(self, limit: int) -> dict[str, Any]:
@@ -107,11 +108,19 @@ class Batch:
         It is data, so two tokens take the same programs. But XLA readies each branch when it first runs, for up to
         0.1 s on CPU: a controller that takes one or another has a whole run of them.
         """
-        return 2 if len(self.controller.buckets) == 1 else self.task.max_new_tokens
+        one_branch = len(self.controller.buckets) == 1 or self.pair.draft is None
+        return 2 if one_branch else self.task.max_new_tokens
 
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.
         return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
+
+
+def _capacity(needed: int, positions: int | None) -> int:
+    """Tokens a row may hold: in steps, so that runs of similar length find each other's compiled programs, and never
+    more than the target has positions."""
+    rounded = -(-needed // _CAPACITY_STEP) * _CAPACITY_STEP
+    return rounded if positions is None else min(rounded, positions)
 
 
 class Timed(NamedTuple):

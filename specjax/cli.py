@@ -314,13 +314,25 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         raise ValueError("give a PROMPT or --prompt-file, one of the two.")
     if prompt_file is None:
         assert prompt is not None
-        return [sys.stdin.read() if prompt == "-" else prompt]
-    if not prompt_file.is_file():
-        raise ValueError(f"--prompt-file {prompt_file}: there is no such file.")
-    lines = [line for line in prompt_file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [_decoded(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt]
+    try:
+        data = prompt_file.read_bytes()  # a pipe is read like a file
+    except FileNotFoundError:
+        raise ValueError(f"--prompt-file {prompt_file}: there is no such file.") from None
+    # At line feeds alone: str.splitlines would also end a prompt at U+2028, U+0085 and form feeds, which are text.
+    lines = [line for line in _decoded(data, str(prompt_file)).split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{prompt_file} holds no prompt: one a line is expected.")
     return lines
+
+
+def _decoded(data: bytes, name: str) -> str:
+    """UTF-8 text without a byte order mark; lines end in a line feed, as Python reads them."""
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is no UTF-8 text ({error}): save it as UTF-8.") from error
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 if __name__ == "__main__":

@@ -89,8 +89,8 @@ def generate(
         switches speculation off for the row. None is no limit.
       stop_tokens: ids that end a row, [n] or [B, n], pad -1. The stop token is emitted.
       seeds: [B] int32, default 0..B-1. A row's output depends on its seed, not on its place in the batch.
-      capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens). Keep it the same
-        from call to call and different max_new_tokens share one program.
+      capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens), at most the
+        model's positions. Keep it the same from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
       rounds_per_test: rounds between two tests whether all rows have ended. On a mesh each test is an all-reduce; at
         the end up to as many rounds, less one, do nothing.

@@ -85,7 +85,7 @@ def _drafter(pair: Pair) -> str:
 
 
 def _pair(pair: Pair) -> str:
-    prompts = text.encode(pair.tokenizer, PROMPTS)
+    prompts = text.encode(pair.tokenizer, PROMPTS, limit=pair.target.model.max_positions)
     found = testing.check_pair(
         pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
         prompts.tokens, prompts.lengths,

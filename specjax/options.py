@@ -32,7 +32,9 @@ class Part(enum.StrEnum):
     draft = "draft"
 
 
-Model = Annotated[str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Needs --draft beside it.")]
+Model = Annotated[
+    str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Alone, generate decodes plainly.")
+]
 Draft = Annotated[str | None, typer.Option(help="Draft model, with the target's tokenizer. Needs --model beside it.")]
 Tokenizer = Annotated[str | None, typer.Option(help="Folder or file, where the target's folder has none.")]
 Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16, ... Default: as stored; float32 on CPU.")]

@@ -21,7 +21,7 @@ class Pair(NamedTuple):
     """What `load_pair` found."""
 
     target: Any  # models.Loaded
-    draft: Any
+    draft: Any  # likewise; None: plain decoding
     tokenizer: Any
 
     def stop_tokens(self) -> np.ndarray:
@@ -33,6 +33,8 @@ class Pair(NamedTuple):
 
 def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype: str | None) -> Pair:
     """Loads the pair, by default the shipped one; float32 on CPU unless told otherwise.
+
+    The tokenizer ends both vocabularies, wherever it came from: ids past its last one are padding.
 
     Raises:
       ValueError: one half of a pair, an unknown dtype, no tokenizer.
@@ -53,7 +55,15 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
             "the draft has %s parameters, the target %s: speculation cannot pay. Are --model and --draft exchanged?",
             in_short(sizes[1]), in_short(sizes[0]),
         )  # fmt: skip
-    return Pair(target, drafting, _tokenizer(tokenizer, target))
+    return _fitted(Pair(target, drafting, _tokenizer(tokenizer, target)))
+
+
+def load_target(model: str, tokenizer: str | None, dtype: str | None) -> Pair:
+    """Loads a target that is to decode plainly, without a draft. Errors as for `load_pair`."""
+    from specjax import models
+
+    target = models.load(model, dtype=_dtype(dtype))
+    return _fitted(Pair(target, None, _tokenizer(tokenizer, target)))
 
 
 def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
@@ -61,6 +71,15 @@ def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
     from specjax import models
 
     return pair._replace(**{part: models.quantize(getattr(pair, part)) for part in parts})
+
+
+def _fitted(pair: Pair) -> Pair:
+    """The pair with both vocabularies no larger than the tokenizer's."""
+
+    def within(loaded: Any) -> Any:
+        return loaded._replace(model=text.within_vocab(loaded.model, pair.tokenizer))
+
+    return pair._replace(target=within(pair.target), draft=None if pair.draft is None else within(pair.draft))
 
 
 def floating(name: str) -> np.dtype:

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from specjax import controllers, drafters
+from specjax import controllers, drafters, undrafted
 from specjax.costs import Profile
 from specjax.pair import Pair
 from specjax.profiling import profile
@@ -45,7 +45,7 @@ def choose(
     kept_in: Path | None,
     busy: Callable[[str], AbstractContextManager[Any]],
 ) -> Chosen:
-    """The controller of that name, drafting `draft_len` tokens (at most).
+    """The controller of that name, drafting `draft_len` tokens (at most), none where the pair has no draft.
 
     Args:
       pair: what is profiled.
@@ -54,6 +54,10 @@ def choose(
       kept_in: a folder for profiles; None measures anew.
       busy: for a spinner.
     """
+    if pair.draft is None:
+        if policy is not Policy.fixed:
+            raise ValueError(f"--controller {policy} chooses how many tokens to draft: it needs a --draft model.")
+        return Chosen(undrafted.CONTROLLER, None)
     if policy is Policy.fixed:
         return Chosen(controllers.fixed(draft_len), None)
     if policy is Policy.confidence:
@@ -72,4 +76,6 @@ def _shared(context: int, draft_len: int, pair: Pair) -> int:
     """A length of text near `context` that others share, so that they find each other's profiles."""
     near = max(round(context / _CONTEXT_STEP), 1) * _CONTEXT_STEP
     most = pair.target.model.max_positions
-    return near if most is None or near + draft_len < most else context
+    if most is None or near + draft_len < most:
+        return near
+    return max(min(context, most - draft_len - 1), 1)  # a round of K drafted tokens must fit behind it

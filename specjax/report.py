@@ -33,6 +33,7 @@ STYLES = {
 }
 
 _HANDLER = "specjax command line"
+_INTERRUPTED = "what was generated until then is shown"
 
 
 class Display:
@@ -61,12 +62,12 @@ class Display:
         """Something to know, to standard error."""
         self._err.print(text, style="yellow")
 
-    def prompt(self, row: int, text: str, several: bool) -> None:
-        """The prompt, before its continuation."""
+    def prompt(self, row: int, text: str, numbered: bool) -> None:
+        """The prompt, before its continuation; numbered where there are several."""
         if self._silent:
             return
-        if several and not self._plain:
-            self._out.print(Text(f"[{row}] ", style="bold"), end="")
+        if numbered:
+            self._write(f"[{row}] ", "bold")
         self._write(text, "dim")
 
     def piece(self, piece: Piece) -> None:
@@ -81,7 +82,7 @@ class Display:
 
     def summary(self, summary: Summary) -> None:
         """What speculation brought, to standard error."""
-        if not self._plain:
+        if not self._plain and summary.draft_len > 0:
             legend = Text("accepted draft", STYLES[Origin.ACCEPTED]) + Text("  corrected", STYLES[Origin.CORRECTED])
             self._err.print(legend + Text("  from the target (first, bonus)", STYLES[Origin.BONUS]))
         table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -290,6 +291,10 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         value = rates[name]
         return "-" if value is None or math.isnan(value) else format(value, form)
 
+    if summary.draft_len == 0:
+        pace = f"{show('tokens_per_second', '.0f')} tokens/s on {summary.device}"
+        lines = [("plain decoding", pace), ("no draft model", "one token a pass; --draft names a model to draft with")]
+        return lines + [("interrupted", _INTERRUPTED)] * summary.interrupted
     lines = [("speculative", f"{show('tokens_per_second', '.0f')} tokens/s on {summary.device}")]
     if rates["plain_tokens_per_second"] is not None:
         same = {None: "", True: ", the same tokens", False: ", other tokens (near-ties in this dtype?)"}
@@ -312,7 +317,7 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
     if summary.round_costs is not None:
         lines.append(("a round costs", _costs(summary.round_costs)))
     if summary.interrupted:
-        lines.append(("interrupted", "what was generated until then is shown"))
+        lines.append(("interrupted", _INTERRUPTED))
     return lines
 
 

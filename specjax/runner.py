@@ -13,7 +13,7 @@ import numpy as np
 from specjax import stats, text, verify
 from specjax.batches import MOST_RUNS, Batch, Task, in_turn
 from specjax.contest import together
-from specjax.pair import Pair, load_pair
+from specjax.pair import Pair, load_pair, load_target
 from specjax.policy import choose
 from specjax.trace import Setting, Trace, TracedRow
 from specjax.types import Sampling, Stats, Status
@@ -34,9 +34,9 @@ class Summary(NamedTuple):
 
     rows: list[Row]
     stats: Stats  # all rows, NumPy
-    draft_len: int
+    draft_len: int  # 0: there is no draft model, and all of it is plain decoding
     controller: str
-    seconds: float  # with speculation, compilation not counted
+    seconds: float  # with speculation where there is a draft model, compilation not counted
     baseline_seconds: float | None  # plain decoding of the same prompts
     runs: int  # that both are medians of
     baseline_tokens: int
@@ -53,7 +53,7 @@ class Display(Protocol):
 
     def busy(self, what: str) -> AbstractContextManager[Any]: ...
 
-    def prompt(self, row: int, text: str, several: bool) -> None: ...
+    def prompt(self, row: int, text: str, numbered: bool) -> None: ...
 
     def piece(self, piece: text.Piece) -> None: ...
 
@@ -68,7 +68,9 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     `keep` is given the trace so far after each batch, as what comes next may end the process, and the whole at the end.
     """
     with display.busy("loading the models"):
-        pair = load_pair(task.model, task.draft, task.tokenizer, task.dtype)
+        pair = _load(task)
+    if pair.draft is None:
+        task = task._replace(draft_len=0, baseline=False)  # there is nothing to compare plain decoding with
     rows: list[Row] = []
     parts: list[Stats] = []
     seconds, baseline_seconds, runs = 0.0, 0.0, MOST_RUNS
@@ -76,12 +78,19 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     traced: list[TracedRow] = []
     interrupted = False
     # Every batch has the width and capacity of the longest prompt, and the last one is filled up: one program for all.
-    prompts = text.encode(pair.tokenizer, texts)
+    positions = pair.target.model.max_positions
+    prompts = text.encode(pair.tokenizer, texts, limit=positions)
     trained, longest = pair.target.config.get("max_position_embeddings"), int(prompts.lengths.max())
-    if trained is not None and longest + task.max_new_tokens > trained:
+    needed = longest + task.max_new_tokens
+    if trained is not None and needed > trained:
         display.note(
-            f"note: prompt and new tokens may reach {longest + task.max_new_tokens} tokens, the target was made for "
-            f"{trained}: past that its text is worth little."
+            f"note: prompt and new tokens may reach {needed} tokens, the target was made for {trained}: past that its "
+            "text is worth little."
+        )
+    if positions is not None and needed > positions:
+        display.note(
+            f"note: the target has {positions} positions, prompt and new tokens may need {needed}: a text that gets "
+            "there ends."
         )
     size = min(task.batch, len(texts))
     chosen = choose(
@@ -94,10 +103,10 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     for start in range(0, len(texts), size):
         batch = Batch(task, pair, chosen.controller, prompts, start, size)
         batch.learnt = learnt
-        with display.busy("compiling the speculative loop (once per shape)"):
+        with display.busy(f"compiling the {'speculative' if pair.draft else 'plain'} loop (once per shape)"):
             batch.warm_up()
         began = time.perf_counter()
-        part, interrupted = _stream(batch, texts[start : start + size], rows, display)
+        part, interrupted = _stream(batch, texts[start : start + size], rows, display, len(texts) > 1)
         shown = time.perf_counter() - began
         parts.append(part)
         learnt = batch.chunks[-1].controller_state if batch.chunks else learnt
@@ -115,7 +124,7 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         seconds, baseline_seconds = seconds + timed.speculative, baseline_seconds + timed.plain
         runs = min(runs, timed.runs)
         plain += timed.tokens[: len(texts[start : start + size])]
-    total = _join(parts, task.draft_len)
+    total = _up_to(_join(parts, chosen.controller.longest), task.draft_len)
     measured = task.baseline and not interrupted
     context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
     profile = chosen.profile
@@ -124,13 +133,13 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         rows=rows,
         stats=total,
         draft_len=task.draft_len,
-        controller=task.controller.value,
+        controller=_controller(task, pair),
         seconds=seconds,
         baseline_seconds=baseline_seconds if measured else None,
         baseline_tokens=sum(map(len, plain)),
         runs=runs if measured else 1,
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
-        draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params),
+        draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params) if pair.draft else 0.0,
         profiled_speedup=profiled,
         round_costs=None if profile is None else profile.at(size, context).in_steps(),
         device=jax.devices()[0].device_kind,
@@ -144,6 +153,16 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     return summary
 
 
+def _load(task: Task) -> Pair:
+    if task.model is not None and task.draft is None:
+        return load_target(task.model, task.tokenizer, task.dtype)
+    return load_pair(task.model, task.draft, task.tokenizer, task.dtype)
+
+
+def _controller(task: Task, pair: Pair) -> str:
+    return task.controller.value if pair.draft else "none"
+
+
 def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[str, Setting]:
     """What the text was made with, and how fast."""
     plain = Sampling()._asdict()
@@ -152,15 +171,15 @@ def _settings(task: Task, pair: Pair, num_tokens: int, seconds: float) -> dict[s
     }
     return {
         "target": task.model or "shipped",
-        "draft": task.draft or "shipped",
+        "draft": (task.draft or "shipped") if pair.draft else "none",
         "dtype": ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(pair.target.params)})),
         "K": task.draft_len,
-        "controller": task.controller.value,
+        "controller": _controller(task, pair),
         "verifier": task.verifier,
         **{"temperature": 0, **sampling},
         "seed": task.seed,
         "device": jax.devices()[0].device_kind,
-        "speculative": _pace(num_tokens, seconds),
+        "speculative" if pair.draft else "plain decoding": _pace(num_tokens, seconds),
     }
 
 
@@ -168,17 +187,17 @@ def _pace(num_tokens: int, seconds: float) -> str:
     return f"{num_tokens / seconds:.0f} tokens/s in {seconds:.3g} s"
 
 
-def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -> tuple[Stats, bool]:
+def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display, numbered: bool) -> tuple[Stats, bool]:
     """Streams one batch to the display and appends its rows; the counts, and whether Ctrl-C ended it."""
     printer = text.Printer(batch.pair.tokenizer, batch.prompts)
     several = len(texts) > 1 or len(batch.prompts.lengths) > 1
     pieces: list[list[text.Piece]] = [[] for _ in texts]
     tokens: list[list[int]] = [[] for _ in texts]
     status = [Status.ACTIVE] * len(texts)
-    latest = stats.zeros(len(texts), batch.task.draft_len)
+    latest = stats.zeros(len(texts), batch.controller.longest)
     interrupted = False
     if not several:
-        display.prompt(0, texts[0], several)
+        display.prompt(len(rows), texts[0], numbered)
     try:
         for chunk in batch.stream(batch.task.max_new_tokens):
             batch.chunks.append(chunk)
@@ -198,7 +217,7 @@ def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -
         first = len(rows)
         for row, prompt in enumerate(texts):
             if several:  # rows come interleaved: shown one after the other
-                display.prompt(first + row, prompt, several)
+                display.prompt(first + row, prompt, numbered)
                 for piece in pieces[row]:
                     display.piece(piece)
             display.end_row()
@@ -210,6 +229,12 @@ def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display) -
 
 def _join(parts: list[Stats], draft_len: int) -> Stats:
     return together(parts or [stats.zeros(0, draft_len)])
+
+
+def _up_to(counts: Stats, draft_len: int) -> Stats:
+    """The counts without places past `draft_len`, of which there are any only where nothing is drafted."""
+    places = {name: getattr(counts, name)[:, :draft_len] for name in ("drafted", "tested", "accepted")}
+    return counts._replace(**places, by_longest=counts.by_longest[:, : draft_len + 1])
 
 
 def _num_bytes(params: Any) -> int:

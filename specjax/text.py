@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from specjax import trace
+from specjax import parts, trace
 from specjax.decode import generate
 from specjax.stream import Chunk, Origin, stream, warn_of_troubles
 from specjax.trace import Trace
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUCKET = 32
+_Part = TypeVar("_Part", Model, Drafter)
 
 
 class Prompts(NamedTuple):
@@ -42,8 +43,12 @@ class Piece(NamedTuple):
 def load_tokenizer(path: str | Path) -> Tokenizer:
     """The tokenizer of a Hugging Face folder (its tokenizer.json).
 
+    Padding and truncation, which some of these files switch on for training, are switched off: a prompt is all of its
+    ids and no others.
+
     Raises:
       FileNotFoundError: no tokenizer.json there.
+      ValueError: the file is no tokenizer.
       ImportError: the extra `hf` is not installed.
     """
     try:
@@ -58,33 +63,84 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
             f"{file} does not exist. Folders without a tokenizer.json can be converted with transformers: "
             "AutoTokenizer.from_pretrained(folder).save_pretrained(folder)."
         )
-    return Tokenizer.from_file(str(file))
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # the library raises nothing narrower
+        raise ValueError(f"{file} is no tokenizer that can be read ({error}): fetch the file again.") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
-def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET) -> Prompts:
+def vocab_size(tokenizer: Tokenizer) -> int:
+    """One more than the tokenizer's largest id: ids from there on have no text."""
+    return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+
+def within_vocab(part: _Part, tokenizer: Tokenizer) -> _Part:
+    """The Model or Drafter with no id past the tokenizer's: a vocabulary may be padded, for the hardware."""
+    size = part.vocab_size
+    if size is None or tokenizer.get_vocab_size(with_added_tokens=True) >= size:  # spares most calls the whole list
+        return part
+    return part._replace(vocab_size=min(size, vocab_size(tokenizer)))
+
+
+def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET, limit: int | None = None) -> Prompts:
     """Pads ragged ids on the right, to a multiple of `bucket` so that prompts of similar length share one program.
+
+    Args:
+      prompts: ids, at least one for each prompt.
+      bucket: the width is a multiple of it, or `limit` where that is smaller.
+      limit: the most tokens that a prompt may have: `model.max_positions`, or None for no limit.
+
+    Raises:
+      ValueError: no prompt, an empty one, or one longer than the limit.
 
     >>> pad_prompts([[5, 6, 7], [8]], bucket=4).tokens.tolist()
     [[5, 6, 7, 0], [8, 0, 0, 0]]
+    >>> pad_prompts([[5, 6, 7], [8]], bucket=32, limit=5).tokens.shape
+    (2, 5)
     """
     lengths = np.array([len(ids) for ids in prompts], np.int32)
     if len(lengths) == 0 or lengths.min() == 0:
         raise ValueError("every prompt needs at least one token: start empty ones with the tokenizer's BOS token.")
-    width = -(-int(lengths.max()) // bucket) * bucket
+    longest = int(lengths.max())
+    width = -(-longest // bucket) * bucket
+    if limit is not None:
+        if longest > limit:
+            raise ValueError(
+                f"prompt {lengths.argmax()} has {longest} tokens, and the model has {limit} positions: shorten it."
+            )
+        width = min(width, limit)
     tokens = np.zeros((len(prompts), width), np.int32)
     for row, ids in enumerate(prompts):
         tokens[row, : len(ids)] = ids
     return Prompts(tokens, lengths)
 
 
-def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET) -> Prompts:
-    """Token ids of `texts`, a list of strings, padded."""
+def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET, limit: int | None = None) -> Prompts:
+    """Token ids of `texts`, a list of strings, padded; `bucket` and `limit` as for `pad_prompts`.
+
+    Raises:
+      ValueError: one string for a list, an empty text, one longer than the limit, one that the tokenizer would cut.
+    """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string: for a single prompt pass [text].")
-    for row, text in enumerate(texts):
-        if not tokenizer.encode(text).ids:
-            raise ValueError(f"prompt {row} is empty: give at least one character.")
-    return pad_prompts([tokenizer.encode(text).ids for text in texts], bucket=bucket)
+    return pad_prompts([_ids(tokenizer, row, text) for row, text in enumerate(texts)], bucket=bucket, limit=limit)
+
+
+def _ids(tokenizer: Tokenizer, row: int, text: str) -> list[int]:
+    """All ids of one text: what the tokenizer pads is left out, and what it would cut off is an error."""
+    encoding = tokenizer.encode(text)
+    ids = [token for token, is_text in zip(encoding.ids, encoding.attention_mask, strict=True) if is_text]
+    if encoding.overflowing:
+        raise ValueError(
+            f"the tokenizer cuts prompt {row} to {len(ids)} tokens: call tokenizer.no_truncation() first, or read the "
+            "tokenizer by text.load_tokenizer, which does."
+        )
+    if not ids:
+        raise ValueError(f"prompt {row} is empty: give at least one character.")
+    return ids
 
 
 def generate_text(
@@ -109,7 +165,7 @@ def generate_text(
     >>> out
     ['\\n\\n']
     """
-    prompts = encode(tokenizer, texts)
+    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
     out = generate(model, params, drafter, drafter_params, *prompts, **options)
     warn_of_troubles(np.asarray(out.status))
     decoded = zip(prompts.tokens, prompts.lengths, out.new_tokens(), strict=True)
@@ -126,7 +182,7 @@ def stream_text(
     **options: Any,
 ) -> Iterator[Piece]:
     """Yields the text of each new token as it comes. Options as for `specjax.stream`."""
-    prompts = encode(tokenizer, texts)
+    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
     printer = Printer(tokenizer, prompts)
     for chunk in stream(model, params, drafter, drafter_params, *prompts, **options):
         yield from printer.pieces(chunk)
@@ -146,9 +202,23 @@ def trace_text(
     `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. Options as for
     `specjax.stream`.
     """
-    prompts = encode(tokenizer, texts)
+    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
     chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
     return trace.collect(chunks, prompts.ids(), tokenizer.decode, name=tokenizer.id_to_token)
+
+
+class _Fitted(NamedTuple):
+    """Prompts within the model's positions, and parts within the tokenizer's vocabulary."""
+
+    prompts: Prompts
+    model: Model
+    drafter: Drafter
+
+
+def _fitted(tokenizer: Tokenizer, texts: Sequence[str], model: Model, drafter: Drafter) -> _Fitted:
+    parts.kinds(model, drafter)
+    prompts = encode(tokenizer, texts, limit=model.max_positions)
+    return _Fitted(prompts, within_vocab(model, tokenizer), within_vocab(drafter, tokenizer))
 
 
 class Printer:

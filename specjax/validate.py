@@ -84,7 +84,8 @@ def request(
     _check_prompt_values(prompts, lengths, model.vocab_size)
     limits = integers.at_most(limits, "max_new_tokens", least=1)
     drafting = integers.at_most(drafting, "max_draft_len", least=0)
-    capacity = _capacity(model, width, limits, lengths, capacity)
+    prompts = _within_capacity(model, prompts, lengths, capacity)
+    capacity = _capacity(model, prompts.shape[1], limits, lengths, capacity)
     arrays = Request(
         prompts=jnp.asarray(prompts.astype(np.int32)),
         prompt_lengths=jnp.asarray(lengths.astype(np.int32)),
@@ -144,6 +145,26 @@ def _check_prompt_values(prompts: Any, lengths: Any, vocab_size: int) -> None:
         )
 
 
+def _within_capacity(model: Model, prompts: Any, lengths: Any, capacity: int | None) -> Any:
+    """The prompts without columns past the capacity or the model's positions, where those are padding in every row:
+    padding has no position."""
+    width, most = prompts.shape[1], model.max_positions
+    if capacity is not None:
+        capacity = integers.static(capacity, "capacity", most=_MOST_TOKENS)
+        most = capacity if most is None else min(most, capacity)
+    if most is None or width <= most:
+        return prompts
+    host = known(lengths)
+    if host is not None:
+        return prompts[:, :most] if host.max() <= most else prompts
+    if capacity is None or capacity >= width:
+        raise ValueError(
+            f"prompts has {width} columns and the model {most} positions; prompt_lengths is traced, so how many of "
+            f"them are padding is unknown: cut them, prompts[:, :{most}]."
+        )
+    return prompts
+
+
 def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int | None) -> int:
     if capacity is None:
         host = known(limits)
@@ -155,10 +176,13 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
         capacity = min(width + int(host.max()), integers.MOST)
         if model.max_positions is not None and capacity > model.max_positions:
             capacity = max(model.max_positions, width)
-            _log.warning(
-                "max_new_tokens=%d asks for more than the model's %d positions: rows that get there end as CACHE_FULL",
-                int(host.max()), model.max_positions,
-            )  # fmt: skip
+            starts = known(lengths)
+            ends = (width if starts is None else starts.astype(np.int64)) + host.astype(np.int64)
+            if ends.max() > model.max_positions:
+                _log.warning(
+                    "max_new_tokens=%d asks for more than the model's %d positions: rows that get there end as "
+                    "CACHE_FULL", int(host.max()), model.max_positions,
+                )  # fmt: skip
         elif capacity > _MOST_TOKENS:
             raise ValueError(
                 f"max_new_tokens={host.max()} sets no limit, and buffers need one: pass capacity=, the most tokens "

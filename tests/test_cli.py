@@ -70,7 +70,9 @@ def test_json_says_everything(cache, tmp_path):
     [
         (["generate"], "PROMPT or --prompt-file"),
         (["generate", ""], "prompt 0 is empty"),
-        (["generate", "x", "--model", "/nowhere"], "--draft"),
+        (["generate", "x", "--model", "/nowhere"], "/nowhere is neither"),
+        (["generate", "x", "--draft", "/nowhere"], "--draft needs --model"),
+        (["bench", "--model", "/nowhere"], "--model needs --draft"),
         (["generate", "x", "--model", "/nowhere", "--draft", "/nowhere"], "/nowhere"),
         (["generate", "x", "--temperature", "-1"], "temperature"),
         (["generate", "x", "--top-p", "0", "--temperature", "1"], "top_p"),

@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import Status, adapters, cli, complaints, models, pair, sharding, speed, testing, text, validate
+from specjax import Status, adapters, cli, complaints, models, pair, policy, sharding, speed, testing, text, validate
 from specjax.aot import topology
 from specjax.stream import warn_of_troubles
 
@@ -101,6 +102,25 @@ def _no_tokenizer():
     text.load_tokenizer(_folder())
 
 
+def _cut_by_the_tokenizer():
+    tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
+    tokenizer.enable_truncation(8)
+    text.encode(tokenizer, ["x", "def " * 20])
+
+
+def _llama2c():
+    Path("my-model").mkdir()
+    header, count = (8, 4, 1, 2, 2, 11, 16), 11 * 8 + 2 * 8 + 4 * 8 * 8 + 3 * 4 * 8 + 8 + 16 * 4
+    Path("my-model/stories.bin").write_bytes(struct.pack("<7i", *header) + bytes(4 * count))
+    models.load("my-model")
+
+
+def _nothing_to_control():
+    alone = pair.Pair(models.random(tiny.config("llama"), jax.random.key(0)), None, None)
+    given = {"batch": 1, "context": 8, "sampling": specjax.Sampling(), "verifier": specjax.verify.rejection()}
+    policy.choose(policy.Policy.additive, alone, 3, kept_in=None, busy=None, **given)  # type: ignore[arg-type]
+
+
 def _saved_twice():
     models.save(models.random(tiny.config("llama"), jax.random.key(0)), _folder())
 
@@ -173,6 +193,9 @@ ERRORS = {
     "an id outside": lambda: _plain(prompts=jnp.array([[1, 2, 3], [4, 8, 0]])),
     "small capacity": lambda: _plain(capacity=2),
     "past the positions": lambda: _plain(*_positions(), capacity=11),
+    "traced lengths": lambda: jax.jit(
+        lambda lengths: _plain(*_positions(), jnp.ones((1, 64), jnp.int32), prompt_lengths=lengths, max_new_tokens=3)
+    )(jnp.array([3])),
     "traced limit": lambda: jax.jit(lambda n: _plain(max_new_tokens=n))(3),
     "an integer key": lambda: _plain(key=3),
     "temperature": lambda: _plain(sampling=specjax.Sampling(-1.0)),
@@ -196,6 +219,8 @@ ERRORS = {
     "stream under jit": lambda: jax.jit(lambda x: specjax.stream(MODEL, TABLE, DRAFTER, TABLE, x, capacity=9))(PROMPTS),
     "one text": lambda: text.encode(None, "import os"),  # type: ignore[arg-type]
     "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
+    "a long text": lambda: text.pad_prompts([[1], [1] * 51], limit=50),
+    "a text that is cut": _cut_by_the_tokenizer,
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/nowhere"),
@@ -204,21 +229,31 @@ ERRORS = {
     "cut off": _cut_off,
     "a shard missing": _shard_missing,
     "unknown family": lambda: models.load(_folder(model_type="mamba", architectures=["MambaForCausalLM"])),
+    "an encoder-decoder": lambda: models.build(
+        {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
+    ),
+    "a folder of llama2.c": _llama2c,
     "a field missing": lambda: models.load(_folder(hidden_size=None)),
     "unknown activation": lambda: models.load(_folder(hidden_act="swoosh")),
     "unknown rope": lambda: models.load(_folder(rope_parameters={"rope_type": "helix"})),
     "names": lambda: _with_tensors(lambda tensors: tensors.pop("lm_head.weight")),
     "shapes": lambda: _with_tensors(lambda tensors: tensors.update({"model.norm.weight": np.ones(31, np.float32)})),
     "no tokenizer": _no_tokenizer,
+    "a broken tokenizer": lambda: (Path(_folder(), "tokenizer.json").write_text("{"), text.load_tokenizer("my-model")),
     "saved twice": _saved_twice,
     "int8": _int8,
     "the hub": lambda: models.load("owner/model"),
     "half a pair": lambda: pair.load_pair("my-model", None, None, None),
+    "a controller without a draft": _nothing_to_control,
     "unknown dtype": lambda: pair.floating("float33"),
     "an integer dtype": lambda: pair.floating("int32"),
     "no prompt": lambda: cli._prompts(None, None),
     "no prompt file": lambda: cli._prompts(None, Path("prompts.txt")),
     "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), cli._prompts(None, Path("prompts.txt"))),
+    "another encoding": lambda: (
+        Path("prompts.txt").write_text("x", encoding="utf-16"),
+        cli._prompts(None, Path("prompts.txt")),
+    ),
     "a mesh": lambda: cli._axes("data:1"),
     "a topology": lambda: topology.num_chips("v9z:2x2"),
     "no safetensors": lambda: _without("safetensors", lambda: models.load(models.PRETRAINED / "draft")),

@@ -28,7 +28,7 @@ LAYERS = [
     {"cache", "tree", "processors", "log_probs"},
     {"sampling"},
     {"rows", "prefill", "context"},
-    {"verify", "controllers", "drafters"},
+    {"verify", "controllers", "drafters", "undrafted"},
     {"validate", "calls"},
     {"parts", "plain"},
     {"settle"},
