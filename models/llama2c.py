@@ -48,6 +48,8 @@ def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rul
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": signed_vocab > 0,
+        "bos_token_id": 1,
+        "eos_token_id": [1, 2],  # texts follow one another in training, each begun by BOS: llama2.c stops there
     }
     if min(width, inner, layers, heads, kv_heads, vocab, positions) < 1:
         raise ValueError(f"{path} is not a llama2.c version 0 file: its header reads {config}.")
