@@ -20,7 +20,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import Status, adapters, cli, complaints, models, pair, sharding, speed, testing, text, validate
+from specjax import Status, adapters, cli, complaints, models, pair, sharding, speed, stops, testing, text, validate
 from specjax.aot import topology
 from specjax.stream import warn_of_troubles
 
@@ -196,6 +196,7 @@ ERRORS = {
     "stream under jit": lambda: jax.jit(lambda x: specjax.stream(MODEL, TABLE, DRAFTER, TABLE, x, capacity=9))(PROMPTS),
     "one text": lambda: text.encode(None, "import os"),  # type: ignore[arg-type]
     "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
+    "an empty stop string": lambda: stops.stop_strings(["\n", ""]),
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/nowhere"),

@@ -116,8 +116,8 @@ def test_texts_end_at_the_checkpoint_s_end():
 
 
 def test_stop_strings_cut_the_text():
-    """Catches a stop string that is part of the text, is missed where it begins in one token and ends in another or is in
-    an accepted draft, and rows that go on after it or are cut with another row."""
+    """Catches a stop string that is part of the text, is missed where it lies in two tokens or in an accepted
+    draft, and rows that go on after it or are cut with another row."""
     texts = [_padded("ab END é, c###d"), _padded("no stop here 🙂"), _padded("#  ###END")]
     for stop, wanted in (
         ("END", [texts[0].split("END")[0], texts[1], texts[2].split("END")[0]]),
