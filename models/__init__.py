@@ -82,7 +82,7 @@ def random(
 ) -> Loaded:
     """A model of this config with random parameters; `layout` and `rules` as for `build`."""
     built = build(config, layout=layout, rules=rules)
-    return Loaded(built.model, init(built, key, dtype), config, None)
+    return checkpoint.with_stop_tokens(Loaded(built.model, init(built, key, dtype), config, None))
 
 
 def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
@@ -104,7 +104,11 @@ def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
     model = loaded.model
     built = build(loaded.config, vocab_size=model.vocab_size, layout=model.layout, rules=rules, kinds=INT8)
     config = {**loaded.config, "quantization_config": {"quant_method": "specjax-int8"}}
-    rounded = Loaded(built.model, int8.rounded_params(built, loaded.params), config, loaded.path)
+    rounded = loaded._replace(
+        model=built.model._replace(stop_tokens=model.stop_tokens),
+        params=int8.rounded_params(built, loaded.params),
+        config=config,
+    )
     _log.info("quantised %s: now %s", checkpoint.describe(loaded), checkpoint.describe(rounded))
     return rounded
 
@@ -139,7 +143,7 @@ def load(
     is_llama2c = path.is_file() and path.suffix == ".bin"
     source = path if is_llama2c or path.is_dir() else _fetch(path_or_hub_id)
     began = time.perf_counter()
-    loaded = (llama2c.load if is_llama2c else _load_folder)(source, dtype, layout, rules)
+    loaded = checkpoint.with_stop_tokens((llama2c.load if is_llama2c else _load_folder)(source, dtype, layout, rules))
     _log.info("loaded %s from %s in %.2f s", checkpoint.describe(loaded), source, time.perf_counter() - began)
     model = loaded.model
     _log.debug("ids below %d may be emitted; at most %s positions", model.vocab_size, model.max_positions or "any")

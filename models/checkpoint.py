@@ -20,9 +20,10 @@ from specjax.models.family import Architecture, assemble, tensor_name
 from specjax.types import Model, PyTree
 
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json",
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", GENERATION,
     "tokenizer.model", "vocab.json", "merges.txt", "added_tokens.json", "chat_template.jinja",
 )  # fmt: skip
 _log = logging.getLogger(__name__)
@@ -35,6 +36,11 @@ class Loaded(NamedTuple):
     params: PyTree
     config: dict[str, Any]  # the contents of config.json
     path: Path | None  # where it came from
+
+    @property
+    def stop_tokens(self) -> np.ndarray:
+        """[n] int32: the ids that end a text, by config.json and generation_config.json."""
+        return np.array([token for token in self.model.stop_tokens if token < self.model.vocab_size], np.int32)
 
 
 def describe(loaded: Loaded) -> str:
@@ -58,6 +64,33 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise ValueError(f"{folder} has no config.json: a Hugging Face model folder is expected.")
     return read_json(path)
+
+
+def with_stop_tokens(loaded: Loaded) -> Loaded:
+    """The same with the stop tokens of its config.json and of the generation_config.json beside it, where there is one.
+
+    Ids that the model cannot emit are left out. Raises ValueError where `eos_token_id` holds no ids.
+    """
+    path = None if loaded.path is None else loaded.path / GENERATION
+    found = _end_ids(loaded.config, "config.json")
+    if path is not None and path.is_file():
+        found += _end_ids(read_json(path), str(path))
+    size = loaded.model.vocab_size
+    kept = [end for end in dict.fromkeys(found) if 0 <= end < size]
+    if len(kept) < len(set(found)):
+        beyond = sorted(set(found) - set(kept))
+        _log.warning("eos_token_id %s cannot be emitted, as ids are 0..%d: left out", beyond, size - 1)
+    return loaded._replace(model=loaded.model._replace(stop_tokens=tuple(kept)))
+
+
+def _end_ids(content: dict[str, Any], file: str) -> list[int]:
+    end = content.get("eos_token_id")
+    ids = end if isinstance(end, list) else [] if end is None else [end]
+    if any(isinstance(each, bool) or not isinstance(each, int) for each in ids):
+        raise ValueError(
+            f"{file}: eos_token_id must be an integer, a list of integers or null, got {end!r}: correct it."
+        )
+    return ids
 
 
 def read_json(path: Path) -> dict[str, Any]:

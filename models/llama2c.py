@@ -97,6 +97,8 @@ def _config(header: bytes) -> dict[str, Any]:
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
         "tie_word_embeddings": signed_vocab > 0,
+        "bos_token_id": 1,
+        "eos_token_id": [1, 2],  # texts follow one another in training, each begun by BOS: llama2.c stops there
     }
 
 

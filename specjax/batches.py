@@ -13,6 +13,7 @@ import numpy as np
 
 from specjax import drafters, text, trace, undrafted, verify
 from specjax.decode import autoregressive, generate
+from specjax.detokenize import codec
 from specjax.pair import Pair
 from specjax.policy import Policy
 from specjax.stream import Chunk, stream
@@ -41,6 +42,8 @@ class Task(NamedTuple):
     batch: int
     baseline: bool
     kept_in: Path | None = None  # a folder for profiles; None measures anew
+    stop: tuple[str, ...] = ()  # strings that end a text
+    special: bool = False  # whether special tokens are part of the text
 
 
 class Batch:
@@ -60,6 +63,16 @@ class Batch:
             "capacity": _capacity(prompts.tokens.shape[1] + task.max_new_tokens, pair.target.model.max_positions),
         }
         self.chunks: list[Chunk] = []  # of the run that is shown
+        self._most = np.full(len(self.prompts.lengths), np.iinfo(np.int32).max, np.int32)
+
+    def printer(self) -> text.Printer:
+        """For the run that is shown."""
+        task = self.task
+        return text.Printer(self.pair.tokenizer, self.prompts, stop=task.stop, skip_special_tokens=not task.special)
+
+    def end_at(self, row: int, num_tokens: int) -> None:
+        """Ends the row there in every run from now on: only the one that is shown looks for stop strings."""
+        self._most[row] = num_tokens
 
     def stream(self, limit: int) -> Iterator[Chunk]:
         return stream(*self._roles(), **self._adaptively(limit), rounds_per_dispatch=_ROUNDS_PER_DISPATCH)
@@ -85,7 +98,8 @@ class Batch:
     def traced(self) -> list[TracedRow]:
         """The rounds of each row."""
         tokenizer, prompts = self.pair.tokenizer, self.prompts.ids()[: self.count]
-        return trace.collect(self.chunks, prompts, tokenizer.decode, name=tokenizer.id_to_token).rows
+        decode = codec(tokenizer, skip_special_tokens=not self.task.special).decode
+        return trace.collect(self.chunks, prompts, decode, name=tokenizer.id_to_token, stop=self.task.stop).rows
 
     def _roles(self) -> tuple[Any, ...]:
         target, draft = self.pair.target, self.pair.draft
@@ -113,7 +127,8 @@ class Batch:
 
     def _limits(self, limit: int) -> np.ndarray:
         # Rows that only fill the batch up stop after their first token.
-        return np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1).astype(np.int32)
+        limits = np.where(np.arange(len(self.prompts.lengths)) < self.count, limit, 1)
+        return np.minimum(limits, self._most).astype(np.int32)
 
 
 def _capacity(needed: int, positions: int | None) -> int:

@@ -21,6 +21,7 @@ from specjax import (
     environment,
     exactness,
     interrupts,
+    options,
     report,
     runner,
     self_check,
@@ -31,6 +32,7 @@ from specjax import plot as picture
 from specjax.options import EXACTNESS, SPEED, Cache, Check, Draft, Dtype, Json, Model, Part, Rule, Tokenizer, Verbose
 from specjax.pair import in_int8, load_pair
 from specjax.policy import Policy
+from specjax.stops import stop_strings
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="markdown")
 
@@ -81,6 +83,8 @@ def generate(
     presence_penalty: Annotated[float | None, typer.Option(help="Taken off every token generated before.")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time it was generated.")] = None,
     min_new_tokens: Annotated[int | None, typer.Option(help="No end of text before as many.")] = None,
+    stop: options.Stop = [],  # noqa: B006
+    special: options.Special = False,
     verifier: Annotated[Rule, typer.Option(help="How draft tokens are judged; lossy ones change the law.")] = (
         Rule.rejection
     ),
@@ -113,6 +117,7 @@ def generate(
             presence_penalty=presence_penalty, frequency_penalty=frequency_penalty, min_new_tokens=min_new_tokens,
         ),
         verifier=verifier.name, seed=seed, batch=batch, baseline=baseline,
+        stop=stop_strings(stop), special=special,
     )  # fmt: skip
     display = report.Display(plain=json_output or not sys.stdout.isatty(), silent=json_output, verbose=verbose)
     interrupts.watch(lambda: display.is_busy)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import enum
+import re
 from typing import Annotated
 
 import typer
@@ -32,6 +33,15 @@ class Part(enum.StrEnum):
     draft = "draft"
 
 
+def unescaped(text: str) -> str:
+    r"""The text with \n, \t and \\ read as a newline, a tab and a backslash, as shells hand them over.
+
+    >>> unescaped(r"a\nb\\n")
+    'a\nb\\n'
+    """
+    return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
+
+
 Model = Annotated[
     str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Alone, generate decodes plainly.")
 ]
@@ -46,4 +56,13 @@ Verbose = Annotated[
         "--verbose", "-v", count=True, show_default=False, metavar="", help="Log what is loaded and traced; -vv: more."
     ),
 ]
+Stop = Annotated[
+    list[str],
+    typer.Option(
+        parser=unescaped,
+        metavar="TEXT",
+        help=r"End a text before this string; may be given several times. Write \n and \t.",
+    ),
+]
+Special = Annotated[bool, typer.Option("--special", help="Show special tokens too, as the end of a text.")]
 SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help

@@ -26,9 +26,7 @@ class Pair(NamedTuple):
 
     def stop_tokens(self) -> np.ndarray:
         """The target's end-of-text ids."""
-        end = self.target.config.get("eos_token_id")
-        ids = end if isinstance(end, list) else [] if end is None else [end]
-        return np.array(ids, np.int32)
+        return self.target.stop_tokens
 
 
 def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype: str | None) -> Pair:

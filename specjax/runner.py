@@ -189,31 +189,33 @@ def _pace(num_tokens: int, seconds: float) -> str:
 
 def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display, numbered: bool) -> tuple[Stats, bool]:
     """Streams one batch to the display and appends its rows; the counts, and whether Ctrl-C ended it."""
-    printer = text.Printer(batch.pair.tokenizer, batch.prompts)
+    printer = batch.printer()
     several = len(texts) > 1 or len(batch.prompts.lengths) > 1
     pieces: list[list[text.Piece]] = [[] for _ in texts]
-    tokens: list[list[int]] = [[] for _ in texts]
     status = [Status.ACTIVE] * len(texts)
     latest = stats.zeros(len(texts), batch.controller.longest)
     interrupted = False
+
+    def show(new: list[text.Piece]) -> None:
+        for piece in new:
+            if piece.row >= len(texts):
+                continue
+            pieces[piece.row].append(piece)
+            if not several:
+                display.piece(piece)
+
     if not several:
         display.prompt(len(rows), texts[0], numbered)
     try:
-        for chunk in batch.stream(batch.task.max_new_tokens):
+        for chunk, new in printer.follow(batch.stream(batch.task.max_new_tokens)):
             batch.chunks.append(chunk)
             latest = chunk.stats
-            status = [Status(value) for value in chunk.status[: len(texts)]]
-            for piece in printer.pieces(chunk):
-                if piece.row >= len(texts):
-                    continue
-                pieces[piece.row].append(piece)
-                if not several:
-                    display.piece(piece)
-            for row, new in enumerate(chunk.tokens[: len(texts)]):
-                tokens[row] += new
+            status = [Status(value) for value in printer.status(chunk)[: len(texts)]]
+            show(new)
     except KeyboardInterrupt:
         interrupted = True
     finally:
+        show(printer.rest())
         first = len(rows)
         for row, prompt in enumerate(texts):
             if several:  # rows come interleaved: shown one after the other
@@ -222,8 +224,10 @@ def _stream(batch: Batch, texts: list[str], rows: list[Row], display: Display, n
                     display.piece(piece)
             display.end_row()
             whole = "".join(piece.text for piece in pieces[row])
-            origins = [int(piece.origin) for piece in pieces[row]]
-            rows.append(Row(prompt, whole, tokens[row], origins, status[row]))
+            tokens = [piece.token for piece in pieces[row]]
+            rows.append(Row(prompt, whole, tokens, [int(piece.origin) for piece in pieces[row]], status[row]))
+            if printer.stopped[row]:
+                batch.end_at(row, len(tokens))
     return Stats(*(np.asarray(counts)[: len(texts)] for counts in latest)), interrupted  # type: ignore[arg-type]
 
 

@@ -29,7 +29,7 @@ class Status(enum.IntEnum):
 _STATUS_TEXT = {
     Status.ACTIVE: "still generating",
     Status.LENGTH: "reached max_new_tokens",
-    Status.STOPPED: "emitted a stop token",
+    Status.STOPPED: "reached a stop token or a stop string",
     Status.CACHE_FULL: "the row filled its buffers: pass a larger capacity or ask for fewer new tokens",
     Status.NON_FINITE: (
         "the target's logits held a NaN, +inf, or nothing but -inf: the tokens before that point are valid; "

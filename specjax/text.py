@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from specjax import parts, trace
+from specjax import detokenize, parts, trace
 from specjax.decode import generate
-from specjax.stream import Chunk, Origin, stream, warn_of_troubles
+from specjax.printer import Piece, Printer
+from specjax.stops import stop_strings
+from specjax.stream import stream, warn_of_troubles
 from specjax.trace import Trace
 from specjax.types import Drafter, Model, PyTree
 
@@ -19,6 +21,8 @@ if TYPE_CHECKING:
 
 BUCKET = 32
 _Part = TypeVar("_Part", Model, Drafter)
+_ROUNDS_PER_DISPATCH = 4  # rounds of all rows that a row's stop string may cost at the end
+_OF_GENERATE = frozenset({"pad_token", "rounds_per_test"})  # options without a meaning where text is streamed
 
 
 class Prompts(NamedTuple):
@@ -30,14 +34,6 @@ class Prompts(NamedTuple):
     def ids(self) -> list[list[int]]:
         """Those of each prompt, without padding."""
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
-
-
-class Piece(NamedTuple):
-    """Text that one token completed."""
-
-    row: int
-    text: str  # may be empty: the token began a character that a later one completes
-    origin: Origin
 
 
 def load_tokenizer(path: str | Path) -> Tokenizer:
@@ -150,9 +146,27 @@ def generate_text(
     drafter_params: PyTree,
     tokenizer: Tokenizer,
     texts: Sequence[str],
+    *,
+    stop: str | Sequence[str] = (),
+    skip_special_tokens: bool = True,
     **options: Any,
 ) -> list[str]:
-    """The continuation of each text, without the text itself. Options as for `specjax.generate`.
+    """The continuation of each text, without the text itself.
+
+    Each ends at `max_new_tokens`, at a stop token or before a stop string. Where the output is cut inside a character
+    that is spelt in several tokens, it ends with U+FFFD.
+
+    Args:
+      model, params, drafter, drafter_params: as for `specjax.generate`.
+      tokenizer: from `load_tokenizer`.
+      texts: the prompts.
+      stop: strings that end a text, one or several; a text ends before the first place where one begins.
+      skip_special_tokens: leave out what the tokenizer calls special, the end of the text for one.
+      options: as for `specjax.generate`. The default of `stop_tokens` is `model.stop_tokens`, which `models.load` takes
+        from the checkpoint; () is none.
+
+    Raises:
+      ValueError: an empty prompt or stop string, or as `specjax.generate`.
 
     >>> import specjax
     >>> from specjax import models, text
@@ -166,10 +180,19 @@ def generate_text(
     ['\\n\\n']
     """
     prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
-    out = generate(model, params, drafter, drafter_params, *prompts, **options)
+    options.setdefault("stop_tokens", _ends(model))
+    given = (model, params, drafter, drafter_params, *prompts)
+    if stop_strings(stop):
+        printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
+        options = {name: value for name, value in options.items() if name not in _OF_GENERATE}
+        chunks = stream(*given, **options, rounds_per_dispatch=_ROUNDS_PER_DISPATCH)
+        pieces = [piece for _, new in printer.follow(chunks) for piece in new]
+        return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(texts))]
+    out = generate(*given, **options)
     warn_of_troubles(np.asarray(out.status))
-    decoded = zip(prompts.tokens, prompts.lengths, out.new_tokens(), strict=True)
-    return [_continuation(tokenizer, tokens[:length].tolist(), new) for tokens, length, new in decoded]
+    codec = detokenize.codec(tokenizer, skip_special_tokens=skip_special_tokens)
+    rows = zip(prompts.ids(), out.new_tokens(), strict=True)
+    return ["".join(detokenize.split(codec, prompt, new)) for prompt, new in rows]
 
 
 def stream_text(
@@ -179,13 +202,22 @@ def stream_text(
     drafter_params: PyTree,
     tokenizer: Tokenizer,
     texts: Sequence[str],
+    *,
+    stop: str | Sequence[str] = (),
+    skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[Piece]:
-    """Yields the text of each new token as it comes. Options as for `specjax.stream`."""
+    """Yields the text of each new token as it comes, the same text as `generate_text`.
+
+    A piece is held back while later tokens can change its text: the beginning of a character, a run of byte tokens
+    (<0x0A> and the like), text that may be the beginning of a stop string. Arguments and errors as for `generate_text`;
+    other options as for `specjax.stream`.
+    """
     prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
-    printer = Printer(tokenizer, prompts)
-    for chunk in stream(model, params, drafter, drafter_params, *prompts, **options):
-        yield from printer.pieces(chunk)
+    options.setdefault("stop_tokens", _ends(model))
+    printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
+    chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
+    return (piece for _, pieces in printer.follow(chunks) for piece in pieces)
 
 
 def trace_text(
@@ -195,16 +227,29 @@ def trace_text(
     drafter_params: PyTree,
     tokenizer: Tokenizer,
     texts: Sequence[str],
+    *,
+    stop: str | Sequence[str] = (),
+    skip_special_tokens: bool = True,
     **options: Any,
 ) -> Trace:
     """Generates, and keeps every round: shown in a notebook, each token says where it came from and how likely it was.
 
-    `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. Options as for
+    `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. Tokens of a stop
+    string are kept, as its text is not. Arguments and errors as for `generate_text`; other options as for
     `specjax.stream`.
     """
     prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
+    options.setdefault("stop_tokens", _ends(model))
+    printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
     chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
-    return trace.collect(chunks, prompts.ids(), tokenizer.decode, name=tokenizer.id_to_token)
+    decode = detokenize.codec(tokenizer, skip_special_tokens=skip_special_tokens).decode
+    followed = (chunk for chunk, _ in printer.follow(chunks))
+    return trace.collect(followed, prompts.ids(), decode, name=tokenizer.id_to_token, stop=stop)
+
+
+def _ends(model: Model) -> list[int]:
+    """The checkpoint's end tokens, as far as the tokenizer has them."""
+    return [token for token in model.stop_tokens if token < model.vocab_size]
 
 
 class _Fitted(NamedTuple):
@@ -219,27 +264,3 @@ def _fitted(tokenizer: Tokenizer, texts: Sequence[str], model: Model, drafter: D
     parts.kinds(model, drafter)
     prompts = encode(tokenizer, texts, limit=model.max_positions)
     return _Fitted(prompts, within_vocab(model, tokenizer), within_vocab(drafter, tokenizer))
-
-
-class Printer:
-    """Turns chunks of ids into pieces of text; keeps what an incomplete character needs."""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Prompts):
-        from tokenizers.decoders import DecodeStream
-
-        self._tokenizer = tokenizer
-        self._streams = [DecodeStream(skip_special_tokens=True) for _ in prompts.lengths]
-        for stream_, tokens, length in zip(self._streams, prompts.tokens, prompts.lengths, strict=True):
-            for token in tokens[:length].tolist():  # spaces depend on what came before
-                stream_.step(tokenizer, token)
-
-    def pieces(self, chunk: Chunk) -> Iterator[Piece]:
-        """The pieces of one chunk, row by row."""
-        for row, (tokens, origins) in enumerate(zip(chunk.tokens, chunk.origins, strict=True)):
-            for token, origin in zip(tokens, origins, strict=True):
-                yield Piece(row, self._streams[row].step(self._tokenizer, token) or "", origin)
-
-
-def _continuation(tokenizer: Tokenizer, prompt: list[int], new: list[int]) -> str:
-    whole, start = tokenizer.decode(prompt + new), tokenizer.decode(prompt)
-    return whole.removeprefix(start)

@@ -13,22 +13,21 @@ from __future__ import annotations
 import enum
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from specjax import markup, stats
+from specjax.detokenize import CONTEXT, PARTIAL, Codec, Decode, beyond, codec_for, completed_by, split
+from specjax.stops import StopFinder, stop_strings
 from specjax.stream import Chunk, Drafted, LogProb, Origin
 from specjax.types import Stats, Status
 
-Decode: TypeAlias = Callable[[list[int]], str]
 Name: TypeAlias = Callable[[int], str | None]
 Setting: TypeAlias = str | int | float | None
 
 FORMAT = 1  # of `as_json`
-_CONTEXT = 6  # tokens decoded before a token: its spaces depend on them, its characters may begin in them
-_PARTIAL = "\ufffd"
 _NO_DRAFT = Drafted([], [], [], [], num_emitted=1)
 
 
@@ -116,6 +115,7 @@ def collect(
     *,
     name: Name | None = None,
     settings: Mapping[str, Setting] | None = None,
+    stop: str | Sequence[str] = (),
 ) -> Trace:
     """The trace of what `specjax.stream` yields.
 
@@ -125,6 +125,10 @@ def collect(
       decode: ids to text.
       name: what to call a token that has no text of its own, such as a special one.
       settings: to be shown beside it: models, temperature, seconds ...
+      stop: strings that end a row: its text ends before the first one, its tokens with the one that completes it.
+
+    Raises:
+      ValueError: an empty stop string.
 
     >>> import jax, jax.numpy as jnp, specjax
     >>> from specjax import testing, trace
@@ -135,11 +139,16 @@ def collect(
     >>> trace.collect(chunks, [[1, 2]], lambda ids: "".join("abcdefgh"[id] for id in ids))
     Trace of 1 row: 13 tokens, 2 rounds, 6.00 tokens per round
     """
-    growing = [_Growing(list(prompt), decode, name or (lambda _: None)) for prompt in prompts]
+    strings, naming = stop_strings(stop), name or (lambda _: None)
+    rounds: list[list[_Happened]] = [[] for _ in prompts]
+    status = [Status.ACTIVE] * len(prompts)
     for chunk in chunks:
-        for row, one in enumerate(growing):
-            one.add(chunk, row)
-    return Trace([one.row() for one in growing], dict(settings or {}))
+        for row, known in enumerate(rounds):
+            known += _happened(chunk, row)
+            status[row] = Status(chunk.status[row])
+    told = zip(prompts, rounds, status, strict=True)
+    rows = [_row(list(prompt), known, end, decode, naming, strings) for prompt, known, end in told]
+    return Trace(rows, dict(settings or {}))
 
 
 def counts(rows: Sequence[TracedRow]) -> Stats:
@@ -203,77 +212,80 @@ def as_json(trace: Trace) -> dict[str, Any]:
     return {"format": FORMAT, "settings": dict(trace.settings), "totals": _totals(trace.rows), "rows": rows}
 
 
-class _Growing:
-    """A row while chunks come: its ids, and its text as far as characters are complete."""
+class _Happened(NamedTuple):
+    """One round of a row, as chunks tell it."""
 
-    def __init__(self, prompt: list[int], decode: Decode, name: Name):
-        self._decode, self._name = decode, name
-        self._prompt, self._ids = decode(prompt), prompt
-        self._rounds: list[TracedRound] = []
-        self._status = Status.ACTIVE
-        self._settle()
+    drafted: Drafted
+    emitted: list[tuple[int, LogProb, Origin]]
 
-    def add(self, chunk: Chunk, row: int) -> None:
-        """What the chunk says of this row."""
-        self._status = Status(chunk.status[row])
-        emitted = zip(chunk.tokens[row], chunk.log_probs[row], chunk.origins[row], strict=True)
-        outside = len(chunk.tokens[row]) - sum(one.num_emitted for one in chunk.rounds[row])
-        for drafted in [_NO_DRAFT] * outside + chunk.rounds[row]:
-            self._rounds.append(self._round(drafted, list(itertools.islice(emitted, drafted.num_emitted))))
-
-    def row(self) -> TracedRow:
-        """All of it; the end of an incomplete character goes to the last round."""
-        start, *rounds = self._rounds or [TracedRound([], None, "")]
-        *before, last = (start, *rounds)
-        rest = self._decode(self._ids[self._start :])[len(self._shown) :]
-        start, *rounds = *before, last._replace(text=last.text + rest)
-        return TracedRow(self._prompt, start, rounds, self._status)
-
-    def _round(self, drafted: Drafted, emitted: list[tuple[int, LogProb, Origin]]) -> TracedRound:
-        before = self._ids[-_CONTEXT:]
-        has_next = drafted.num_emitted > len(drafted.accepted)
-        draft = []
-        for place, (token, target, prob) in enumerate(
-            zip(drafted.tokens, drafted.target, drafted.draft_probs, strict=True)
-        ):
-            kind = Kind.REJECTED if has_next and place == len(drafted.accepted) else Kind.UNUSED
-            kind = Kind.ACCEPTED if place in drafted.accepted else kind
-            draft.append(self._token(before + drafted.tokens[:place], token, kind, target, prob))
-        last = None
-        if has_next:
-            token, score, origin = emitted[-1]
-            kept = [drafted.tokens[place] for place in drafted.accepted]
-            last = self._token(before + kept, token, _KINDS[origin], score)
-        return TracedRound(draft, last, self._read([token for token, _, _ in emitted]))
-
-    def _token(self, before: list[int], token: int, kind: Kind, target: LogProb, prob: float | None = None) -> Token:
-        was, now = self._decode(before), self._decode([*before, token])
-        added = _beyond(was, now)
-        text = added or (_PARTIAL if now.endswith(_PARTIAL) else self._name(token) or "")
-        return Token(token, text, kind, _probability(target.processed), _probability(target.raw), prob)
-
-    def _read(self, ids: list[int]) -> str:
-        self._ids = self._ids + ids
-        whole = self._decode(self._ids[self._start :])
-        complete = whole.rstrip(_PARTIAL)
-        added = _beyond(self._shown, complete)
-        self._shown = complete
-        if complete == whole:
-            self._settle()
-        return added
-
-    def _settle(self) -> None:
-        """Every character is complete: what comes needs the last few tokens only."""
-        self._start = max(len(self._ids) - _CONTEXT, 0)
-        self._shown = self._decode(self._ids[self._start :])
+    def ids(self) -> list[int]:
+        return [token for token, _, _ in self.emitted]
 
 
-def _beyond(before: str, text: str) -> str:
-    """What `text` has after the part that it begins with in common with `before`: all of that, as a rule."""
-    if text.startswith(before):
-        return text[len(before) :]
-    same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
-    return text[sum(1 for _ in same) :]
+def _happened(chunk: Chunk, row: int) -> Iterator[_Happened]:
+    emitted = zip(chunk.tokens[row], chunk.log_probs[row], chunk.origins[row], strict=True)
+    outside = len(chunk.tokens[row]) - sum(one.num_emitted for one in chunk.rounds[row])
+    for drafted in [_NO_DRAFT] * outside + chunk.rounds[row]:
+        yield _Happened(drafted, list(itertools.islice(emitted, drafted.num_emitted)))
+
+
+def _row(
+    prompt: list[int], known: list[_Happened], status: Status, decode: Decode, name: Name, stop: Sequence[str]
+) -> TracedRow:
+    """A row once all of it is known: only then is it known which text each token completed."""
+    emitted = [token for one in known for token in one.ids()]
+    codec, finder = codec_for(decode, prompt + emitted), StopFinder(stop)
+    texts = split(codec, prompt, emitted)
+    shown = [*finder.feed(texts), *finder.flush()]
+    before = [token for token in prompt if not codec.is_silent(token)]
+    rounds: list[TracedRound] = []
+    place = 0
+    for one in known:
+        if finder.found and place == len(shown):
+            break
+        end = place + len(one.emitted)
+        made = _round(one, texts[place:end], len(shown[place:end]), before[-CONTEXT:], codec, name)
+        rounds.append(made._replace(text="".join(shown[place:end])))
+        before += [token for token in one.ids() if not codec.is_silent(token)]
+        place = end
+    start, *rounds = rounds or [TracedRound([], None, "")]
+    return TracedRow(decode(prompt), start, rounds, Status.STOPPED if finder.found else status)
+
+
+def _round(one: _Happened, texts: list[str], num_kept: int, before: list[int], codec: Codec, name: Name) -> TracedRound:
+    """A round and its tokens' texts. A stop string may end the row after `num_kept` of the tokens that it emitted."""
+    drafted, emitted = one
+    draft = []
+    for place, (token, target, prob) in enumerate(
+        zip(drafted.tokens, drafted.target, drafted.draft_probs, strict=True)
+    ):
+        text, kind = "", Kind.UNUSED
+        if place in drafted.accepted[:num_kept]:
+            text, kind = texts[drafted.accepted.index(place)], Kind.ACCEPTED
+        elif place == len(drafted.accepted) < len(emitted) == num_kept:
+            kind = Kind.REJECTED
+        text = text or _text([*before, *drafted.tokens[:place]], token, codec, name)
+        draft.append(_token(token, text, kind, target, prob))
+    last = None
+    if len(drafted.accepted) < len(emitted) == num_kept:
+        token, score, origin = emitted[-1]
+        kept = [drafted.tokens[place] for place in drafted.accepted]
+        last = _token(token, texts[-1] or _text([*before, *kept], token, codec, name), _KINDS[origin], score)
+    return TracedRound(draft, last, "".join(texts))
+
+
+def _token(token: int, text: str, kind: Kind, target: LogProb, prob: float | None = None) -> Token:
+    return Token(token, text, kind, _probability(target.processed), _probability(target.raw), prob)
+
+
+def _text(before: list[int], token: int, codec: Codec, name: Name) -> str:
+    """What a token adds to those before it, or U+FFFD for a part of a character, or its name where it has no text."""
+    if codec.is_silent(token):
+        return name(token) or ""
+    if token in codec.byte_tokens:
+        return completed_by(codec, before, token)
+    was, now = codec.decode(before), codec.decode([*before, token])
+    return beyond(was, now) or (PARTIAL if now.endswith(PARTIAL) else name(token) or "")
 
 
 def _probability(log_prob: float) -> float | None:
@@ -311,10 +323,13 @@ def _headline(rows: Sequence[TracedRow]) -> str:
 
 
 def _passage(row: TracedRow) -> markup.Passage:
-    # Tokens that hold a part of a character are left out where the last of them shows it whole.
-    hides = _PARTIAL not in row.text
-    shown = [token for token in row.emitted() if not (hides and token.text.strip(_PARTIAL) == "")]
-    return markup.Passage(row.prompt, [(token.text, token.kind, _hint(token)) for token in shown], _headline([row]))
+    shown, rest = [], row.text
+    for token in row.emitted():
+        # Tokens that hold a part of a character are left out where the last of them shows it whole.
+        if rest.startswith(token.text) or token.text.strip(PARTIAL):
+            shown.append((token.text, token.kind, _hint(token)))
+            rest = rest.removeprefix(token.text)
+    return markup.Passage(row.prompt, shown, _headline([row]))
 
 
 def _hint(token: Token) -> str:

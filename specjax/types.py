@@ -189,6 +189,7 @@ class Model(NamedTuple):
     trees: bool = True  # whether apply honours `depths` and `visible`
     hidden: bool = True  # whether apply gives hidden states
     layout: Layout | None = None  # where it lies on a mesh; the loop keeps its rows there too
+    stop_tokens: tuple[int, ...] = ()  # where its texts end: the default of `specjax.text`; `generate` wants to be told
 
 
 class Draft(NamedTuple):

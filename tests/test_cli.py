@@ -65,6 +65,24 @@ def test_json_says_everything(cache, tmp_path):
     assert json.loads(alone.stdout)["speedup"] is None
 
 
+def test_a_text_ends_before_a_stop_string(cache, tmp_path):
+    """Catches an option that the shown text, JSON, the page or the comparison with plain decoding does not know."""
+    arguments = ("generate", "import numpy", "--max-new-tokens", "12", "--json")
+    plain = json.loads(_run(*arguments, "--no-baseline", env=cache).stdout)["results"][0]
+    stop = plain["text"][3:5]
+    escaped = stop.replace("\n", "\\n").replace("\t", "\\t")
+    page = tmp_path / "page.html"
+    out = _run(*arguments, "--stop", "no such thing", "--stop", escaped, "--trace", str(page), env=cache)
+    assert out.returncode == 0, out.stderr
+    result = json.loads(out.stdout)
+    (row,) = result["results"]
+    assert (row["text"], row["status"]) == (plain["text"].split(stop)[0], "stopped")
+    assert row["tokens"] == plain["tokens"][: len(row["tokens"])]
+    assert len(row["origins"]) == len(row["tokens"]) < 12
+    assert result["same_tokens_as_plain"] is True
+    assert '"status": "stopped"' in page.read_text().replace('"status":"', '"status": "')
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -80,6 +98,7 @@ def test_json_says_everything(cache, tmp_path):
         (["generate", "x", "--dtype", "int32"], "cannot be int32"),
         (["generate", "--prompt-file", "/nowhere.txt"], "/nowhere.txt"),
         (["generate", "x", "--draft-len", "0"], "draft-len"),
+        (["generate", "x", "--stop", ""], "empty string"),
         (["bench", "--verify", "everything"], "exactness"),
         (["doctor", "--jsn"], "--json"),
     ],

@@ -21,7 +21,21 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 import specjax
-from specjax import Status, adapters, cli, complaints, models, pair, policy, sharding, speed, testing, text, validate
+from specjax import (
+    Status,
+    adapters,
+    cli,
+    complaints,
+    models,
+    pair,
+    policy,
+    sharding,
+    speed,
+    stops,
+    testing,
+    text,
+    validate,
+)  # fmt: skip
 from specjax.aot import topology
 from specjax.stream import warn_of_troubles
 
@@ -221,6 +235,7 @@ ERRORS = {
     "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
     "a long text": lambda: text.pad_prompts([[1], [1] * 51], limit=50),
     "a text that is cut": _cut_by_the_tokenizer,
+    "an empty stop string": lambda: stops.stop_strings(["\n", ""]),
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/nowhere"),
