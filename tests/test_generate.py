@@ -67,17 +67,22 @@ def test_greedy_speculation_is_greedy_decoding(pair, draft_len, verifier):
     assert (out.tokens == plain.tokens).all()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_model_drafting_for_itself_is_always_right(temperature):
-    """Known bug 5: a draft cache off by one still gives the right text, only fewer tokens a round. K + 1 here."""
+@pytest.mark.parametrize(("temperature", "rule"), [(0.0, "rejection"), (1.0, "rejection"), (1.0, "coupled")])
+def test_a_model_drafting_for_itself_is_always_right(temperature, rule):
+    """Known bug 5: a draft cache off by one still gives the right text, only fewer tokens a round. K + 1 here; so does
+    a draft drawn with other noise than the coupled verifier's. And at the end of a row no token is drafted that could
+    not be emitted: of 5, 4, 2 and 1 tokens left the last comes from the target."""
     model, params, draft, draft_params = PAIRS["llama drafting for itself"]
+    prompts, lengths = (jnp.concatenate([both, both[:1]]) for both in (PROMPTS, LENGTHS))
     out = specjax.generate(
-        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=31,
-        controller=specjax.controllers.fixed(4), sampling=specjax.Sampling(temperature),
+        model, params, specjax.drafters.draft_model(draft), draft_params, prompts, lengths,
+        max_new_tokens=jnp.array([31, 30, 28, 27]), controller=specjax.controllers.fixed(4),
+        sampling=specjax.Sampling(temperature), verifier=getattr(specjax.verify, rule)(),
     )  # fmt: skip
     assert specjax.stats.acceptance_rate(out.stats) == 1.0
-    assert out.stats.rounds.tolist() == [6, 6, 6]  # 1 + 6 * 5 tokens
-    assert out.stats.emitted.tolist() == [30, 30, 30]
+    assert out.stats.rounds.tolist() == [6, 6, 6, 6]  # 1 + 6 * 5 tokens at the most
+    assert out.stats.emitted.tolist() == [30, 29, 27, 26]
+    assert out.stats.drafted.sum(1).tolist() == [24, 23, 21, 20]
 
 
 def test_caches_hold_verified_tokens_only():
@@ -184,7 +189,8 @@ def test_inside_the_callers_jit_and_vmap():
 
 @pytest.mark.parametrize("draft_len", [1, 4])
 def test_stop_tokens_end_a_row_wherever_they_fall(draft_len):
-    """Catches tokens emitted after a stop token that was accepted in the middle of a draft."""
+    """Catches tokens emitted after a stop token that was accepted in the middle of a draft, or counted there: the model
+    drafts for itself, so every token whose turn comes is accepted, and what is behind the stop token has no turn."""
     model, params, draft, draft_params = PAIRS["llama drafting for itself"]
     stops = jnp.array([[9, -1], [2, 11], [0, 4]])
     plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=40, stop_tokens=stops)
@@ -199,6 +205,17 @@ def test_stop_tokens_end_a_row_wherever_they_fall(draft_len):
         assert not any(hit[:-1])
         assert hit[-1] == (out.status[row] == Status.STOPPED)
     assert (out.status == Status.STOPPED).any()
+    emitted = np.array([len(text) - 1 for text in out.new_tokens()])  # by rounds: the first is from the prompt
+    rounds, last = np.divmod(emitted, draft_len + 1)
+    place = np.arange(draft_len)[None]
+    wanted = rounds[:, None] + (place < last[:, None])
+    ends_in_draft = (np.asarray(out.status) == Status.STOPPED) & (last > 0)
+    assert ends_in_draft.any()
+    whole = np.asarray(out.status) == Status.STOPPED  # rows that reach their limit end with a token of the target's
+    np.testing.assert_array_equal(out.stats.accepted[whole], wanted[whole])
+    np.testing.assert_array_equal(out.stats.tested, out.stats.accepted)
+    assert specjax.stats.token_acceptance(out.stats) == 1.0
+    np.testing.assert_array_equal(out.stats.emitted, emitted)
 
 
 def test_faults_end_their_row_and_no_other():

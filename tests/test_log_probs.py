@@ -61,6 +61,40 @@ def test_equal_to_rescoring_in_one_forward(family, rule):
     assert (np.asarray(out.log_probs.processed)[0] == 0).all()  # greedy: a one-hot law
 
 
+@pytest.mark.parametrize("is_plain", [False, True])
+def test_padding_columns_have_no_share(is_plain):
+    """Catches raw log-probabilities normalised over columns that are no tokens, which models pad their vocabulary with:
+    they hold large logits here. A table, so the law of each place is a line of it. In plain decoding, in rounds, and
+    of draft tokens in a stream."""
+    vocab, temperature = 5, 0.7
+    table = testing.random_table(jax.random.key(2), order=1, vocab_size=vocab)
+    padded = jnp.concatenate([table, jnp.full((vocab + 1, 3), 4.0)], -1)
+    model = testing.table_model(1, vocab, vocab + 3)
+    raw = np.asarray(jax.nn.log_softmax(table, -1))
+    options = {"max_new_tokens": 20, "sampling": Sampling(temperature)}
+    prompts = jnp.array([[1, 2], [3, 0]])
+    drafted = (model, padded, specjax.drafters.draft_model(model), -padded, prompts)
+    out = (
+        specjax.autoregressive(model, padded, prompts, **options) if is_plain else specjax.generate(*drafted, **options)
+    )
+    tokens = np.asarray(out.tokens)
+    np.testing.assert_allclose(out.log_probs.raw[:, 2:], raw[tokens[:, 1:-1], tokens[:, 2:]], atol=1e-5)
+    processed = np.asarray(jax.nn.log_softmax(table / temperature, -1))
+    np.testing.assert_allclose(out.log_probs.processed[:, 2:], processed[tokens[:, 1:-1], tokens[:, 2:]], atol=1e-5)
+    if is_plain:
+        return
+    last, compared = prompts[:, 1].tolist(), 0
+    for chunk in specjax.stream(*drafted, **options):
+        for row, new in enumerate(chunk.tokens):
+            for drafted_in_round in chunk.rounds[row]:
+                before = [last[row], *drafted_in_round.tokens]
+                wanted = [raw[pair] for pair in zip(before, drafted_in_round.tokens, strict=False)]
+                np.testing.assert_allclose([score.raw for score in drafted_in_round.target], wanted, atol=1e-5)
+                compared += len(wanted)
+            last[row] = new[-1] if new else last[row]
+    assert compared > 20
+
+
 def test_gradients_are_not_needed_and_jit_works():
     """Catches log-probabilities that exist outside a caller's jit only."""
     model, params = tiny.model("llama")

@@ -13,10 +13,11 @@ from specjax import prefill
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):
-    """Catches chunk borders: the last token in an earlier chunk than the row's neighbour's, uneven chunks."""
+    """Catches chunk borders: prompts that end with a chunk, one token into the next, or chunks before their
+    neighbour's; uneven chunks. The first chunk here has 7 tokens, the others 8."""
     (model, params), (draft, draft_params) = tiny.model("llama"), tiny.model("llama", 1, num_hidden_layers=1)
-    prompts = jax.random.randint(jax.random.key(4), (3, 23), 0, tiny.VOCAB)
-    lengths = jnp.array([23, 8, 9])
+    prompts = jax.random.randint(jax.random.key(4), (5, 23), 0, tiny.VOCAB)
+    lengths = jnp.array([23, 7, 8, 9, 15])
     wanted = specjax.autoregressive(model, params, prompts, lengths, max_new_tokens=10).new_tokens()
     monkeypatch.setattr(prefill, "CHUNK", 8)
     jax.clear_caches()
@@ -24,9 +25,10 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
         model, params, specjax.drafters.draft_model(draft), draft_params, prompts, lengths, max_new_tokens=10
     )
     assert out.new_tokens() == wanted
-    asked = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
+    asked = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 5, 40), (0, 2))
     monkeypatch.undo()
-    whole = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 3, 40), (0, 2))
+    whole = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 5, 40), (0, 2))
+    np.testing.assert_allclose(asked.logits, whole.logits, atol=1e-4)
     for row, length in enumerate(lengths.tolist()):
         for chunked, one in zip(asked.hidden, whole.hidden, strict=True):
             np.testing.assert_allclose(chunked[row, :length], one[row, :length], atol=1e-4)

@@ -69,6 +69,28 @@ def test_sequences_follow_the_processed_law(rule, processor):
     assert int(out.stats.rounds.max()) == LENGTH - 1
 
 
+@pytest.mark.parametrize("rule", ["rejection", "coupled"])
+def test_a_draft_is_processed_as_the_target_is(rule):
+    """Catches a drafter whose penalties, minimum length or grammar do not see its own draft tokens: the text keeps its
+    law, but fewer tokens stay. Drafting for itself, every one must, in every row; the grammar binds half of them."""
+
+    def grammar(logits, tokens, length):
+        return jnp.where(tokens[0] == 1, _alternate(logits, tokens, length), logits)
+
+    sampling = _as_rows([NEUTRAL, *SETTINGS.values()], 8)
+    sampling = jax.tree.map(lambda field: jnp.concatenate([field, field]), sampling)
+    half = (len(SETTINGS) + 1) * 8
+    prompts = jnp.repeat(jnp.array([[1, 2], [2, 1]]), half, 0)
+    out = specjax.generate(
+        MODEL, TABLE, DRAFT, TABLE, prompts, max_new_tokens=17, sampling=sampling, processor=grammar,
+        controller=specjax.controllers.fixed(3), verifier=getattr(verify, rule)(), key=jax.random.key(4),
+    )  # fmt: skip
+    names = [f"{name}, {rest}" for rest in ("grammar", "none") for name in ["nothing", *SETTINGS] for _ in range(8)]
+    fewer = np.asarray(out.stats.accepted).sum(1) < np.asarray(out.stats.drafted).sum(1)
+    assert sorted({name for name, less in zip(names, fewer, strict=True) if less}) == []
+    assert (out.stats.rounds == 4).all()
+
+
 def test_plain_decoding_follows_the_processed_law():
     """Catches a processor that works in verification only."""
     setting = SETTINGS["all"]

@@ -1,0 +1,126 @@
+"""Small edits that leave the text as it is, or nearly, put in on purpose: they show in acceptance, counts and scores.
+
+As in test_mutations.py every test runs a check as the code is, puts the edit in, and sees the same check fail.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import specjax
+from specjax import Sampling, context, controllers, drafters, log_probs, loop, noise, sampling, settle, testing, verify
+from specjax.noise import Role
+from specjax.types import Verifier
+from specjax.verify.prefix import at_place, laws
+
+VOCAB = 3
+TABLE = testing.random_table(jax.random.key(11), order=2, vocab_size=VOCAB, sharpness=1.5)
+MODEL = testing.table_model(2, VOCAB)
+DRAFTER = drafters.draft_model(MODEL)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_programs():
+    """An edit must be compiled in, and must not outlive its test."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def _drafting_for_itself_all_stay():
+    """1 + 4 * 4 + 3 tokens at K = 3: the last draft has two. Penalties and coupled noise, so a draft must be drawn
+    exactly as the target draws."""
+    out = specjax.generate(
+        MODEL, TABLE, DRAFTER, TABLE, jnp.tile(jnp.array([[1, 2]]), (16, 1)), max_new_tokens=20, key=jax.random.key(6),
+        sampling=Sampling(1.0, frequency_penalty=0.7), verifier=verify.coupled(), controller=controllers.fixed(3),
+    )  # fmt: skip
+    assert out.stats.accepted.sum() == out.stats.drafted.sum(), "rejected"
+    assert out.stats.drafted.sum(1).tolist() == [14] * 16, "drafted"
+
+
+def test_edits_that_cost_acceptance_are_caught(monkeypatch):
+    """Noise of the next position, a draft that does not see itself, and a token drafted that has no room."""
+    _drafting_for_itself_all_stay()
+    draft_model = importlib.import_module("specjax.drafters.draft_model")
+    draw, lengths = draft_model.draw, loop.draft_lengths
+
+    def blind(seen, logits, tokens, step):
+        return draw(seen._replace(process=lambda x, ids, see: seen.process(x, ids, see & False)), logits, tokens, step)
+
+    edits: list[tuple[Any, str, Callable, str]] = [
+        (context, "_coupled_keys", lambda rows, at: noise.derive(rows.keys, Role.TARGET, rows.lengths + at + 1), "rej"),
+        (draft_model, "draw", blind, "rejected"),
+        (loop, "draft_lengths", lambda x, y, rows: lengths(x, y, rows._replace(limits=rows.limits + 1)), "drafted"),
+    ]
+    for module, name, wrong, message in edits:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            jax.clear_caches()
+            with pytest.raises(AssertionError, match=message):
+                _drafting_for_itself_all_stay()
+
+
+def _scores_and_tokens_are_plain_ones():
+    """A row that drafts nothing beside one that does: its tokens, and log-probabilities without padding columns."""
+    padded = jnp.concatenate([TABLE, jnp.full((*TABLE.shape[:-1], 2), 3.0)], -1)
+    model = testing.table_model(2, VOCAB, VOCAB + 2)
+    prompts, options = jnp.array([[1, 2], [1, 2]]), {"max_new_tokens": 16, "sampling": Sampling(1.0)}
+    plain = specjax.autoregressive(MODEL, TABLE, prompts, **options)
+    out = specjax.generate(
+        model, padded, drafters.draft_model(model), padded, prompts, max_draft_len=np.array([0, 3]), **options
+    )
+    assert out.new_tokens()[0] == plain.new_tokens()[0], "tokens"
+    np.testing.assert_allclose(out.log_probs.raw[0], plain.log_probs.raw[0], atol=1e-5, err_msg="scores")
+
+
+def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
+    """Noise of the position before, used a second time; and logits of padding columns in the raw law."""
+    _scores_and_tokens_are_plain_ones()
+    right = settle._or_plain_token
+    edits: list[tuple[Any, str, Callable, str]] = [
+        (settle, "_or_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
+        (log_probs, "without_padding", lambda logits, vocab_size: logits, "scores"),
+    ]
+    for module, name, wrong, message in edits:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            jax.clear_caches()
+            with pytest.raises(AssertionError, match=message):
+                _scores_and_tokens_are_plain_ones()
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block"])
+def test_a_small_residual_that_is_left_out_is_caught(rule):
+    """By a draft so close that only 4.5% of its tokens go, each for the one token that it finds too unlikely."""
+    target = jnp.broadcast_to(jnp.log(jnp.array([0.1, 0.3, 0.6])), TABLE.shape)
+    draft = jnp.broadcast_to(jnp.log(jnp.array([0.055, 0.345, 0.6])), TABLE.shape)
+    right = getattr(verify, rule)()
+
+    def wrong(seen, draft, target):
+        verdict = right.verify(seen, draft, target)
+        law = at_place(target.probs, verdict.num_accepted)
+        own = jnp.pad(laws(draft, law.shape[-1]), ((0, 0), (0, 1), (0, 0)))
+        residual = jnp.maximum(law - at_place(own, verdict.num_accepted), 0.0)
+        keys = noise.derive(seen.rows.keys, Role.RESIDUAL, seen.rows.rounds)
+        anew = sampling.sample(keys, jnp.log(law), seen.rows.sampling)
+        return verdict._replace(next_token=jnp.where(jnp.sum(residual, -1) < 0.05, anew, verdict.next_token))
+
+    def follows_the_law(verifier):
+        """20,000 sequences of 4 tokens, K = 2, false alarms 1e-6."""
+        out = specjax.generate(
+            MODEL, target, DRAFTER, draft, jnp.tile(jnp.array([[1, 2]]), (20_000, 1)), key=jax.random.key(1),
+            max_new_tokens=4, sampling=Sampling(1.0), verifier=verifier, controller=controllers.fixed(2),
+        )  # fmt: skip
+        law = testing.exact_sequence_law(MODEL, target, [1, 2], 4, sampling=Sampling(1.0))
+        testing.assert_same_law(testing.count_sequences(out.tokens, 2, 4, VOCAB), law)
+
+    follows_the_law(right)
+    with pytest.raises(AssertionError, match="chi-square"):
+        follows_the_law(Verifier(wrong))
