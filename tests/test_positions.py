@@ -63,12 +63,14 @@ def test_what_fits_is_generated(new, caplog):
     assert not caplog.records
 
 
-def test_the_shape_of_a_real_gpt2():
-    """Catches 910 + 100 refused at 1,024 positions, where the prompt is padded to 928."""
+def test_the_shape_of_a_real_gpt2(caplog):
+    """Catches 910 + 100 warned of at 1,024 positions, where the prompt is padded to 928."""
     model, params = tiny.model("gpt2", 3, n_positions=1024, n_layer=1, n_embd=8)
     drafter = specjax.drafters.draft_model(model)
-    words = text.generate_text(model, params, drafter, params, _tokenizer(), [_text(910)], max_new_tokens=100)
+    with caplog.at_level(logging.WARNING, "specjax"):
+        words = text.generate_text(model, params, drafter, params, _tokenizer(), [_text(910)], max_new_tokens=100)
     assert len(words[0].split()) == 100
+    assert not caplog.records
 
 
 def test_only_rows_that_get_there_are_warned_of(caplog):
@@ -108,21 +110,35 @@ def test_a_prompt_past_the_positions_is_named():
     assert text.encode(_tokenizer(), [_text(3), _text(50)], limit=POSITIONS).tokens.shape == (2, 50)
 
 
-@pytest.mark.parametrize("options", [["--max-new-tokens", "5"], ["--controller", "additive"]])
-def test_the_command_line_takes_what_fits(tmp_path, options):
-    """Catches every prompt of a short model refused because buffers are made in steps of 128."""
-    config = tiny.config("gpt2", n_positions=100)
+@pytest.mark.parametrize(
+    ("positions", "length", "new", "status"),
+    [(100, 70, 5, "length"), (100, 70, 128, "cache_full"), (1024, 910, 100, "length")],
+)
+def test_the_command_line_takes_what_fits(tmp_path, positions, length, new, status):
+    """Catches every prompt of a short model refused because buffers are made in steps of 128, and 910 + 100 of a real
+    one; what does not fit is said before, and the text ends where the positions do."""
+    config = tiny.config("gpt2", n_positions=positions)
     models.save(models.random(config, jax.random.key(0)), tmp_path / "gpt2")
     _tokenizer().save(str(tmp_path / "gpt2" / "tokenizer.json"))
     folder = str(tmp_path / "gpt2")
-    arguments = ["generate", _text(70), "--model", folder, "--draft", folder, "--no-cache", "--no-baseline", "--json"]
-    out = CliRunner().invoke(cli.app, [*arguments, *options])
+    arguments = [
+        "generate",
+        _text(length),
+        "--model",
+        folder,
+        "--draft",
+        folder,
+        "--no-cache",
+        "--no-baseline",
+        "--json",
+    ]
+    out = CliRunner().invoke(cli.app, [*arguments, "--max-new-tokens", str(new)])
     assert out.exit_code == 0, out.output
     (row,) = json.loads(out.stdout)["results"]
-    if options[0] == "--max-new-tokens":
-        assert (len(row["tokens"]), row["status"], out.stderr) == (5, "length", "")
+    assert (len(row["tokens"]), row["status"]) == (min(new, positions - length), status)
+    if status == "length":
+        assert out.stderr == ""
     else:
-        assert (len(row["tokens"]), row["status"]) == (30, "cache_full")
         assert "the target has 100 positions, prompt and new tokens may need 198" in " ".join(out.stderr.split())
 
 
