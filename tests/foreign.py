@@ -104,6 +104,21 @@ class LoneCursor(_Base):
         return self.logits(x, keys, values, mask[None, None]), cache
 
 
+class Untold(SharedCursor):
+    """An init_cache of arguments that only its author knows."""
+
+    def init_cache(self, config, n):
+        return super().init_cache(config["rows"], n, jnp.float32)
+
+
+class FixedSlots(SharedCursor):
+    """Makes as many slots as its configuration says, whatever is asked for."""
+
+    def init_cache(self, batch_size, cache_size):
+        del cache_size
+        return super().init_cache(batch_size, 100, jnp.float32)
+
+
 class SlidingBySlot(SharedCursor):
     """A window counted in slots of the cache, as Tunix's Gemma has it: no round may stand anywhere but in its place."""
 
@@ -129,6 +144,31 @@ class Stack(nnx.Module):
         for layer in self.layers:
             x = x + layer(x, mask=nnx.make_causal_mask(tokens))
         return 4.0 * self.out(x)
+
+
+class Sliced(Stack):
+    """Learned positions, added by a slice: past the table's end the shapes no longer fit."""
+
+    def __init__(self, rngs, most=40):
+        super().__init__(rngs)
+        self.places = nnx.Param(jax.random.normal(rngs.params(), (most, WIDTH)))
+
+    def __call__(self, tokens):
+        x = 2.0 * self.embed(tokens) + self.places[: tokens.shape[1]][None]
+        for layer in self.layers:
+            x = x + layer(x, mask=nnx.make_causal_mask(tokens))
+        return 4.0 * self.out(x)
+
+
+class SquareMask(SharedCursor):
+    """Its causal mask lies in a square of fixed size."""
+
+    most = 40
+
+    def __call__(self, tokens, positions, cache, attention_mask):
+        square = jnp.tril(jnp.ones((self.most, self.most), bool))
+        own = square[positions][:, :, : attention_mask.shape[-1]]
+        return super().__call__(tokens, positions, cache, attention_mask | (own & attention_mask))
 
 
 class OwnVariables(RowCursors):

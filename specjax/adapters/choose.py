@@ -10,13 +10,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.adapters.foreign import Feed, Foreign, NoLogits, Takes
+from specjax.adapters.foreign import NO_CACHE, TRIED, Feed, Foreign, NoLogits
 from specjax.adapters.held import AT_END, AT_LENGTH, held, rows_apart
+from specjax.adapters.leaves import slots_ignored
 from specjax.adapters.trial import Trial, in_its_cache, on_a_tree, on_whole_texts
 from specjax.adapters.uncached import afresh, uncached
 from specjax.types import Model, PyTree
 
-_SLOTS = 32  # of the caches in a trial, or as many as there are positions
 _log = logging.getLogger(__name__)
 
 
@@ -85,7 +85,10 @@ def choose(
     notes = [] if failed is None else [f"Not without a cache, as it is: {failed}."]
     if foreign.init_cache is None:
         wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
-        notes.append(_why_no_cache(foreign.takes))
+        notes.append(foreign.cache.note)
+    elif wanted != [Strategy.UNCACHED] and (ignored := slots_ignored(foreign.init_cache)) is not None:
+        wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
+        notes.append(ignored)
     for candidate in wanted:
         try:
             model, reason = _attempt(candidate, foreign, whole, trial, size, max_positions)
@@ -93,14 +96,17 @@ def choose(
             model, reason = None, f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("ValueError: ")
             reason = reason.rstrip(".")
         if model is not None:
+            if candidate is Strategy.UNCACHED and foreign.init_cache is not None and foreign.cache.note:
+                notes.append(foreign.cache.note)
             adapted = Adapted(model, params, candidate, tuple(notes))
-            level = logging.WARNING if candidate is Strategy.UNCACHED and foreign.takes.cache else logging.INFO
+            has_cache = foreign.takes.cache is not None or foreign.cache.note != NO_CACHE
+            level = logging.WARNING if candidate is Strategy.UNCACHED and has_cache else logging.INFO
             _log.log(level, "adapted a module: %s", adapted.describe())
             return adapted
         notes.append(f"Not {candidate.value}: {reason}.")
     asked = "no strategy is" if strategy is None else f"strategy={strategy!r} is not"
     raise ValueError(
-        f"{asked} right for this module. {' '.join(notes)} It was tried on texts of up to {_SLOTS} tokens: if its "
+        f"{asked} right for this module. {' '.join(notes)} It was tried on texts of up to {TRIED} tokens: if its "
         "positions end earlier, pass max_positions=."
     )
 
@@ -120,7 +126,7 @@ def _attempt(
 
 def _proven(model: Model, trial: Trial) -> tuple[Model | None, str]:
     """The model where it gives the module's own logits, with trees only where those are right too."""
-    slots = min(_SLOTS, model.max_positions or _SLOTS)
+    slots = min(TRIED, model.max_positions or TRIED)
     wrong = in_its_cache(trial, model, slots)
     if wrong is not None:
         return None, wrong
@@ -164,10 +170,12 @@ def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
         alone, error = error, _error_of(afresh(foreign), params)
         if error is None:
             return afresh(foreign), alone
-    raise ValueError(
+    said = (
         f"the module could not be called on tokens [3, 12]: {error}. It was called by {foreign.takes.describe()}. "
         "Say otherwise by takes=adapters.Takes(...), or by call=, a function of your own."
     )
+    ignored = None if foreign.init_cache is None else slots_ignored(foreign.init_cache)
+    raise ValueError(f"{said} {foreign.cache.note}".rstrip() if ignored is None else f"{ignored} And {said}")
 
 
 def _error_of(foreign: Foreign, params: PyTree) -> str | None:
@@ -184,13 +192,6 @@ def _feed() -> Feed:
     rows, width = 3, 12
     whole = jnp.zeros((rows, width), jnp.int32)
     return Feed(whole, whole, jnp.zeros((rows, width, width), bool))
-
-
-def _why_no_cache(takes: Takes) -> str:
-    if takes.cache is None:
-        named = "takes=adapters.Takes(tokens=..., cache=...)"
-        return f"It takes no cache: no argument of its call is named for one ({named} names it)."
-    return f"It takes a cache ({takes.cache}), but has no init_cache: pass init_cache=lambda batch, slots: ..."
 
 
 def _strategy(name: str) -> Strategy:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from specjax.types import Array, PyTree
+
+TRIED = 32  # tokens of the longest text and slots of the largest cache that a module is run on when it is adapted
 
 # Names that Flax modules in use give to what a pass needs; anything else is said by `Takes`.
 _POSITIONS = ("positions", "position_ids", "segment_pos", "segment_positions", "position", "pos")
@@ -27,6 +30,14 @@ _SLOTS = (
     "length",
     "slots",
     "capacity",
+)
+NO_CACHE = (
+    "It takes no cache: no argument of its call is named for one "
+    "(takes=adapters.Takes(tokens=..., cache=...) names it)."
+)
+_UNTOLD = (
+    "Which arguments of its init_cache{} are rows and slots can't be told, so it is not used: pass "
+    "init_cache=lambda batch, slots: module.init_cache(...)."
 )
 
 
@@ -76,12 +87,24 @@ class Given(NamedTuple):
     cache: PyTree
 
 
+class CacheMaker(NamedTuple):
+    """Where a module's empty cache comes from."""
+
+    make: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is none to be had
+    note: str = ""  # a sentence: why there is none, or what the module lacks that it needs, and what to do
+
+
 class Foreign(NamedTuple):
     """A module as functions: what the strategies of this package work with."""
 
     run: Callable[[PyTree, Feed], Given]  # (params, feed)
-    init_cache: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is none
+    cache: CacheMaker
     takes: Takes
+
+    @property
+    def init_cache(self) -> Callable[[int, int], PyTree] | None:
+        """(batch, slots) -> empty cache; None: there is none."""
+        return self.cache.make
 
     @property
     def sees_trees(self) -> bool:
@@ -90,7 +113,11 @@ class Foreign(NamedTuple):
 
 
 def foreign(
-    function: Callable[..., Any], bind: Callable[[PyTree], Callable[..., Any]], takes: Takes, init_cache: Any
+    function: Callable[..., Any],
+    bind: Callable[[PyTree], Callable[..., Any]],
+    takes: Takes,
+    cache: CacheMaker,
+    max_positions: int | None,
 ) -> Foreign:
     """`bind(params)` is the module's call, whose signature is `function`'s."""
     known = set(inspect.signature(function).parameters)
@@ -108,9 +135,36 @@ def foreign(
             takes.mask: takes.mask_form(feed.visible),
         }
         named.pop(None, None)
-        return unpack(bind(params)(**named, **takes.fixed), feed.tokens.shape)
+        bound = bind(params)
+        with named_when_longer(feed.visible.shape[-1], max_positions):
+            out = bound(**named, **takes.fixed)
+        return unpack(out, feed.tokens.shape)
 
-    return Foreign(run, init_cache if takes.cache else None, takes)
+    return Foreign(run, cache, takes)
+
+
+@contextlib.contextmanager
+def named_when_longer(size: int, max_positions: int | None) -> Iterator[None]:
+    """What a module raises at more places than it was tried at gets a sentence that says so, and what to pass.
+
+    Such errors are mostly about shapes (a table of positions that is added by a slice), and would name an addition
+    somewhere in the module, while `generate` is traced.
+    """
+    try:
+        yield
+    except Exception as error:  # whatever someone else's module raises
+        if size <= TRIED:
+            raise  # the trial sees to it
+        cure = "If its positions end somewhere, pass max_positions= (how many it has) to from_nnx or from_linen."
+        if max_positions is not None and size > max_positions:
+            cure = f"It has max_positions={max_positions}: make capacity smaller by {size - max_positions}."
+        elif max_positions is not None:
+            cure = f"If its positions end before {max_positions}, pass max_positions= as it is."
+        said = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ValueError(
+            f"the module failed at {size} places (the capacity, and a round past it), where it was tried at up to "
+            f"{TRIED}. {cure} It said: {said}"
+        ) from error
 
 
 def guess_takes(function: Callable[..., Any], bound: int) -> Takes:
@@ -149,32 +203,43 @@ def mask_forms(function: Callable[..., Any], takes: Takes | None, bound: int = 1
 
 
 def cache_maker(
-    module: Any, params: PyTree, given: Callable[[int, int], PyTree] | None, takes: Takes
-) -> Callable[[int, int], PyTree] | None:
+    module: Any,
+    params: PyTree,
+    given: Callable[[int, int], PyTree] | None,
+    takes: Takes,
+    strategy: str | None,
+) -> CacheMaker:
     """What is given, or the module's own `init_cache`, where it has one whose arguments can be told by their names."""
-    if given is not None:
-        if takes.cache is None:
+    if takes.cache is None:
+        if given is not None and strategy != "uncached":  # which has no use for it
             raise ValueError(
                 "init_cache is given, but no argument of the module's call is named for a cache: pass "
                 "takes=adapters.Takes(tokens=..., cache=..., ...) with the name it has."
             )
-        return given
-    method = getattr(module, "init_cache", None) if takes.cache else None
+        return CacheMaker(None, NO_CACHE)
+    if given is not None:
+        return CacheMaker(given)
+    method = getattr(module, "init_cache", None)
     if method is None:
-        return None
-    parameters = inspect.signature(method).parameters
-    batch_name = next((name for name in _BATCH if name in parameters), None)
-    slots_name = next((name for name in _SLOTS if name in parameters), None)
-    filled = {batch_name, slots_name, "dtype"}
-    left = [name for name, p in parameters.items() if p.default is p.empty and name not in filled]
-    if batch_name is None or slots_name is None or left:
-        raise ValueError(
-            f"the module's init_cache takes {', '.join(parameters)}, and which of them are rows and slots can't be "
-            "told: pass init_cache=lambda batch, slots: module.init_cache(...)."
+        return CacheMaker(
+            None,
+            f"It takes a cache ({takes.cache}), but has no init_cache: pass init_cache=lambda batch, slots: ...",
         )
+    try:
+        parameters = inspect.signature(method).parameters
+    except (TypeError, ValueError):  # a number by that name, or a function that hides what it takes
+        return CacheMaker(None, _UNTOLD.format(""))
+    named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    batch_name = next((name for name in _BATCH if name in named), None)
+    slots_name = next((name for name in _SLOTS if name in named), None)
+    open_ended = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    asked = [name for name, p in parameters.items() if p.default is p.empty and p.kind not in open_ended]
+    left = [name for name in asked if name not in (batch_name, slots_name, "dtype")]
+    if batch_name is None or slots_name is None or left:
+        return CacheMaker(None, _UNTOLD.format(f"({', '.join(map(str, parameters.values()))})"))
     floats = (leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))
-    extra = {"dtype": next(floats, jnp.float32)} if "dtype" in parameters else {}
-    return lambda batch, slots: method(**{batch_name: batch, slots_name: slots}, **extra)
+    extra = {"dtype": next(floats, jnp.float32)} if "dtype" in named else {}
+    return CacheMaker(lambda batch, slots: method(**{batch_name: batch, slots_name: slots}, **extra))
 
 
 def check_shapes(params: PyTree, adapted: PyTree) -> None:
@@ -183,11 +248,15 @@ def check_shapes(params: PyTree, adapted: PyTree) -> None:
         jax.tree_util.tree_leaves_with_path(adapted), jax.tree.leaves(params), strict=False
     ):
         if jnp.shape(ours) != jnp.shape(theirs):
-            name = ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path).strip(".")
             raise ValueError(
-                f"these parameters are another module's: {name} is {list(jnp.shape(theirs))}, where the module that "
-                f"was adapted has {list(jnp.shape(ours))}."
+                f"these parameters are another module's: {leaf_name(path)} is {list(jnp.shape(theirs))}, where the "
+                f"module that was adapted has {list(jnp.shape(ours))}."
             )
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Where an array stands in a module's state: "layers.0.kernel"."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path).strip(".")
 
 
 def unpack(out: Any, shape: tuple[int, ...]) -> Given:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.adapters.foreign import Feed, Foreign
+from specjax.adapters.foreign import CacheMaker, Feed, Foreign, named_when_longer
 from specjax.adapters.leaves import leaves_of, move, set_cursors, slots_of
 from specjax.cache import after
 from specjax.types import Array, Model, Output, PyTree
@@ -64,7 +64,8 @@ def held(foreign: Foreign, standing: Standing, vocab_size: int, *, max_positions
                 f"its positions by itself, has {max_positions}: make capacity smaller by {slots - max_positions}. "
                 "(Left out, capacity is the prompts' width and max_new_tokens, at most the target's positions.)"
             )
-        cache = make(batch, slots)
+        with named_when_longer(slots, max_positions):
+            cache = make(batch, slots)
         slots_of(leaves, cache, slots)
         return HeldCache(cache, jnp.zeros((batch,), jnp.int32))
 
@@ -130,7 +131,7 @@ def rows_apart(foreign: Foreign) -> Foreign:
         out = jax.vmap(foreign.run, (None, 0))(params, alone)
         return out._replace(logits=out.logits[:, 0])
 
-    return foreign._replace(run=run, init_cache=init_cache)
+    return foreign._replace(run=run, cache=CacheMaker(init_cache))
 
 
 def _over_slots(visible: Array, lengths: Array, start: Array, slots: int) -> Array:

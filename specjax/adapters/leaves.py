@@ -29,25 +29,48 @@ def leaves_of(init_cache: Callable[[int, int], PyTree]) -> list[Leaf]:
       ValueError: a leaf is neither kept per slot nor a cursor.
     """
     base, wider, longer = (
-        jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda rows=rows, slots=slots: init_cache(rows, slots)))
+        _shapes(init_cache, rows, slots)
         for rows, slots in ((_ROWS[0], _SLOTS[0]), (_ROWS[1], _SLOTS[0]), (_ROWS[0], _SLOTS[1]))
     )
+    if (ignored := slots_ignored(init_cache)) is not None:
+        raise ValueError(ignored.rstrip("."))
     found = []
     for (path, leaf), (_, more_rows), (_, more_slots) in zip(base, wider, longer, strict=True):
         name = jax.tree_util.keystr(path)
         rows, slots = _differing(leaf, more_rows, name), _differing(leaf, more_slots, name)
         if slots is None and not jnp.issubdtype(leaf.dtype, jnp.integer):
             raise ValueError(
-                f"the cache's {name} {leaf.dtype}{list(leaf.shape)} is kept neither per slot nor as a whole number: a "
-                "state that every token changes (recurrent) can't be rolled back from outside, and slots must be as "
-                "many as init_cache is asked for"
+                f"the cache's {name} {leaf.dtype}{list(leaf.shape)} has the same shape for {_SLOTS[0]} and for "
+                f"{_SLOTS[1]} slots, while others grow: every layer needs all the slots that init_cache is asked for "
+                "(no ring of a sliding window), and a state that every token changes (recurrent) can't be rolled back "
+                "from outside"
             )
         if slots is not None and rows is None:
             raise ValueError(f"the cache's {name} {list(leaf.shape)} has slots but no axis for rows")
         found.append(Leaf(name, rows, slots))
-    if not any(leaf.slots is not None for leaf in found):
-        raise ValueError("no array of the cache grows with the number of slots that init_cache is asked for")
     return found
+
+
+def slots_ignored(init_cache: Callable[[int, int], PyTree]) -> str | None:
+    """What is wrong, in a sentence, where caches for few and for many slots are the same; None where they differ."""
+    try:
+        few, many = (_shapes(init_cache, _ROWS[0], slots) for slots in _SLOTS)
+    except Exception:  # what someone else's function raises is said where its cache is used
+        return None
+    if [leaf.shape for _, leaf in few] != [leaf.shape for _, leaf in many]:
+        return None
+    held = ", ".join(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in few[:3])
+    return (
+        f"Its init_cache ignores the number of slots that it is asked for: {_SLOTS[0]} and {_SLOTS[1]} slots for "
+        f"{_ROWS[0]} rows give the same arrays ({held or 'none'}{', ...' if len(few) > 3 else ''}). Pass "
+        "init_cache=lambda batch, slots: ... that makes as many slots as it is asked for. (If these are no slots but a "
+        "state that every token changes, as recurrent layers have it: that can't be rolled back from outside.)"
+    )
+
+
+def _shapes(init_cache: Callable[[int, int], PyTree], rows: int, slots: int) -> list[tuple[Any, jax.ShapeDtypeStruct]]:
+    """The arrays of an empty cache, by path; nothing is computed."""
+    return jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_cache(rows, slots)))
 
 
 def slots_of(leaves: list[Leaf], cache: PyTree, wanted: int) -> int:

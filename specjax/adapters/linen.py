@@ -70,6 +70,6 @@ def from_linen(
 
     function = type(module).__call__ if call is None else call
     takings = mask_forms(function, takes, 1 if call is None else 2)  # less self, or module and variables
-    init_cache = cache_maker(module, variables, init_cache, takings[0])
-    forms = [foreign(function, bind, form, init_cache) for form in takings]
+    maker = cache_maker(module, variables, init_cache, takings[0], strategy)
+    forms = [foreign(function, bind, form, maker, max_positions) for form in takings]
     return choose(forms, variables, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)

@@ -10,8 +10,13 @@ import jax
 from flax import nnx
 
 from specjax.adapters.choose import Adapted, choose
-from specjax.adapters.foreign import Takes, cache_maker, check_shapes, foreign, mask_forms
+from specjax.adapters.foreign import CacheMaker, Takes, cache_maker, check_shapes, foreign, leaf_name, mask_forms
 from specjax.types import PyTree
+
+_RECIPE = (
+    "call=, a function (module, tokens, ..., cache) that does nnx.update(module, cache) and returns (logits, "
+    "nnx.state(module, nnx.Cache)), and init_cache=lambda batch, slots: nnx.state(a module made for so many, nnx.Cache)"
+)
 
 
 def from_nnx(
@@ -96,6 +101,35 @@ def from_nnx(
 
     function = type(module).__call__ if call is None else call
     forms_of_mask = mask_forms(function, takes)
-    init_cache = cache_maker(module, state, init_cache, forms_of_mask[0])
-    takings = [foreign(function, bind, form, init_cache) for form in forms_of_mask]
+    maker = cache_maker(module, state, init_cache, forms_of_mask[0], strategy)
+    maker = maker._replace(note=_about_variables(module, maker) or maker.note)
+    takings = [foreign(function, bind, form, maker, max_positions) for form in forms_of_mask]
     return choose(takings, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
+
+
+def _about_variables(module: nnx.Module, maker: CacheMaker) -> str | None:
+    """What to do about a cache in the module's own Variables, in a sentence; None where nothing is amiss."""
+    if maker.make is None:
+        own = _names(nnx.state(module, nnx.Cache))
+        what = f"It keeps a cache in its own Variables ({_few(own)}), and every pass begins with it as it is now:"
+        return f"{what} pass {_RECIPE}." if own else None
+    try:
+        cache = jax.eval_shape(functools.partial(maker.make, 1, 2))
+    except Exception:  # what someone else's function raises is said where its cache is used
+        return None
+    held = set(_names(nnx.state(module)))
+    lacking = [name for name in _names(cache) if name not in held]
+    if not isinstance(cache, nnx.State) or not lacking:
+        return None
+    return (
+        f"Its init_cache gives Variables that the module does not hold ({_few(lacking)}): adapt a module that already "
+        f"holds them, for one row and one slot if you like, and pass {_RECIPE}."
+    )
+
+
+def _names(state: PyTree) -> list[str]:
+    return [leaf_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(state)]
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join([*names[:3], *(["..."] if len(names) > 3 else [])])
