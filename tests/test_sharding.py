@@ -151,8 +151,8 @@ def test_plain_decoding_and_streams():
 @functools.cache
 @mock.patch.object(models.products, "_FEW_ROWS", 0)  # the CPU's own form of products pads rows and sends them around
 def _programs():
-    """The compiled loops on a mesh: a fixed draft length, plain decoding, a draft length that varies. Products are those
-    of TPUs and GPUs."""
+    """The compiled loops on a mesh: a fixed draft length, plain decoding, a draft length that varies. Their products
+    have the form for TPUs and GPUs."""
     layout = _layout(data=2, model=4)
     (model, params), (draft, draft_params) = _model("llama", layout), _model("llama", layout, seed=1)
     roles = Roles(model, drafters.draft_model(draft), verify.block(), controllers.fixed(3))
