@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import gc
-import importlib.metadata
 import os
 import pathlib
 
+import xla_options
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):  # unknown flags end the process
-    # The suite is hundreds of small programs, each run once: compiled this way they take a quarter of the time. The HLO
-    # is the same. `XLA_FLAGS= pytest` runs what users run, as .ci/run does for the pair.
-    os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+# The suite is hundreds of small programs, each run once: compiled this way they take half to a quarter of the time. The
+# HLO is the same. `XLA_FLAGS= pytest` runs what users run, as .ci/run does for the pair.
+os.environ.setdefault("XLA_FLAGS", xla_options.FLAGS)
 for name, value in {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",

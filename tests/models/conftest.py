@@ -13,6 +13,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+import xla_options
 
 from specjax import models
 
@@ -107,8 +108,7 @@ def reference_logits(torch) -> Callable[[Any, Any], np.ndarray]:
 @pytest.fixture(scope="session")
 def quickly() -> Callable[..., Any]:
     """jax.jit that compiles badly: compiling is most of the time here, and most programs run once."""
-    options = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-    return functools.partial(jax.jit, compiler_options=options)
+    return functools.partial(jax.jit, compiler_options=xla_options.OPTIONS)
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 import pytest
+import xla_options
 
 from specjax import models, tree
 from specjax.prefill import prefill
@@ -163,8 +164,7 @@ def _read_prompts(case: Case):
 
 
 # Compiling is most of the time here, and the programs are run once or twice: so compile them badly.
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-_jit = functools.partial(jax.jit, compiler_options=_QUICKLY)
+_jit = functools.partial(jax.jit, compiler_options=xla_options.OPTIONS)
 
 
 @functools.partial(_jit, static_argnums=0)

@@ -16,6 +16,7 @@ import jax
 import numpy as np
 import pytest
 import transformers
+import xla_options
 
 from specjax import models
 from specjax.prefill import prefill
@@ -224,8 +225,7 @@ def _to_legacy(folder: Path) -> None:
 
 
 # Compiling is most of the time here, and the programs are run once: so compile them badly.
-_QUICKLY = {"xla_backend_optimization_level": 0, "xla_cpu_use_fusion_emitters": False}
-_jit = functools.partial(jax.jit, compiler_options=_QUICKLY)
+_jit = functools.partial(jax.jit, compiler_options=xla_options.OPTIONS)
 
 
 def _read(model, params, tokens, cache, keep, hidden_layers=()):
