@@ -205,7 +205,7 @@ def _byte_tokens(decode: Decode, ids: Sequence[int]) -> frozenset[int]:
     whole = [token for token, text in alone.items() if text and PARTIAL not in text]
 
     def spoils(part: int, sound: Sequence[int]) -> bool:
-        return not decode([*sound, part]).startswith(decode([*sound]))
+        return decode([*sound, part]) == PARTIAL * (len(sound) + 1)
 
     short = [[token] * 2 for token in whole if len(alone[token]) <= 2 and alone[token].isascii()]
     trials = itertools.chain(short, _sound_runs(decode, ids, frozenset(parts)))
@@ -227,4 +227,10 @@ def _sound_runs(decode: Decode, ids: Sequence[int], parts: frozenset[int]) -> It
         for size in (2, 3, 4)
         if parts.issuperset(ids[start : start + size])
     )
-    return itertools.islice((run for run in runs if PARTIAL not in decode(run)), 4)
+
+    def is_sound(run: list[int]) -> bool:
+        # U+FFFD itself may be spelt out: less of its three bytes is more of U+FFFD, where bytes decode as a unit.
+        text = decode(run)
+        return PARTIAL not in text or (text == PARTIAL and decode(run[:2]) == PARTIAL * 2)
+
+    return itertools.islice(filter(is_sound, runs), 4)
