@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -138,8 +139,9 @@ def test_stop_strings_cut_the_text():
 
 def test_generation_ends_when_all_rows_have_stopped(monkeypatch):
     """Catches a device that goes on to max_new_tokens after the last stop string."""
-    dispatched, run = [], specjax.stream.__globals__["dispatch"]
-    monkeypatch.setitem(specjax.stream.__globals__, "dispatch", lambda *args: dispatched.append(1) or run(*args))
+    module, dispatched = sys.modules["specjax.stream"], []  # its name in specjax is the function's
+    run = module.dispatch
+    monkeypatch.setattr(module, "dispatch", lambda *args: dispatched.append(1) or run(*args))
     given, texts = _given(), [_padded("END"), _padded("END ab")]
     options = {**OPTIONS, "capacity": 1024, "max_new_tokens": 900}
     cut = [one.split("END")[0] for one in texts]
