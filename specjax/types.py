@@ -151,7 +151,16 @@ class Output(NamedTuple):
 
 
 class Apply(Protocol):
-    """Reads the cache and the open block, appends T tokens to the block; writes no cache."""
+    """Reads the cache and the open block, appends T tokens to the block; writes no cache.
+
+    A token sees the cached tokens of its row, and those block slots that `visible` names: without it all slots before
+    its own, and its own. It stands at position `length of the row in the cache + depth`; without `depths` the depth is
+    the block slot. The T tokens take the block's slots from `filled` on, so one block may be filled by several calls.
+
+    Returns:
+      An Output: logits float32 [B, T, V], or [B, M, V] at `logits_at`; one [B, T, D] for each of `hidden_layers`; the
+      block with these tokens appended, of the same shapes and dtypes as before.
+    """
 
     def __call__(
         self,
@@ -168,7 +177,14 @@ class Apply(Protocol):
 
 
 class Commit(Protocol):
-    """Moves the first `keep` tokens of the block (along `path`, for a tree) into the cache; forgets the rest."""
+    """Moves the first `keep` tokens of the block (along `path`, for a tree) into the cache; forgets the rest.
+
+    Args:
+      cache: as `init_cache` or an earlier commit made it; the returned one has the same shapes and dtypes.
+      block: as the last `apply` returned it.
+      keep: [B] int32 in 0..filled, row by row; 0 leaves the row as if the block had never been.
+      path: [B, n] int32, block slots in the order to keep them, of which the first `keep` count; None: slots 0, 1, ...
+    """
 
     def __call__(self, cache: PyTree, block: PyTree, keep: Array, path: Array | None = None) -> PyTree: ...
 
@@ -176,8 +192,21 @@ class Commit(Protocol):
 class Model(NamedTuple):
     """A language model as pure functions; parameters are always arguments.
 
+        apply(params, tokens, cache, block, *, depths=None, visible=None, logits_at=None, hidden_layers=()) -> Output
+        init_cache(params, batch, slots) -> cache
+        init_block(params, batch, size) -> block
+        commit(cache, block, keep, path=None) -> cache
+
+    with tokens [B, T] int32, keep [B] int32, and cache and block any pytrees of arrays. `types.Apply`, `types.Commit`
+    and `types.Output` say the shapes of the rest; docs/write-a-model.md goes through two models line by line.
+
     `apply` never touches the cache: the block's own state travels beside it, and `commit` writes what was kept.
     So a rejected token can leave no trace, whatever the architecture: attention keys, a ring, a recurrent state.
+
+    A cache gets `slots` slots, K + 1 more than a row's text may fill, since `commit` may write a whole block behind
+    the live part. A block gets `size` slots, as many as will be appended to it at most. All four are traced: shapes
+    follow from arguments' shapes and the two ints alone. `testing.check_model(model, params)` checks all of this.
+    The tuple is found again by its identity: make it once, and every call shares one compiled program.
     """
 
     apply: Apply  # one forward pass over a block
