@@ -67,7 +67,7 @@ def test_pieces_are_what_the_tokenizer_decodes(kind):
         if whole.startswith(start) and not changes:
             assert streamed == whole[len(start) :], (prompt, new)
             compared += 1
-        if number % 4 == 0:
+        if number % 4 == 0 and not changes:
             (row,) = trace.collect(chunks, [prompt], tokenizer.decode).rows
             assert (row.prompt, row.text) == (start, streamed)
             if PART not in whole:
