@@ -6,6 +6,7 @@ import json
 import logging
 import random
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,12 +91,13 @@ def test_an_end_that_is_no_id_is_refused_by_name(wrong, tmp_path):
 
 def _all_functions(given, texts, **options):
     """The texts that each of the three functions makes."""
-    whole = text.generate_text(*given, texts, **options)
+    arguments: Any = (*given, texts)
+    whole = text.generate_text(*arguments, **options)
     rows = [""] * len(texts)
-    for piece in text.stream_text(*given, texts, **options):
+    for piece in text.stream_text(*arguments, **options):
         rows[piece.row] += piece.text
         assert whole[piece.row].startswith(rows[piece.row])
-    found = text.trace_text(*given, texts, **options)
+    found = text.trace_text(*arguments, **options)
     assert rows == whole == [row.text for row in found.rows]
     return whole, found
 
