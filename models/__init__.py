@@ -15,7 +15,7 @@ if __name__ != "specjax.models":
     # A second copy under another name would define every pytree class twice, and nothing would fit together.
     raise ImportError(f"import this package as specjax.models, not as {__name__}.")
 
-from specjax.models import checkpoint, gpt2, int8, llama, llama2c
+from specjax.models import checkpoint, fields, gpt2, int8, llama, llama2c
 from specjax.models.checkpoint import Loaded, save
 from specjax.models.family import Architecture, init, shardings
 from specjax.models.int8 import INT8
@@ -53,6 +53,7 @@ def build(
     >>> build(tiny).model.vocab_size
     16
     """
+    fields.check(config)
     kind = config.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(_unknown(config))

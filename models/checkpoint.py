@@ -97,7 +97,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file, or a ValueError that names the file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not an object: fetch the file again.")

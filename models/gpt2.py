@@ -63,7 +63,7 @@ def read_config(raw: dict[str, Any]) -> GPT2Config:
         num_layers=raw["n_layer"],
         num_heads=raw["n_head"],
         max_positions=raw.get("n_positions", 1024),
-        epsilon=raw.get("layer_norm_epsilon", 1e-5),
+        epsilon=float(raw.get("layer_norm_epsilon", 1e-5)),
         activation=activation,
         tie_embeddings=raw.get("tie_word_embeddings", True),
         scale_by_layer=bool(raw.get("scale_attn_by_inverse_layer_idx", False)),

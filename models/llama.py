@@ -80,7 +80,7 @@ def read_config(raw: dict[str, Any]) -> LlamaConfig:
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
         head_dim=head_dim,
-        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        rms_norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         rope=rope.from_config(config, head_dim),
         tie_embeddings=bool(config.get("tie_word_embeddings", False)),
         qkv_bias=bias or kind == "qwen2",

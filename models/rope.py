@@ -35,17 +35,22 @@ def from_config(config: dict[str, Any], head_dim: int) -> Rope:
     if nested:
         raise ValueError(f"rope parameters per layer type ({', '.join(nested)}) are not supported.")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
-    theta = float(scaling.get("rope_theta") or config.get("rope_theta") or 10000.0)
+    theta = scaling.get("rope_theta") or config.get("rope_theta") or 10000.0
+    if not isinstance(theta, (int, float)):
+        raise ValueError(f"config.json: rope_theta must be a number, got {theta!r}: fetch the file again.")
+    theta = float(theta)
     partial = scaling.get("partial_rotary_factor", config.get("partial_rotary_factor", 1.0))
     if partial != 1.0:
         raise ValueError(f"partial_rotary_factor {partial} is not supported: this family rotates whole heads.")
-    if kind not in _SCALINGS:
+    if not isinstance(kind, str) or kind not in _SCALINGS:
         raise ValueError(f"unknown rope scaling {kind!r}; known: {', '.join(sorted(_SCALINGS))}.")
     plain = theta ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
     try:
         return _SCALINGS[kind](plain, theta, scaling, config)
     except KeyError as error:
         raise ValueError(f"config.json lacks {error}, which rope scaling {kind!r} needs.") from error
+    except (TypeError, ArithmeticError) as error:
+        raise ValueError(f"config.json: rope scaling {kind!r} cannot be computed ({error}) from {scaling}.") from error
 
 
 def angles(rope: Rope, positions: Array) -> tuple[Array, Array]:

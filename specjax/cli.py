@@ -14,7 +14,6 @@ import typer
 from specjax import (
     Sampling,
     __version__,
-    complaints,
     contest,
     doctor,
     doctor_report,
@@ -26,10 +25,27 @@ from specjax import (
     runner,
     self_check,
     speed,
+    terminal,
     viewer,
 )
 from specjax import plot as picture
-from specjax.options import EXACTNESS, SPEED, Cache, Check, Draft, Dtype, Json, Model, Part, Rule, Tokenizer, Verbose
+from specjax.options import (
+    EXACTNESS,
+    INT32,
+    LONGEST_DRAFT,
+    SPEED,
+    TOKENS,
+    Cache,
+    Check,
+    Draft,
+    Dtype,
+    Json,
+    Model,
+    Part,
+    Rule,
+    Tokenizer,
+    Verbose,
+)
 from specjax.pair import in_int8, load_pair
 from specjax.policy import Policy
 from specjax.stops import stop_strings
@@ -39,19 +55,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_mar
 
 def main() -> None:
     """Entry point: bad input ends with a message and status 2, Ctrl-C with status 130; no traceback for either."""
-    try:
-        app(prog_name="specjax")  # `python -m` would complete and explain another command
-    except KeyboardInterrupt:
-        interrupts.leave("interrupted")
-    except (ValueError, OSError, ImportError) as error:
-        typer.echo(f"specjax: {error}", err=True)
-        raise SystemExit(2) from None
-    except (RuntimeError, AssertionError) as error:
-        explained = complaints.explain(error)
-        if explained is None:
-            raise
-        typer.echo(f"specjax: {explained}", err=True)
-        raise SystemExit(2) from None
+    terminal.run(lambda: app(prog_name="specjax"))  # `python -m` would complete and explain another command
 
 
 @app.callback(invoke_without_command=True)
@@ -68,32 +72,32 @@ def generate(
     model: Model = None,
     draft: Draft = None,
     tokenizer: Tokenizer = None,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate per prompt.")] = 128,
-    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round, at most.")] = 5,
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=TOKENS, help="Tokens to generate per prompt.")] = 128,
+    draft_len: Annotated[int, typer.Option(min=1, max=LONGEST_DRAFT, help="K: tokens drafted per round, at most.")] = 5,
     controller: Annotated[
         Policy, typer.Option(help="Who chooses how many, up to K; throughput measures this machine first.")
     ] = Policy.fixed,
     temperature: Annotated[float, typer.Option(help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(help="In (0, 1]; 1 keeps all.")] = 1.0,
-    top_k: Annotated[int, typer.Option(help="0 keeps all.")] = 0,
+    top_k: Annotated[int, typer.Option(min=0, max=INT32, help="0 keeps all.")] = 0,
     min_p: Annotated[float, typer.Option(help="In [0, 1); 0 keeps all.")] = 0.0,
     repetition_penalty: Annotated[
         float | None, typer.Option(help="Above 0; 1 is none. For tokens of the prompt and the text.")
     ] = None,
     presence_penalty: Annotated[float | None, typer.Option(help="Taken off every token generated before.")] = None,
     frequency_penalty: Annotated[float | None, typer.Option(help="The same, for each time it was generated.")] = None,
-    min_new_tokens: Annotated[int | None, typer.Option(help="No end of text before as many.")] = None,
+    min_new_tokens: Annotated[int | None, typer.Option(min=0, max=INT32, help="No end of text before as many.")] = None,
     stop: options.Stop = [],  # noqa: B006
     special: options.Special = False,
     verifier: Annotated[Rule, typer.Option(help="How draft tokens are judged; lossy ones change the law.")] = (
         Rule.rejection
     ),
-    seed: Annotated[int, typer.Option(help="Same seed, same text.")] = 0,
+    seed: Annotated[int, typer.Option(min=-INT32 - 1, max=INT32, help="Same seed, same text.")] = 0,
     dtype: Dtype = None,
     prompt_file: Annotated[
         Path | None, typer.Option(help="One prompt a line, instead of PROMPT; blank lines are skipped.")
     ] = None,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts generated together.")] = 8,
+    batch: Annotated[int, typer.Option(min=1, max=INT32, help="Prompts generated together.")] = 8,
     trace: Annotated[Path | None, typer.Option(help="Write every round to this HTML page, with probabilities.")] = None,
     json_output: Json = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
@@ -143,7 +147,7 @@ def bench(
     dtype: Dtype = None,
     int8: Annotated[list[Part], typer.Option(help="Keep its matrices in int8; may be given for both.")] = [],  # noqa: B006
     draft_len: Annotated[
-        list[int], typer.Option(min=1, help="K; may be given several times.", rich_help_panel=SPEED)
+        list[int], typer.Option(min=1, max=LONGEST_DRAFT, help="K; may be given several times.", rich_help_panel=SPEED)
     ] = [5],  # noqa: B006
     controller: Annotated[
         list[Policy],
@@ -152,22 +156,23 @@ def bench(
         ),
     ] = [],  # noqa: B006
     batch: Annotated[
-        list[int], typer.Option(min=1, help="Rows at once; may be given several times.", rich_help_panel=SPEED)
+        list[int],
+        typer.Option(min=1, max=INT32, help="Rows at once; may be given several times.", rich_help_panel=SPEED),
     ] = [1],  # noqa: B006
     plot: Annotated[
         Path | None, typer.Option(help="Draw speed-up against K and batch into this PNG.", rich_help_panel=SPEED)
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts in all.", rich_help_panel=SPEED)] = 8,
-    context: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.", rich_help_panel=SPEED)] = 64,
+    prompts: Annotated[int, typer.Option(min=1, max=INT32, help="Prompts in all.", rich_help_panel=SPEED)] = 8,
+    context: Annotated[int, typer.Option(min=1, max=TOKENS, help="Tokens of each prompt.", rich_help_panel=SPEED)] = 64,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Tokens to generate per row.", rich_help_panel=SPEED)
+        int, typer.Option(min=1, max=TOKENS, help="Tokens to generate per row.", rich_help_panel=SPEED)
     ] = 128,
     repeats: Annotated[
-        int, typer.Option(min=1, help="Paired repetitions; medians are shown.", rich_help_panel=SPEED)
+        int, typer.Option(min=1, max=INT32, help="Paired repetitions; medians are shown.", rich_help_panel=SPEED)
     ] = 5,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.", rich_help_panel=SPEED)] = 0.0,
     samples: Annotated[
-        int, typer.Option(min=1000, help="Sequences of each chi-square test.", rich_help_panel=EXACTNESS)
+        int, typer.Option(min=1000, max=INT32, help="Sequences of each chi-square test.", rich_help_panel=EXACTNESS)
     ] = 20_000,
     json_output: Json = False,
     cache: Cache = True,
@@ -226,14 +231,14 @@ def plan_pod(
     ],
     draft: Annotated[str, typer.Option(help="Draft model, of the same vocabulary; draft is the shipped one.")],
     topology: Annotated[str, typer.Option(help="v5e:2x2, v5p:2x2x2, v6e:4x4 ...: up to 256 chips.")],
-    batch: Annotated[int, typer.Option(min=1, help="Rows.")] = 8,
-    capacity: Annotated[int, typer.Option(min=1, help="Tokens a row may hold, prompt included.")] = 4096,
-    draft_len: Annotated[int, typer.Option(min=1, help="K: tokens drafted per round.")] = 4,
+    batch: Annotated[int, typer.Option(min=1, max=INT32, help="Rows.")] = 8,
+    capacity: Annotated[int, typer.Option(min=1, max=TOKENS, help="Tokens a row may hold, prompt included.")] = 4096,
+    draft_len: Annotated[int, typer.Option(min=1, max=LONGEST_DRAFT, help="K: tokens drafted per round.")] = 4,
     mesh: Annotated[
         str | None, typer.Option(help="data=1,model=8,sub=2. Default: all chips for the model.", show_default=False)
     ] = None,
     dtype: Annotated[str, typer.Option(help="Of parameters and caches.")] = "bfloat16",
-    prompt_width: Annotated[int, typer.Option(min=1, help="Of the padded prompts.")] = 128,
+    prompt_width: Annotated[int, typer.Option(min=1, max=TOKENS, help="Of the padded prompts.")] = 128,
     prefill: Annotated[bool, typer.Option(help="Compile the reading of prompts too.")] = True,
     json_output: Json = False,
     verbose: Verbose = 0,
@@ -301,7 +306,8 @@ def examine(
 
 def _profiles(cache: bool) -> Path | None:
     """Where profiles of this machine are kept."""
-    return environment.cache_folder().parent / "profiles" if cache else None
+    kept = environment.usable_cache_folder() if cache else None
+    return None if kept is None else kept.parent / "profiles"
 
 
 def _axes(mesh: str | None) -> dict[str, int] | None:
@@ -309,7 +315,7 @@ def _axes(mesh: str | None) -> dict[str, int] | None:
     if mesh is None:
         return None
     pairs = [part.split("=") for part in mesh.split(",")]
-    if any(len(pair) != 2 or not pair[1].isdigit() for pair in pairs):
+    if any(len(pair) != 2 or not pair[1].isdecimal() for pair in pairs):
         raise ValueError(f"--mesh {mesh}: expected axes and their sizes, as in data=1,model=4.")
     return {name: int(size) for name, size in pairs}
 

@@ -232,17 +232,27 @@ def _options(setting: Setting, limit: int) -> dict[str, Any]:
 
 
 def _prompts(pair: Pair, setting: Setting) -> list[text.Prompts]:
-    tokens = np.zeros((setting.prompts, setting.context), np.int32)
+    rows: list[list[int]] = []
+    sources = [_source(first) for first in range(min(len(_MODULES), setting.prompts))]
     for row in range(setting.prompts):
         first, further = row % len(_MODULES), row // len(_MODULES)
-        names = _MODULES[first:] + _MODULES[:first]
-        source = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
-        # From a definition on: a file's opening is a licence in prose. Rows past the modules begin at later ones.
-        starts = [match.start() for match in re.finditer(r"^(def|class) ", source, re.MULTILINE)]
+        source, starts = sources[first]
+        if further >= len(starts):
+            raise ValueError(f"{setting.prompts} prompts are asked for: {row} are at hand. Lower --prompts or --batch.")
         opening = source[starts[further] :][: 16 * setting.context]  # no tokenizer makes less of it
         ids = pair.tokenizer.encode(opening).ids
         if len(ids) < setting.context:
             raise ValueError(f"--context {setting.context}: the prompts at hand have {len(ids)} tokens at most.")
-        tokens[row] = ids[: setting.context]
+        rows.append(ids[: setting.context])
     lengths = np.full((setting.batch,), setting.context, np.int32)
-    return [text.Prompts(batch, lengths) for batch in np.split(tokens, setting.prompts // setting.batch)]
+    return [
+        text.Prompts(batch, lengths) for batch in np.split(np.array(rows, np.int32), setting.prompts // setting.batch)
+    ]
+
+
+def _source(first: int) -> tuple[str, list[int]]:
+    """All modules, beginning with that one, and where prompts begin: at a definition, as a file's opening is a licence
+    in prose. Rows past the modules begin at later ones."""
+    names = _MODULES[first:] + _MODULES[:first]
+    source = "".join(inspect.getsource(importlib.import_module(name)) for name in names)
+    return source, [match.start() for match in re.finditer(r"^(def|class) ", source, re.MULTILINE)]

@@ -101,7 +101,10 @@ def _install(platform: str) -> str:
 
 
 def _cuda_extra(version_file: Path = Path("/proc/driver/nvidia/version")) -> str:
-    said = version_file.read_text() if version_file.is_file() else ""
+    try:
+        said = version_file.read_text(encoding="utf-8", errors="replace")
+    except OSError:  # no driver, or nothing that may be read
+        said = ""
     driver = re.search(r"\s(\d{3})\.\d+", said)
     return "cuda13" if driver and int(driver[1]) >= _FIRST_DRIVER_OF_CUDA_13 else "cuda12"
 
@@ -161,7 +164,13 @@ def _several(found: Environment) -> Iterator[Problem]:
 
 
 def _programs(found: Environment) -> Iterator[Problem]:
-    if not found.programs.is_writable:
+    if found.programs.folder is None:
+        yield Problem(
+            Severity.warning,
+            "there is no home directory to keep compiled programs in: every run compiles anew",
+            "set XDG_CACHE_HOME, or HOME, to a folder that can be written to.",
+        )
+    elif not found.programs.is_writable:
         yield Problem(
             Severity.warning,
             f"{found.programs.folder} cannot be written to: every run compiles anew",

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 from rich.console import Group
@@ -130,12 +130,16 @@ def _device(device: Device) -> str:
 
 def _programs(found: Environment) -> str:
     kept, own = found.programs, found.settings["jax_compilation_cache_dir"]
+    if kept.folder is None:
+        return (
+            "kept nowhere: there is no home directory" if own is None else "kept where jax_compilation_cache_dir says"
+        )
     said = f"{_count(kept.files, 'compiled program')}, {_bytes(kept.size)}, in {_at_home(kept.folder)}"
     return said if own is None else f"{said}; not used, as jax_compilation_cache_dir is set"
 
 
 def _at_home(folder: str) -> str:
-    home = str(Path.home())
+    home = os.path.expanduser("~")  # stays as it is where there is none
     return f"~{folder.removeprefix(home)}" if folder.startswith(f"{home}/") else folder
 
 

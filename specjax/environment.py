@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import importlib.metadata
+import logging
 import os
 import platform
 import re
@@ -15,6 +16,7 @@ import jax
 
 import specjax
 
+_log = logging.getLogger(__name__)
 _PACKAGES = (
     "jax", "jaxlib", "flax", "numpy", "libtpu", "jax-cuda12-plugin", "jax-cuda13-plugin", "jax-rocm7-plugin",
     "tokenizers", "safetensors", "huggingface-hub", "transformers", "typer", "rich",
@@ -71,7 +73,7 @@ class Devices(NamedTuple):
 class Programs(NamedTuple):
     """The command line's folder of compiled programs."""
 
-    folder: str
+    folder: str | None  # None: there is no home directory
     files: int
     size: int  # bytes
     is_writable: bool
@@ -182,15 +184,35 @@ def quiet_platform() -> None:
         jax.config.update("jax_platforms", "cpu")
 
 
-def cache_folder() -> Path:
-    """Where the command line keeps compiled programs."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "specjax" / "xla"
+def cache_folder() -> Path | None:
+    """Where the command line keeps compiled programs; None where there is no home directory, as in some containers."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return Path(given or Path.home() / ".cache") / "specjax" / "xla"
+    except RuntimeError:  # HOME is not set and passwd does not know the user
+        return None
+
+
+def usable_cache_folder() -> Path | None:
+    """That folder, made, if it can be written to; what is kept there saves time, and nothing depends on it."""
+    folder = cache_folder()
+    try:
+        if folder is not None and _is_text(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            if os.access(folder, os.W_OK | os.X_OK):
+                return folder
+    except OSError as error:
+        _log.info("compiled programs are not kept: %s", error)
+    return None
 
 
 def keep_programs() -> None:
     """From now on compiled programs are kept there, unless the user has a folder of their own for them."""
     if jax.config.values["jax_compilation_cache_dir"] is None:
-        jax.config.update("jax_compilation_cache_dir", str(cache_folder()))
+        folder = usable_cache_folder()
+        if folder is None:
+            return
+        jax.config.update("jax_compilation_cache_dir", str(folder))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
@@ -212,8 +234,7 @@ def _host() -> Host:
 
 
 def _processor() -> str:
-    file = Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", file.read_text(), re.MULTILINE) if file.is_file() else []
+    names = re.findall(r"^model name\s*:\s*(.+)$", _read("/proc/cpuinfo"), re.MULTILINE)
     return names[0].strip() if names else platform.processor() or platform.machine()
 
 
@@ -240,18 +261,31 @@ def _memory(device: Any) -> int | None:
         return None
 
 
-def _programs(folder: Path) -> Programs:
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    above = next(path for path in (folder, *folder.parents) if path.exists())
-    writable = os.access(above, os.W_OK)
-    return Programs(
-        str(folder),
-        sum(not path.name.endswith("-atime") for path in files),
-        sum(path.stat().st_size for path in files),
-        writable,
-    )
+def _programs(folder: Path | None) -> Programs:
+    if folder is None:
+        return Programs(None, 0, 0, False)
+    sizes = [_size(os.path.join(where, name)) for where, _, names in os.walk(folder) for name in names]
+    kept = [size for name, size in sizes if not name.endswith("-atime")]
+    above = next((path for path in (folder, *folder.parents) if os.path.exists(path)), Path())
+    writable = _is_text(folder) and os.path.isdir(above) and os.access(above, os.W_OK | os.X_OK)
+    return Programs(str(folder), len(kept), sum(size for _, size in sizes), writable)
+
+
+def _is_text(folder: Path) -> bool:
+    """JAX takes no other names of folders."""
+    return str(folder).encode("utf-8", "ignore").decode("utf-8") == str(folder)
+
+
+def _size(path: str) -> tuple[str, int]:
+    """A file and its bytes; 0 where another process has just removed it, or nobody may ask."""
+    try:
+        return path, os.stat(path).st_size
+    except OSError:
+        return path, 0
 
 
 def _read(path: str) -> str:
-    file = Path(path)
-    return file.read_text().strip() if file.is_file() else ""
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:  # not on this system, or not for this user
+        return ""

@@ -65,4 +65,7 @@ Stop = Annotated[
     ),
 ]
 Special = Annotated[bool, typer.Option("--special", help="Show special tokens too, as the end of a text.")]
+INT32 = 2**31 - 1  # programs hold integers of 32 bits
+TOKENS = 1_000_000_000  # the most of any number of tokens: with a prompt and a draft it is within int32
+LONGEST_DRAFT = 65_535  # that controllers take
 SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help

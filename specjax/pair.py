@@ -39,6 +39,7 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     """
     from specjax import models
 
+    _refuse_empty(model, draft, tokenizer)
     if (model is None) != (draft is None):
         given, lacking = ("--model", "--draft") if draft is None else ("--draft", "--model")
         raise ValueError(
@@ -60,6 +61,7 @@ def load_target(model: str, tokenizer: str | None, dtype: str | None) -> Pair:
     """Loads a target that is to decode plainly, without a draft. Errors as for `load_pair`."""
     from specjax import models
 
+    _refuse_empty(model, None, tokenizer)
     target = models.load(model, dtype=_dtype(dtype))
     return _fitted(Pair(target, None, _tokenizer(tokenizer, target)))
 
@@ -69,6 +71,12 @@ def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
     from specjax import models
 
     return pair._replace(**{part: models.quantize(getattr(pair, part)) for part in parts})
+
+
+def _refuse_empty(model: str | None, draft: str | None, tokenizer: str | None) -> None:
+    for name, given in (("--model", model), ("--draft", draft), ("--tokenizer", tokenizer)):
+        if given == "":
+            raise ValueError(f"{name} is empty: give a folder, a file or a hub id, or leave the option out.")
 
 
 def _fitted(pair: Pair) -> Pair:

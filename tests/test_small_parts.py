@@ -47,7 +47,7 @@ LAYERS = [
     {"runner", "exactness", "interrupts", "speed"},
     {"self_check", "complaints"},
     {"doctor"},
-    {"report", "doctor_report", "plot"},
+    {"report", "doctor_report", "plot", "terminal"},
     {"cli"},
 ]
 
