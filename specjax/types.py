@@ -15,8 +15,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import jax
-from jax.core import Tracer
 
+from specjax.results import Generation as Generation
+from specjax.results import LogProbs as LogProbs
+from specjax.results import Stats as Stats
 from specjax.sharding import Layout
 from specjax.status import Status as Status
 
@@ -90,17 +92,6 @@ class Counts(NamedTuple):
 
     in_prompt: Array  # [B, V] bool
     generated: Array  # [B, V] int32, how often each token was generated
-
-
-class LogProbs(NamedTuple):
-    """The target's log-probability of each token, [B, C] float32; 0 outside the generated part.
-
-    At temperature 0 the processed law is one-hot, so `processed` is 0. No gradient flows through a generation: for a
-    policy gradient re-score `tokens` by one `model.apply` over them, which gives `raw` again, with a gradient.
-    """
-
-    raw: Array  # under the model's own law: temperature 1, nothing processed, padding columns left out
-    processed: Array  # under the law that `Sampling` and the processor make of it
 
 
 class Rows(NamedTuple):
@@ -336,36 +327,3 @@ class Roles(NamedTuple):
     verifier: Verifier
     controller: Controller
     processor: Processor | None = None
-
-
-class Stats(NamedTuple):
-    """Counts since the start, per row. The first token of a row comes from prefill and is in none of them."""
-
-    rounds: Array  # [B] int32; each is one target pass
-    emitted: Array  # [B] int32, tokens emitted by rounds
-    drafted: Array  # [B, K] int32, how often a token was drafted at this position
-    tested: Array  # [B, K] int32, how often its turn came: every token before it had been accepted
-    accepted: Array  # [B, K] int32, how often it was accepted and emitted
-    by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row: what a round costs
-    resumed: Array  # [B] int32, of these, rounds with a draft after ones in which no row had any
-    caught_up: Array  # [B] int32, how many were without one before those
-
-
-class Generation(NamedTuple):
-    """The result of `generate` and `autoregressive`."""
-
-    tokens: Array  # [B, C] int32: the prompt, then what was generated; pad_token past `lengths`
-    lengths: Array  # [B] int32, prompt included
-    prompt_lengths: Array  # [B] int32
-    status: Array  # [B] int32, a `Status`
-    log_probs: LogProbs  # of the generated tokens, at their places in `tokens`
-    stats: Stats
-    controller_state: PyTree = ()  # to start the next call from what was learnt
-
-    def new_tokens(self) -> list[list[int]]:
-        """The generated ids of each row, stop token included, as Python lists. Waits for the device, so not under jit:
-        there read `tokens`, `prompt_lengths` and `lengths`."""
-        if isinstance(self.tokens, Tracer):
-            raise ValueError("new_tokens() is for the host: under jit read tokens, prompt_lengths and lengths.")
-        tokens, lengths, starts = jax.device_get((self.tokens, self.lengths, self.prompt_lengths))
-        return [row[start:end].tolist() for row, start, end in zip(tokens, starts, lengths, strict=True)]

@@ -21,7 +21,7 @@ LAYERS = [
     {"logs", "traced"},
     {"integers"},
     {"sharding"},
-    {"status"},
+    {"status", "results"},
     {"types", "noise", "hlo", "markup", "costs"},
     {"branches"},
     {"tpu"},
