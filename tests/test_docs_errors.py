@@ -187,6 +187,11 @@ def _a_tables_end():
     specjax.generate(adapted.model, adapted.params, draft, adapted.params, PROMPTS, max_new_tokens=60)
 
 
+def _past_the_trial():
+    adapted = _adapted(foreign.Sliced)
+    _plain(adapted.model, adapted.params, max_new_tokens=61)
+
+
 def _profiled(device):
     found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), (0.0, 0.0))
     return specjax.controllers.throughput(specjax.costs.Profile(device, (0, 1), (found,)))
@@ -287,6 +292,8 @@ ERRORS = {
     "a module for its state": _a_module_for_its_state,
     "a narrower state": _a_narrower_state,
     "a table's end": _a_tables_end,
+    "shapes past the trial": _past_the_trial,
+    "slots ignored": lambda: _adapted(foreign.FixedSlots, strategy="at-end"),
     "memory": _out_of_memory,
     "device": _no_device,
 }

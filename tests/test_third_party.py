@@ -21,6 +21,12 @@ ROOT = Path(__file__).parent.parent
 FAMILIES = {
     # Beside TensorFlow's protobuf, which gemma pulls in, sentencepiece 0.2.1 and later do not load.
     "gemma": (["gemma", "sentencepiece<0.2.1"], {"gemma Gemma 2": "at-end", "gemma Gemma 3": "at-end"}),
+    # Through the shells of docs/adapters.md, which have no cache unless they are given one.
+    "equinox": (["equinox"], {"equinox transformer": "uncached"}),
+    "keras_hub": (
+        ["keras-hub"],
+        {"keras-hub Llama": "uncached", "keras-hub Llama in its own cache": "row-by-row"},
+    ),
     "tunix": (
         ["google-tunix"],
         {
