@@ -33,7 +33,7 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from specjax import contest, limits, report, speed, text
+from specjax import contest, limits, report, speed, speed_report, text
 from specjax.machine import Machine, this_machine
 from specjax.pair import load_pair
 from specjax.passes import time_pass
@@ -108,7 +108,7 @@ def main(
     )
     found = speed.measure(load_pair(None, None, None, None), setting, lambda what: contextlib.nullcontext())
     report.Display(plain=False, silent=False).speed(found)
-    said["shipped pair"] = report.speed_as_json([found])
+    said["shipped pair"] = speed_report.as_json([found])
     _write(json_file, said)
 
 

@@ -143,11 +143,11 @@ class Timed(NamedTuple):
 
     speculative: float
     plain: float
-    runs: int  # of each
+    turns: list[tuple[float, float]]  # seconds of plain decoding and of speculation, which those are the medians of
     tokens: list[list[int]]
 
 
-def in_turn(batch: Batch, shown: float) -> Timed:
+def run_in_turn(batch: Batch, shown: float) -> Timed:
     """Plain decoding and speculation in turn, one call each, as often as patience allows: one short run says little.
 
     `shown` is what the run that was shown took. It has the host's work for every few rounds in it, which plain decoding
@@ -158,7 +158,8 @@ def in_turn(batch: Batch, shown: float) -> Timed:
         batch.plain(2)
         began = time.perf_counter()
         tokens = batch.plain(limit).new_tokens()
-        return Timed(shown, time.perf_counter() - began, 1, tokens)
+        took = time.perf_counter() - began
+        return Timed(shown, took, [(took, shown)], tokens)
     batch.warm_up_calls()
     speculative: list[float] = []
     plain: list[float] = []
@@ -170,4 +171,5 @@ def in_turn(batch: Batch, shown: float) -> Timed:
         batch.speculate(limit).new_tokens()
         speculative.append(time.perf_counter() - began)
         if len(plain) == MOST_RUNS or sum(speculative + plain) > _PATIENCE:
-            return Timed(statistics.median(speculative), statistics.median(plain), len(plain), tokens)
+            turns = list(zip(plain, speculative, strict=True))
+            return Timed(statistics.median(speculative), statistics.median(plain), turns, tokens)

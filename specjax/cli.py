@@ -25,6 +25,7 @@ from specjax import (
     runner,
     self_check,
     speed,
+    speed_report,
     terminal,
     viewer,
 )
@@ -204,7 +205,7 @@ def bench(
             if not json_output:
                 display.speed(found[-1])
         if json_output:
-            typer.echo(json.dumps(report.speed_as_json(found)))
+            typer.echo(json.dumps(speed_report.as_json(found)))
         if plot is not None:
             picture.save(found, plot)
             typer.echo(f"plot: {plot}", err=True)
@@ -280,8 +281,8 @@ def examine(
 ) -> None:
     """Say what is installed here, what is wrong with it, and whether speculation is exact and pays on this machine.
 
-    The self-check measures for about five seconds; compiling comes on top, half a minute the first time. Status 1 if
-    something does not work or is not exact; slow is no failure.
+    The self-check takes about a minute the first time, most of it compiling, and begins nothing new after 90 seconds:
+    a busy machine is told what was left out. Status 1 if something does not work or is not exact; slow is no failure.
     """
     display = report.Display(plain=False, silent=json_output, verbose=verbose)
     interrupts.watch(lambda: display.is_busy)

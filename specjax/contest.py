@@ -20,6 +20,7 @@ from specjax.costs import Profile
 from specjax.decode import autoregressive, generate
 from specjax.pair import Pair
 from specjax.policy import Policy, choose
+from specjax.stats import SpeedUp, speedup_in_turn
 from specjax.types import Controller, Generation, Sampling, Stats
 
 # Real text that every machine has, in a language that the shipped pair knows, and none that it was trained on.
@@ -130,20 +131,32 @@ def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[A
                 jax.block_until_ready(run(1, contest.prompts[0]))  # another program: it is given a state
 
 
-def time_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> dict[Way, list[Timed]]:
-    """Every way to decode in turn, `setting.repeats` times."""
+def time_all(
+    contest: Contest,
+    busy: Callable[[str], AbstractContextManager[Any]],
+    enough: Callable[[int], bool] = lambda turns: False,
+) -> dict[Way, list[Timed]]:
+    """Every way to decode in turn, `setting.repeats` times, or until `enough` turns are done, but once at least."""
     setting = contest.setting
     timed: dict[Way, list[Timed]] = {way: [] for way in contest.runs}
     for repeat in range(setting.repeats):
         for way, run in contest.runs.items():
             with busy(f"measuring, {repeat + 1} of {setting.repeats}"):
                 timed[way].append(time_generations(run, contest.prompts, setting.max_new_tokens))
+        if enough(repeat + 1):
+            break
     return timed
 
 
 def paired_ratio(above: list[Timed], below: list[Timed]) -> float:
     """Seconds of a step or round over those of another, each pair measured one after the other: the median."""
     return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
+
+
+def speedup(plain: list[Timed], ours: list[Timed]) -> SpeedUp:
+    """Of rounds over steps, turn by turn."""
+    steps, rounds = ([run.seconds for run in runs] for runs in (plain, ours))
+    return speedup_in_turn(steps, rounds, tokens=ours[0].tokens_per_pass)  # the same in every turn: so are the keys
 
 
 def time_generations(run: Run, batches: list[text.Prompts], max_new_tokens: int) -> Timed:

@@ -15,6 +15,7 @@ from specjax.doctor import MEANING, Problem, Report, Severity
 from specjax.environment import Device, Environment
 from specjax.report import finding_lines
 from specjax.self_check import Pace, SelfCheck, verdict
+from specjax.stats import BUSY
 
 _STYLES = {Severity.error: "bold red", Severity.warning: "yellow", Severity.note: "cyan"}
 
@@ -71,8 +72,11 @@ def result(check: SelfCheck | None) -> Iterator[Text]:
     yield Text()
     if not check.passed:
         yield Text("Something is broken here: trust no output of this machine, and report the lines above.", "bold red")
+    elif check.left_out:
+        yield Text(f"No time was left for: {'; '.join(check.left_out)}.", "bold yellow")
+        yield Text("Run it again: compiled programs are kept. On an idle machine nothing is left out.", "dim")
     elif check.pace is None:
-        yield Text("Exact. How fast cannot be said: specjax bench measures for longer.", "bold yellow")
+        yield Text(f"Exact. How fast cannot be said: {BUSY}.", "bold yellow")
     else:
         yield Text(verdict(check.pace), "bold green" if check.pace.pays else "bold yellow")
         yield Text(
@@ -108,6 +112,7 @@ def _check(check: SelfCheck) -> dict[str, Any]:
     return {
         "passed": check.passed,
         "findings": [finding._asdict() for finding in check.findings],
+        "left_out": check.left_out,
         "speed": None if pace is None else _pace(pace),
         "compiling_seconds": check.compiling,
         "measuring_seconds": check.measuring,
@@ -115,7 +120,8 @@ def _check(check: SelfCheck) -> dict[str, Any]:
 
 
 def _pace(pace: Pace) -> dict[str, Any]:
-    return {**pace._asdict(), "speedup": pace.speedup, "pays": pace.pays, "verdict": verdict(pace)}
+    said = {"speedup": pace.speedup, "busy": pace.in_turn.is_busy, "pays": pace.pays, "verdict": verdict(pace)}
+    return {**pace._asdict(), **said}
 
 
 def _device(device: Device) -> str:

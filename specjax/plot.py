@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from specjax.speed import Speed
+from specjax.stats import BUSY
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -58,7 +59,10 @@ def speedups(found: Sequence[Speed]) -> Figure:
     axes.set_xlabel("tokens drafted in a round, K")
     axes.set_ylabel("speed-up over plain decoding")
     first = found[0]
-    axes.set_title(f"{first.machine.name}, {first.dtype}, temperature {first.setting.temperature:g}", fontsize=10)
+    title = f"{first.machine.name}, {first.dtype}, temperature {first.setting.temperature:g}"
+    if any(line.busy for speed in found for line in speed.lines):
+        title += f"\n{BUSY}"
+    axes.set_title(title, fontsize=10)
     axes.set_ylim(0, 1.08 * max(line.speedup for speed in found for line in speed.lines))
     axes.set_xlim(left=-0.3)  # room for a star at 0
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))

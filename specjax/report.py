@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,13 +15,11 @@ from rich.logging import RichHandler
 from rich.table import Table
 from rich.text import Text
 
-from specjax import stats
-from specjax.contest import Way
+from specjax import speed_report, stats
 from specjax.exactness import Finding
 from specjax.pair import Pair
-from specjax.policy import Policy
 from specjax.runner import Summary, predicted_speedup
-from specjax.speed import Line, Speed
+from specjax.speed import Speed
 from specjax.stream import Origin
 from specjax.text import Piece
 
@@ -109,26 +107,8 @@ class Display:
 
     def speed(self, found: Speed) -> None:
         """What was measured, to standard output."""
-        setting, machine = found.setting, found.machine
-        names = [_way(line) for line in found.lines]
-        rows = f"{setting.prompts} prompts, {setting.batch} at once"
-        title = f"{machine.name}, {found.dtype}, {rows}, temperature {setting.temperature:g}"
-        table = Table("", *names, title=title)
-        for column in table.columns[1:]:
-            column.justify = "right"
-        for name, cells in zip(_SPEED_ROWS, zip(*map(_speed_cells, found.lines), strict=True), strict=True):
-            table.add_row(name, *cells)
-        self._out.print(table)
-        lengths = f"{setting.max_new_tokens // 4} and {setting.max_new_tokens}"
-        for line in (
-            f"Time: the difference between generating {lengths} tokens over the difference in steps or rounds, so "
-            f"prefill and the call drop out; medians of {setting.repeats}, the speed-up of paired runs.",
-            "Tokens a round: of that difference. Acceptance, places used, rounds by length: of the longer generations.",
-            "Whole calls: prefill and the wait for the slowest row included.",
-            f"Limit: weights, logits and {found.live:.0f} live tokens a row, once per forward pass, at "
-            f"{machine.bandwidth / 1e9:.4g} GB/s and {machine.flops / 1e12:.3g} TFLOP/s ({machine.origin}).",
-        ):
-            self._out.print(line, style="dim")
+        for part in speed_report.parts(found):
+            self._out.print(part)
 
     def show(self, parts: Iterable[RenderableType]) -> None:
         """Tables and the like, to standard output."""
@@ -176,62 +156,6 @@ def findings_as_json(findings: list[Finding], pair: Pair) -> dict[str, Any]:
     }
 
 
-_SPEED_ROWS = (
-    "time of a step, a round", "tokens a round", "acceptance", "by position", "places used", "rounds by length",
-    "tokens/s", "speed-up", "predicted", "drafting, verifying", "tokens/s, whole calls", "speed-up, whole calls",
-    "moved a step, a round", "computed", "limit", "measured / limit",
-)  # fmt: skip
-
-
-def _speed_cells(line: Line) -> list[str]:
-    speculates = line.controller is not None
-    total, split = sum(line.draft_lengths), line.time_split
-    shares = [f"{place}: {count / total:.0%}" for place, count in enumerate(line.draft_lengths) if count]
-    return [
-        f"{1e3 * line.seconds:.2f} ms",
-        f"{line.tokens_per_pass:.2f}" if speculates else "",
-        _percent(line.acceptance),
-        " ".join(_percent(share) or "-" for share in line.acceptance_by_position),
-        _percent(line.draft_utilisation),
-        "\n".join(shares),
-        f"{line.tokens_per_second:.0f}",
-        f"{line.speedup:.2f}",
-        "" if line.predicted_speedup is None else f"{line.predicted_speedup:.2f}",
-        "" if split is None else f"{1e3 * split['drafting']:.2f}, {1e3 * split['verification']:.2f} ms",
-        f"{line.call_tokens_per_second:.0f}",
-        f"{line.call_speedup:.2f}",
-        f"{line.work.bytes / 1e6:.4g} MB",
-        f"{line.work.flops / 1e9:.3g} GFLOP",
-        f"{1e3 * line.limit_seconds:.2f} ms",
-        f"{line.seconds / line.limit_seconds:.2f}",
-    ]
-
-
-def _way(line: Line) -> str:
-    return str(Way(Policy(line.controller) if line.controller else None, line.draft_len or 0))
-
-
-def speed_as_json(found: Sequence[Speed]) -> dict[str, Any]:
-    """Speed measurements as plain data, in seconds, bytes and floating-point operations; one for each batch size."""
-    lines = []
-    for line in (line for speed in found for line in speed.lines):
-        work = {"bytes": line.work.bytes, "flops": line.work.flops}
-        lines.append({**line._asdict(), "work": work, "measured_over_limit": line.seconds / line.limit_seconds})
-    return {
-        "lines": lines,
-        "setting": found[0].setting._asdict(),
-        "batches": [speed.setting.batch for speed in found],
-        "machine": found[0].machine._asdict(),
-        "live_tokens": found[0].live,
-        "dtype": found[0].dtype,
-        "jax": jax.__version__,
-    }
-
-
-def _percent(share: float | None) -> str:
-    return "" if share is None else f"{share:.0%}"
-
-
 def _dtype(pair: Pair) -> str:
     return ", ".join(sorted({str(leaf.dtype) for leaf in jax.tree.leaves(pair.target.params)}))
 
@@ -248,7 +172,7 @@ def as_json(summary: Summary) -> dict[str, Any]:
         }
         for row in summary.rows
     ]
-    rates = _rates(summary)
+    rates, turns = _rates(summary), summary.in_turn
     numbers = {name: None if value is None or math.isnan(value) else value for name, value in rates.items()}
     return {
         "results": rows,
@@ -261,7 +185,9 @@ def as_json(summary: Summary) -> dict[str, Any]:
             None if math.isnan(share) else share for share in stats.acceptance_by_position(summary.stats).tolist()
         ],
         "same_tokens_as_plain": summary.same_tokens,
-        "runs": summary.runs,
+        "runs": 1 if turns is None else len(turns.turns),
+        "speedups": None if turns is None else list(turns.turns),
+        "busy": None if turns is None else turns.is_busy,
         "device": summary.device,
         "interrupted": summary.interrupted,
     }
@@ -301,8 +227,14 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         lines.append(
             ("plain decoding", f"{show('plain_tokens_per_second', '.0f')} tokens/s{same[summary.same_tokens]}")
         )
-        runs = "in one run" if summary.runs == 1 else f"by medians of {summary.runs} runs in turn"
-        lines.append(("speed-up", f"{show('speedup', '.2f')}x {runs}, {_prediction(summary, show)}"))
+        turns = summary.in_turn
+        if turns is not None and turns.is_busy:
+            said = str(turns)
+        elif turns is None or len(turns.turns) == 1:
+            said = f"{show('speedup', '.2f')}x in one run"
+        else:
+            said = f"{show('speedup', '.2f')}x by medians of runs in turn ({turns.range})"
+        lines.append(("speed-up", f"{said}; {_prediction(summary, show)}"))
     else:
         lines.append(("speed-up", _prediction(summary, show)))
     accepted = int(summary.stats.accepted.sum())

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from specjax import stats, text, verify
-from specjax.batches import MOST_RUNS, Batch, Task, in_turn
+from specjax.batches import MOST_RUNS, Batch, Task, run_in_turn
 from specjax.contest import together
 from specjax.pair import Pair, load_pair, load_target
 from specjax.policy import choose
@@ -38,7 +38,7 @@ class Summary(NamedTuple):
     controller: str
     seconds: float  # with speculation where there is a draft model, compilation not counted
     baseline_seconds: float | None  # plain decoding of the same prompts
-    runs: int  # that both are medians of
+    in_turn: stats.SpeedUp | None  # by each of the runs that these are medians of; None without plain decoding
     baseline_tokens: int
     same_tokens: bool | None  # greedy only: whether both gave the same tokens
     draft_cost: float  # bytes of the draft's parameters over those of the target's
@@ -73,7 +73,8 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         task = task._replace(draft_len=0, baseline=False)  # there is nothing to compare plain decoding with
     rows: list[Row] = []
     parts: list[Stats] = []
-    seconds, baseline_seconds, runs = 0.0, 0.0, MOST_RUNS
+    seconds, baseline_seconds = 0.0, 0.0
+    turns = [(0.0, 0.0)] * MOST_RUNS
     plain: list[list[int]] = []
     traced: list[TracedRow] = []
     interrupted = False
@@ -120,12 +121,14 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
                 break
             continue
         with display.busy("measuring plain decoding, and speculation again"):
-            timed = in_turn(batch, shown)
+            timed = run_in_turn(batch, shown)
         seconds, baseline_seconds = seconds + timed.speculative, baseline_seconds + timed.plain
-        runs = min(runs, timed.runs)
+        turns = [(a + c, b + d) for (a, b), (c, d) in zip(turns, timed.turns, strict=False)]  # as many as all have
         plain += timed.tokens[: len(texts[start : start + size])]
     total = _up_to(_join(parts, chosen.controller.longest), task.draft_len)
     measured = task.baseline and not interrupted
+    num_tokens, num_plain = sum(len(row.tokens) for row in rows), sum(map(len, plain))
+    in_turn = stats.speedup_in_turn(*zip(*turns, strict=True), tokens=num_tokens / num_plain) if measured else None
     context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
     profile = chosen.profile
     profiled = None if profile is None else stats.profiled_speedup(*finished, profile=profile, context=context)
@@ -136,8 +139,8 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         controller=_controller(task, pair),
         seconds=seconds,
         baseline_seconds=baseline_seconds if measured else None,
-        baseline_tokens=sum(map(len, plain)),
-        runs=runs if measured else 1,
+        baseline_tokens=num_plain,
+        in_turn=in_turn,
         same_tokens=[row.tokens for row in rows] == plain if measured and task.sampling.temperature == 0 else None,
         draft_cost=_num_bytes(pair.draft.params) / _num_bytes(pair.target.params) if pair.draft else 0.0,
         profiled_speedup=profiled,
@@ -146,8 +149,8 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         interrupted=interrupted,
     )
     if keep is not None and measured:
-        num_tokens, num_plain = sum(len(row.tokens) for row in rows), summary.baseline_tokens
-        gain = num_tokens / seconds * baseline_seconds / num_plain if num_plain else None
+        gain = num_tokens / seconds * baseline_seconds / num_plain
+        gain = str(in_turn) if in_turn is not None and in_turn.is_busy else gain
         plainly = {"plain decoding": _pace(num_plain, baseline_seconds), "speed-up": gain}
         keep(Trace(traced, {**_settings(task, pair, num_tokens, seconds), **plainly}))
     return summary

@@ -13,12 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from specjax import controllers, drafters, passes, testing
-from specjax.contest import PLAIN, SHORTER, Contest, Setting, Way, compile_all, paired_ratio, prepare, time_all
+from specjax.contest import PLAIN, SHORTER, Contest, Setting, Way, compile_all, paired_ratio, prepare, speedup, time_all
 from specjax.decode import generate
 from specjax.exactness import Finding
 from specjax.pair import Pair
 from specjax.policy import Policy
 from specjax.speed import floating_dtype
+from specjax.stats import BUSY, SpeedUp
 from specjax.types import Sampling
 
 Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
@@ -26,6 +27,9 @@ Busy: TypeAlias = Callable[[str], AbstractContextManager[Any]]
 DRAFT_LEN = 3
 SETTING = Setting(draft_lens=(DRAFT_LEN,), prompts=3, max_new_tokens=96, repeats=5)
 _SECONDS, _LEAST = 3.5, 3  # for all repetitions: a slow machine gets fewer of them, but not fewer than 3
+# Seconds after which nothing more is begun. Compiling cannot be interrupted, so the check may end as much later as one
+# compilation takes. Two idle cores need half of it the first time, two that six others share all of it.
+_BUDGET = 90.0
 _SAMPLES, _LENGTH, _PROMPT = 20_000, 4, [1, 2]
 _FALSE_ALARM = 1e-6
 _TIE = 1e-3  # of two logits in float32; rounding moves them by a hundredth of it
@@ -51,16 +55,22 @@ class Pace(NamedTuple):
         return self.tokens_per_round / self.round_cost
 
     @property
-    def pays(self) -> bool:
-        """Whether that is worth it."""
-        return self.speedup > 1 + _EVEN
+    def in_turn(self) -> SpeedUp:
+        """By each repetition."""
+        return SpeedUp(tuple(self.speedups))
+
+    @property
+    def pays(self) -> bool | None:
+        """Whether that is worth it; None where the machine was too busy to tell."""
+        return None if self.in_turn.is_busy else self.speedup > 1 + _EVEN
 
 
 class SelfCheck(NamedTuple):
     """What the self-check found."""
 
     findings: list[Finding]
-    pace: Pace | None  # None: something before it failed, or the machine was too busy
+    pace: Pace | None  # None: something before it failed or took too long, or times were all noise
+    left_out: list[str]  # what there was no time for
     compiling: float  # seconds of tracing and compiling, or of loading what was compiled before
     measuring: float  # seconds of all the rest
 
@@ -73,8 +83,8 @@ class SelfCheck(NamedTuple):
 class _Clock:
     """Tells seconds of compiling from all others, and says what goes on."""
 
-    def __init__(self, busy: Busy):
-        self.busy = busy
+    def __init__(self, busy: Busy, budget: float = _BUDGET):
+        self.busy, self.budget = busy, budget
         self.began = time.perf_counter()
         self.compiling = 0.0
         self.repetition = 0.0  # seconds that one of the timed repetitions will take
@@ -88,44 +98,57 @@ class _Clock:
         finally:
             self.compiling += time.perf_counter() - began
 
+    def is_over(self) -> bool:
+        return time.perf_counter() - self.began > self.budget
+
     def measuring(self) -> float:
         return time.perf_counter() - self.began - self.compiling
 
 
-def run(pair: Pair, busy: Busy, setting: Setting = SETTING) -> SelfCheck:
+def run(pair: Pair, busy: Busy, setting: Setting = SETTING, budget: float = _BUDGET) -> SelfCheck:
     """Checks that speculation changes nothing, then measures what it brings.
 
     Args:
       pair: target, draft and tokenizer; the command line's is the shipped one.
       busy: called with what is going on, for a spinner.
       setting: prompts, tokens and repetitions, with one draft length.
+      budget: seconds after which nothing more is begun. What was left out is said.
     """
-    clock = _Clock(busy)
+    clock = _Clock(busy, budget)
     wide = _in_float32(pair)
     contest = prepare(wide, setting)
-    findings = [
-        _finding("greedy speculation against plain decoding, float32", lambda: _same_tokens(wide, contest, clock)),
-        _finding("sampled speculation against its exact law", lambda: _same_law(clock)),
-    ]
     paces: list[Pace] = []
 
     def measure() -> str:
         pace = _pace(pair, contest if wide is pair else prepare(pair, setting), clock)
         if min(pace.round_cost, pace.pass_cost) <= 0:
-            return "times differ so much that they say nothing: is the machine busy?"
+            return f"times differ so much that they say nothing: {BUSY}"
         paces.append(pace)
         return (
             f"a step {1e3 * pace.step_seconds:.2f} ms, a round {1e3 * pace.round_seconds:.2f} ms; "
-            f"{pace.acceptance:.0%} of the drafted tokens accepted\n{_spread(pace.speedups)}"
+            f"{pace.acceptance:.0%} of the drafted tokens accepted\nspeed-ups: {pace.in_turn.range}"
         )
 
-    if all(finding.passed for finding in findings):  # the speed of wrong tokens is nobody's concern
-        findings.append(_finding("time of steps and rounds", measure))
-    return SelfCheck(findings, paces[0] if paces else None, clock.compiling, clock.measuring())
+    checks = {
+        "greedy speculation against plain decoding, float32": lambda: _same_tokens(wide, contest, clock),
+        "sampled speculation against its exact law": lambda: _same_law(clock),
+        "time of steps and rounds": measure,
+    }
+    findings, left_out = [], []
+    for name, check in checks.items():
+        if check is measure and not all(finding.passed for finding in findings):
+            break  # the speed of wrong tokens is nobody's concern
+        if findings and clock.is_over():
+            left_out.append(name)
+        else:
+            findings.append(_finding(name, check))
+    return SelfCheck(findings, paces[0] if paces else None, left_out, clock.compiling, clock.measuring())
 
 
 def verdict(pace: Pace) -> str:
     """Whether speculation pays, and why not where it does not; one sentence."""
+    if pace.in_turn.is_busy:
+        return f"{BUSY[0].upper()}{BUSY[1:]}. Speed-ups of {pace.in_turn.range} at K = {pace.draft_len} say nothing."
     times = f"{pace.speedup:.2f} times plain decoding at K = {pace.draft_len}"
     if pace.pays:
         return (
@@ -134,15 +157,6 @@ def verdict(pace: Pace) -> str:
         )
     says = "does not pay" if pace.speedup < 1 - _EVEN else "makes no difference"
     return f"Speculation {says} here: {times}, because {_cause(pace)}."
-
-
-def _spread(speedups: list[float]) -> str:
-    """How much a verdict is worth on a machine that others use as well."""
-    if len(speedups) == 1:
-        return "speed-up of 1 repetition"
-    return (
-        f"speed-ups from {min(speedups):.2f} to {max(speedups):.2f} in {len(speedups)} repetitions; the median counts"
-    )
 
 
 def _cause(pace: Pace) -> str:
@@ -182,17 +196,20 @@ def _same_tokens(pair: Pair, contest: Contest, clock: _Clock) -> str:
         compile_all(contest, clock.busy)
     began = time.perf_counter()
     limit = contest.setting.max_new_tokens
-    texts = [[run(limit, prompts).new_tokens() for run in contest.runs.values()] for prompts in contest.prompts]
-    clock.repetition = (1 + 1 / SHORTER) * (time.perf_counter() - began)
+    texts: list[list[list[list[int]]]] = []
+    for prompts in contest.prompts:
+        if not texts or not clock.is_over():
+            texts.append([run(limit, prompts).new_tokens() for run in contest.runs.values()])
+    clock.repetition = (1 + 1 / SHORTER) * (time.perf_counter() - began) * len(contest.prompts) / len(texts)
     count = ties = 0
-    for prompts, (plain, ours) in zip(contest.prompts, texts, strict=True):
+    for prompts, (plain, ours) in zip(contest.prompts, texts, strict=False):
         for prompt, length, wanted, got in zip(*prompts, plain, ours, strict=True):
             same = next((at for at, both in enumerate(zip(wanted, got, strict=False)) if len({*both}) > 1), len(wanted))
             count += same
             if got != wanted:
                 _refuse_unless_tied(pair, [*prompt[:length].tolist(), *wanted[:same]], wanted[same:], got[same:])
                 ties += 1
-    said = f"{count} tokens of {len(contest.prompts) * contest.setting.batch} texts, all the same"
+    said = f"{count} tokens of {len(texts) * contest.setting.batch} texts, all the same"
     return said if ties == 0 else f"{said} up to {ties} near-tie{'s' * (ties > 1)}, where rounding decides"
 
 
@@ -240,9 +257,11 @@ def _pace(pair: Pair, contest: Contest, clock: _Clock) -> Pace:
         passes.time_passes(target.model, target.params, **widths, repeats=0)
     most = contest.setting.repeats
     repeats = min(most, max(_LEAST, int(_SECONDS / clock.repetition)))
-    timed = time_all(contest._replace(setting=contest.setting._replace(repeats=repeats)), clock.busy)
+    setting = contest.setting._replace(repeats=repeats)
+    timed = time_all(contest._replace(setting=setting), clock.busy, enough=lambda turns: clock.is_over())
     with clock.busy("measuring single passes"):
-        one, several = passes.time_passes(target.model, target.params, **widths, repeats=5)
+        repeats = 1 if clock.is_over() else 5
+        one, several = passes.time_passes(target.model, target.params, **widths, repeats=repeats)
     plain, ours = timed[PLAIN], timed[Way(Policy.fixed, draft_len)]
     return Pace(
         draft_len=draft_len,
@@ -252,6 +271,6 @@ def _pace(pair: Pair, contest: Contest, clock: _Clock) -> Pace:
         pass_cost=statistics.median(b / a for a, b in zip(one, several, strict=True)),
         tokens_per_round=ours[0].tokens_per_pass,
         acceptance=ours[0].acceptance,
-        speedups=[ours[0].tokens_per_pass * a.seconds / b.seconds for a, b in zip(plain, ours, strict=True)],
+        speedups=list(speedup(plain, ours).turns),
         dtype=str(floating_dtype(pair)),
     )

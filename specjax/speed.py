@@ -23,8 +23,8 @@ from specjax.contest import (
     Timed,
     Way,
     compile_all,
-    paired_ratio,
     prepare,
+    speedup,
     time_all,
     together,
 )
@@ -47,7 +47,9 @@ class Line(NamedTuple):
     tokens_per_pass: float  # emitted by each row in one step or round
     acceptance: float | None  # accepted over drafted tokens
     tokens_per_second: float  # all rows, while all are at work
-    speedup: float  # over plain decoding, the median of paired ratios
+    speedup: float  # over plain decoding, the median of `speedups`
+    speedups: list[float]  # of each turn, steps and rounds timed one after the other
+    busy: bool  # those differ so much that nothing follows from them
     call_tokens_per_second: float  # of whole calls, prefill and the wait for the last row included
     call_speedup: float
     work: Work  # of one step or round
@@ -118,6 +120,7 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
         )  # fmt: skip
     call = statistics.median(x.call_seconds for x in own)
     per_pass = own[0].tokens_per_pass  # the same in every repetition: so are the keys
+    gain = speedup(plain, own)
     split = _split(own[0].between, contest.profiles.get(way), live)
     return Line(
         draft_len=way.draft_len if way.policy else None,
@@ -127,7 +130,9 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
         tokens_per_pass=per_pass,
         acceptance=_known(stats.acceptance_rate(whole)),
         tokens_per_second=setting.batch * per_pass / middle,
-        speedup=per_pass * paired_ratio(plain, own),
+        speedup=gain.median,
+        speedups=list(gain.turns),
+        busy=gain.is_busy,
         call_tokens_per_second=setting.prompts * setting.max_new_tokens / call,
         call_speedup=statistics.median(a.call_seconds / b.call_seconds for a, b in zip(plain, own, strict=True)),
         work=_mean([(share, limits.total(passes)) for share, passes in works]),

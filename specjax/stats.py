@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import statistics
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,47 @@ from jax.typing import ArrayLike
 from specjax.costs import Profile
 from specjax.traced import is_traced
 from specjax.types import Stats
+
+# Of the middle half of the turns, over their median. On two idle cores that is 0.07 for whole runs and up to 0.17 for
+# differences of long and short ones; with other work on both cores it came out at 0.24 to 1.
+_WIDE = 0.25
+
+
+class SpeedUp(NamedTuple):
+    """How many times as fast one way was as another, timed in turn."""
+
+    turns: tuple[float, ...]  # of each turn; 0 where a time is not above 0, as noise makes differences of times
+
+    @property
+    def median(self) -> float:
+        """What counts, where the turns agree."""
+        return statistics.median(self.turns)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the turns differ so much that nothing follows from them: other work slowed some of them down.
+
+        They do where the middle half of them is wider than a quarter of their median. One turn agrees with itself.
+        """
+        if min(self.turns) <= 0:
+            return True
+        if len(self.turns) == 1:
+            return False
+        low, _, high = statistics.quantiles(self.turns, n=4, method="inclusive")
+        return high - low > _WIDE * self.median
+
+    @property
+    def range(self) -> str:
+        """ "1.31 to 1.52 in 5 turns"."""
+        if len(self.turns) == 1:
+            return "1 turn"
+        return f"{min(self.turns):.2f} to {max(self.turns):.2f} in {len(self.turns)} turns"
+
+    def __str__(self) -> str:
+        return f"{BUSY} ({self.range})" if self.is_busy else f"{self.median:.2f} times as fast ({self.range})"
+
+
+BUSY = "this machine is busy: no verdict"
 
 
 class Split(NamedTuple):
@@ -112,6 +155,27 @@ def profiled_speedup(*parts: Stats, profile: Profile, context: float) -> float:
     seconds = sum(time_split(part, profile, context=context).total for part in parts)
     plain = sum(float(_on_host(part.emitted).max()) * profile.at(len(part.rounds), context).plain for part in parts)
     return plain / seconds if seconds > 0 else float("nan")
+
+
+def speedup_in_turn(plain: Sequence[float], seconds: Sequence[float], *, tokens: float = 1.0) -> SpeedUp:
+    """How many times as fast something was as plain decoding, and whether a busy machine leaves that open.
+
+    Args:
+      plain: seconds that plain decoding took in each turn.
+      seconds: those of the other way, right before or after it in the same turn.
+      tokens: what the other way made in that time, over what plain decoding did.
+
+    Raises:
+      ValueError: no turns, or not as many of one as of the other.
+
+    >>> print(speedup_in_turn([1.0, 1.2, 1.1], [0.5, 0.6, 0.5]))
+    2.00 times as fast (2.00 to 2.20 in 3 turns)
+    >>> print(speedup_in_turn([1.0, 3.5, 1.1], [0.6, 0.6, 1.5]))
+    this machine is busy: no verdict (0.73 to 5.83 in 3 turns)
+    """
+    if len(plain) != len(seconds) or not len(plain):
+        raise ValueError(f"each turn needs the seconds of both ways, got {len(plain)} and {len(seconds)}: time both.")
+    return SpeedUp(tuple(tokens * a / b if min(a, b) > 0 else 0.0 for a, b in zip(plain, seconds, strict=True)))
 
 
 def expected_tokens_per_round(alpha: float, draft_len: int) -> float:

@@ -22,7 +22,8 @@ def run(command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         interrupts.leave("interrupted")
     except OSError as error:
-        _drop_output()
+        if error.errno is not None and error.filename is None:  # of writing, not of opening
+            _drop_output()
         _refuse(complaints.of_system(error))
     except (ValueError, ImportError) as error:
         _refuse(str(error))

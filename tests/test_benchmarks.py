@@ -144,7 +144,25 @@ def test_the_gpu_benchmark_rehearses(tmp_path, monkeypatch):
     def measured(pair, setting, busy):
         asked.append(setting)
         line = gpu.speed.Line(
-            None, None, 1, 1.0, 1.0, None, 1.0, 1.0, 1.0, 1.0, gpu.limits.Work(1.0, 1.0), 1.0, [], None, [], None, None
+            None,
+            None,
+            1,
+            1.0,
+            1.0,
+            None,
+            1.0,
+            1.0,
+            [1.0],
+            False,
+            1.0,
+            1.0,
+            gpu.limits.Work(1.0, 1.0),
+            1.0,
+            [],
+            None,
+            [],
+            None,
+            None,
         )
         return gpu.speed.Speed([line], setting, gpu.this_machine("float32"), 1.0, "float32")
 

@@ -12,9 +12,10 @@ import numpy as np
 import test_doctor
 import typer
 
-from specjax import cli, contest, doctor, doctor_report, exactness, limits, machine, report, runner, speed
+from specjax import cli, contest, doctor, doctor_report, exactness, limits, machine, report, runner, speed, speed_report
 from specjax.aot import planning, show
 from specjax.self_check import SelfCheck
+from specjax.stats import speedup_in_turn
 from specjax.types import Stats, Status
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
@@ -68,10 +69,18 @@ def test_json_keys_are_documented():
     counts = np.ones((1, 2), np.int32)
     stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, *(counts[:, 0],) * 2)
     row = runner.Row("prompt", "text", [1], [0], Status.LENGTH)
-    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, 5, 1, True, 0.1, None, None, "cpu", False)
+    in_turn = speedup_in_turn([1.0], [1.0])
+    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, in_turn, 1, True, 0.1, None, None, "cpu", False)
     made_up = machine.Machine("made up", 1e9, 1e12, "measured")
     split = {"drafting": 1.0, "verification": 1.0, "plain": 0.0}
-    rates = {"tokens_per_pass": 2.0, "acceptance": 0.5, "tokens_per_second": 2.0, "speedup": 1.0}
+    rates = {
+        "tokens_per_pass": 2.0,
+        "acceptance": 0.5,
+        "tokens_per_second": 2.0,
+        "speedup": 1.0,
+        "speedups": [1.0],
+        "busy": False,
+    }
     line = speed.Line(
         2, "fixed", 1, 1.0, **rates, call_tokens_per_second=2.0, call_speedup=1.0, work=limits.Work(1.0, 1.0),
         limit_seconds=1.0, draft_lengths=[0, 0, 1], draft_utilisation=0.5, acceptance_by_position=[0.5, 0.5],
@@ -79,12 +88,12 @@ def test_json_keys_are_documented():
     )  # fmt: skip
     pair = SimpleNamespace(target=SimpleNamespace(params=jnp.ones(1)))
     finding = exactness.Finding("a check", True, "in detail", 1.0)
-    checked = doctor.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, 1.0, 1.0))
+    checked = doctor.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, [], 1.0, 1.0))
     nothing = {**dict.fromkeys(planning.Report._fields), "programs": [], "costs": {}, "collectives": []}
     plan = planning.Report(**nothing)  # type: ignore[arg-type]
     said = {
         "specjax generate": report.as_json(summary),
-        "specjax bench": report.speed_as_json([speed.Speed([line], contest.Setting(), made_up, 1.0, "float32")]),
+        "specjax bench": speed_report.as_json([speed.Speed([line], contest.Setting(), made_up, 1.0, "float32")]),
         "specjax bench --verify exactness": report.findings_as_json([finding], pair),  # type: ignore[arg-type]
         "specjax compile": show.as_json(plan),
         "specjax doctor": doctor_report.as_json(checked),

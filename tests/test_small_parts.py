@@ -46,7 +46,7 @@ LAYERS = [
     {"aot"},
     {"runner", "exactness", "interrupts", "speed"},
     {"self_check", "complaints"},
-    {"doctor"},
+    {"doctor", "speed_report"},
     {"report", "doctor_report", "plot", "terminal"},
     {"cli"},
 ]
