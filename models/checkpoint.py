@@ -99,6 +99,8 @@ def read_json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not valid JSON ({error}): fetch the file again.") from error
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
     if not isinstance(content, dict):
         raise ValueError(f"{path} holds {type(content).__name__}, not an object: fetch the file again.")
     return content

@@ -329,8 +329,8 @@ def _prompts(prompt: str | None, prompt_file: Path | None) -> list[str]:
         return [_decoded(sys.stdin.buffer.read(), "standard input") if prompt == "-" else prompt]
     try:
         data = prompt_file.read_bytes()  # a pipe is read like a file
-    except FileNotFoundError:
-        raise ValueError(f"--prompt-file {prompt_file}: there is no such file.") from None
+    except OSError as error:
+        raise ValueError(f"--prompt-file {prompt_file}: {error.strerror}.") from None
     # Not str.splitlines: it would also end a prompt at U+2028, U+0085 and form feeds, which are text.
     if not (lines := [line for line in _decoded(data, str(prompt_file)).split("\n") if line.strip()]):
         raise ValueError(f"{prompt_file} holds no prompt: one a line is expected.")

@@ -34,7 +34,7 @@ def of_system(error: OSError) -> str:
     if error.strerror is None or error.errno is None:  # a sentence of ours
         return str(error)
     if error.filename is None:
-        return f"standard output, or a file that was asked for, cannot be written: {error.strerror}."
+        return f"standard output, or a file that was asked for, cannot be written or read: {error.strerror}."
     return f"{error.filename}: {error.strerror}."
 
 

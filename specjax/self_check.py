@@ -121,7 +121,7 @@ def run(pair: Pair, busy: Busy, setting: Setting = SETTING, budget: float = _BUD
 
     def measure() -> str:
         pace = _pace(pair, contest if wide is pair else prepare(pair, setting), clock)
-        if min(pace.round_cost, pace.pass_cost) <= 0:
+        if min(pace.step_seconds, pace.round_seconds, pace.round_cost, pace.pass_cost) <= 0:
             return f"times differ so much that they say nothing: {BUSY}"
         paces.append(pace)
         return (

@@ -22,8 +22,7 @@ def run(command: Callable[[], Any]) -> None:
     except KeyboardInterrupt:
         interrupts.leave("interrupted")
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # of writing, not of opening
-            _drop_output()
+        _drop_output()
         _refuse(complaints.of_system(error))
     except (ValueError, ImportError) as error:
         _refuse(str(error))
@@ -62,5 +61,8 @@ def check_arguments(arguments: Sequence[str]) -> None:
 
 
 def _drop_output() -> None:
-    """Drops what could not be written: the interpreter would try again at its end, and complain."""
-    sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    """Drops what cannot be written: the interpreter would try again at its end, and complain."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +13,25 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from specjax import cli, contest, decode, drafters, exactness, limits, machine, models, speed, testing, text
+from specjax import (
+    cli,
+    contest,
+    decode,
+    drafters,
+    exactness,
+    limits,
+    machine,
+    models,
+    report,
+    runner,
+    speed,
+    stats,
+    testing,
+    text,
+)  # fmt: skip
 from specjax.pair import in_int8, load_pair
 from specjax.policy import Policy
+from specjax.types import Status
 
 MODEL, TABLE = tiny.model("table")
 PROMPTS = jax.random.randint(jax.random.key(8), (16, 3), 0, tiny.VOCAB)
@@ -178,6 +195,79 @@ def test_a_time_of_nothing_is_not_passed_on_in_silence(made_up_machine, monkeypa
     setting = contest.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
     speed.measure(pair, setting, lambda what: contextlib.nullcontext())
     assert "its numbers are noise" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("turns", "is_busy"),
+    [
+        ([1.71, 2.0, 2.61, 4.9, 6.34], True),
+        ([1.40, 1.45, 1.38, 1.50, 1.42], False),
+        ([1.40, 1.45, 1.38, 9.0, 1.42], False),  # one turn that something disturbed: the median stands
+        ([0.6, 1.0, 1.4], True),
+        ([0.74], False),  # nothing to differ from
+        ([1.4, 1.4, 1.4, 1.4, 0.0], True),  # a time that noise made negative
+    ],
+)
+def test_turns_that_differ_say_nothing(turns, is_busy):
+    """Catches a number that a busy machine made up, and an idle machine that is called busy for one bad turn."""
+    found = stats.speedup_in_turn(turns, [1.0] * len(turns))
+    assert found.turns == tuple(turns)
+    assert found.is_busy is is_busy
+    assert str(found).startswith("this machine is busy: no verdict (") is is_busy
+    assert (f"{min(turns):.2f} to {max(turns):.2f}" in str(found)) is (len(turns) > 1)
+
+
+def test_turns_need_both_times():
+    """Catches ratios of nothing, and turns that are dropped without a word."""
+    for plain, ours in (([], []), ([1.0, 2.0], [1.0])):
+        with pytest.raises(ValueError, match="each turn needs the seconds of both ways"):
+            stats.speedup_in_turn(plain, ours)
+    assert stats.speedup_in_turn([1.0], [0.0]).turns == stats.speedup_in_turn([-1.0], [-2.0]).turns == (0.0,)
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_a_busy_machine_gets_no_verdict(made_up_machine, monkeypatch, as_json):
+    """Catches "3.18" from a machine where each turn says something else."""
+    timed, seconds = contest.time_generations, iter([1.0, 0.5, 1.0, 3.0, 1.0, 0.9] * 2)
+    monkeypatch.setattr(contest, "time_generations", lambda *given: timed(*given)._replace(seconds=next(seconds)))
+    small = str(models.PRETRAINED / "draft")
+    arguments = [*SHORT, "--repeats", "3", "--prompts", "1", "--model", small, "--draft", small]
+    result = CliRunner().invoke(cli.app, [*arguments, *(["--json"] if as_json else [])])
+    assert result.exit_code == 0, result.output
+    if as_json:
+        plain, line = json.loads(result.stdout)["lines"]
+        assert (plain["busy"], plain["speedups"]) == (False, [1, 1, 1])
+        assert line["busy"] is True
+        per_pass = line["tokens_per_pass"]
+        assert line["speedups"] == pytest.approx([2 * per_pass, per_pass / 3, per_pass / 0.9])
+        assert line["speedup"] == pytest.approx(per_pass / 0.9)
+    else:
+        said = " ".join(result.stdout.split())
+        assert re.search(r"K = 2: this machine is busy: no verdict. Speed-ups from \S+ to \S+ in 3 turns.", said)
+        assert re.search(r"speed-up │ 1.00 │ busy", said)
+
+
+@pytest.mark.parametrize(("turns", "is_busy"), [([1.7, 2.6, 6.3], True), ([1.4, 1.5, 1.45], False)])
+def test_a_summary_of_a_busy_machine_gives_no_number(turns, is_busy):
+    """The same for `specjax generate`: its line, and the keys of its JSON."""
+    in_turn = stats.speedup_in_turn(turns, [1.0] * 3)
+    row = runner.Row("prompt", "text", [1, 2], [0, 1], Status.LENGTH)
+    counts = stats.zeros(1, 2)
+    summary = runner.Summary([row], counts, 2, "fixed", 1.0, 2.0, in_turn, 2, True, 0.1, None, None, "cpu", False)
+    said = dict(report._lines(summary))["speed-up"]
+    assert said.startswith("this machine is busy: no verdict (1.70 to 6.30 in 3 turns); ") is is_busy
+    assert said.startswith("2.00x by medians of runs in turn (1.40 to 1.50 in 3 turns); ") is not is_busy
+    found = report.as_json(summary)
+    assert (found["busy"], found["speedups"], found["runs"]) == (is_busy, turns, 3)
+    alone = report.as_json(summary._replace(in_turn=None))
+    assert (alone["busy"], alone["speedups"], alone["runs"]) == (None, None, 1)
+
+
+def test_more_prompts_than_there_are_is_a_sentence():
+    """Catches an IndexError, or memory for two billion prompts."""
+    pair = load_pair(None, None, None, None)
+    with pytest.raises(ValueError, match=r"2147483647 prompts are asked for: \d+ are at hand"):
+        contest._prompts(pair, contest.Setting(prompts=2**31 - 1, context=2))
 
 
 def test_too_few_tokens_are_refused():

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +17,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 import specjax
-from specjax import cli, complaints, doctor, doctor_report, environment, models, self_check, testing, text
+from specjax import cli, complaints, contest, doctor, doctor_report, environment, models, self_check, testing, text
 from specjax.contest import Contest, Setting
 from specjax.doctor import Severity
 from specjax.environment import Device, Devices, Package
 from specjax.pair import Pair
-from specjax.self_check import Pace
+from specjax.self_check import Pace, SelfCheck
 from specjax.types import Verdict, Verifier
 
 HEALTHY = environment.Environment(
@@ -81,6 +82,10 @@ PROBLEMS = {
     "no devices, one busy": (
         {"devices": Devices(None, [], BUSY, {})},
         [("error", "pid 176028", "only one can")],
+    ),
+    "no home": (
+        {"programs": environment.Programs(None, 0, 0, False)},
+        [("warning", "no home directory", "XDG_CACHE_HOME, or HOME")],
     ),
     "x64": (
         {"settings": {**HEALTHY.settings, "jax_enable_x64": "True"}},
@@ -200,6 +205,39 @@ def test_the_verdict_is_plain(changes, says):
     assert pace.pays == says.startswith("Speculation pays")
 
 
+def test_a_busy_machine_gets_no_verdict():
+    """Catches "pays here: 2.61 times" from repetitions between 1.71 and 6.34, on the terminal and in JSON."""
+    pace = PACE._replace(speedups=[1.71, 2.0, 2.61, 4.9, 6.34])
+    said = "This machine is busy: no verdict. Speed-ups of 1.71 to 6.34 in 5 turns at K = 3 say nothing."
+    assert self_check.verdict(pace) == said
+    check = SelfCheck([], pace, [], 1.0, 1.0)
+    report = doctor_report.as_json(doctor.Report(HEALTHY, [], check))["check"]["speed"]
+    assert (report["busy"], report["pays"], report["verdict"]) == (True, None, said)
+    assert said in _shown(doctor_report.result(check))
+    assert PACE.pays is True
+
+
+def test_a_slow_machine_is_told_what_was_left_out(small_pair):
+    """Catches minutes of a doctor where the machine is slow, and a speed that is silently missing."""
+    setting = Setting((3,), prompts=2, context=16, max_new_tokens=32, repeats=3)
+    found = self_check.run(small_pair, lambda what: contextlib.nullcontext(), setting, budget=0.0)
+    assert [finding.check for finding in found.findings] == ["greedy speculation against plain decoding, float32"]
+    assert "of 1 texts" in found.findings[0].detail  # the others had no time
+    assert found.left_out == ["sampled speculation against its exact law", "time of steps and rounds"]
+    assert (found.passed, found.pace) == (True, None)
+    assert f"No time was left for: {'; '.join(found.left_out)}." in _shown(doctor_report.result(found))
+    assert doctor_report.as_json(doctor.Report(HEALTHY, [], found))["check"]["left_out"] == found.left_out
+
+
+def test_turns_end_with_the_time(monkeypatch):
+    """Catches repetitions that go on past the time of the whole check."""
+    timed = []
+    monkeypatch.setattr(contest, "time_generations", lambda *given: timed.append(given))
+    whole: Any = Contest({contest.PLAIN: None, 3: None}, [], Setting(repeats=5), {}, {})  # type: ignore[dict-item]
+    found = contest.time_all(whole, lambda what: contextlib.nullcontext(), enough=lambda turns: turns == 2)
+    assert [len(turns) for turns in found.values()] == [2, 2]
+
+
 def _shown(parts) -> str:
     console = Console(file=io.StringIO(), width=100)
     for part in parts:
@@ -262,7 +300,9 @@ def test_a_healthy_machine(run):
     assert said["packages"]["jax"] == jax.__version__
     assert said["check"]["compiling_seconds"] > 0 < said["check"]["measuring_seconds"]
     pace = said["check"]["speed"]  # null where the machine was too busy to tell
-    assert pace is None or (1 <= pace["tokens_per_round"] <= 4 and pace["verdict"].startswith("Speculation "))
+    assert pace is None or (
+        1 <= pace["tokens_per_round"] <= 4 and pace["verdict"].startswith(("Speculation ", "This machine"))
+    )
     assert pace is None or pace["dtype"] == "bfloat16"  # what the pair is in; tokens were compared in float32
 
 
@@ -300,8 +340,8 @@ def test_a_near_tie_is_no_failure(slope, is_tied):
         return lambda limit, prompts: SimpleNamespace(new_tokens=lambda: [list(tokens)])
 
     prompts = [text.Prompts(np.array([[1, 2]], np.int32), np.array([2], np.int32))]
-    contest = Contest({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, Setting(), {}, {})
-    check = (Pair(target, target, None), contest, self_check._Clock(lambda what: contextlib.nullcontext()))
+    runs = Contest({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, Setting(), {}, {})
+    check = (Pair(target, target, None), runs, self_check._Clock(lambda what: contextlib.nullcontext()))
     if is_tied:
         assert (
             self_check._same_tokens(*check)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 from specjax import environment
@@ -45,3 +49,23 @@ def test_bounds_are_read_from_the_package(monkeypatch):
     ]
     monkeypatch.setattr(importlib.metadata, "requires", lambda name: lines)
     assert environment.lower_bounds() == {"jax": "0.8.2", "huggingface-hub": "0.30"}
+
+
+def test_importing_looks_for_no_device(tmp_path):
+    """Catches an import of specjax that starts JAX's backends, which looks for a TPU where libtpu is installed, and a
+    README that no longer says how to spare one's own programs that."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_"))}
+    code = "import specjax, specjax.models, specjax.text, specjax.cli; from jax._src import xla_bridge as b; "
+    code += "assert not b.backends_are_initialized()"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
+    assert (found.returncode, found.stdout, found.stderr) == (0, "", "")
+    readme = Path(__file__).parent.parent / "README.md"
+    assert "JAX_PLATFORMS=cpu .venv/bin/python" in readme.read_text(encoding="utf-8")
+
+
+def test_files_that_go_away_are_no_error(monkeypatch, tmp_path):
+    """Catches a doctor that dies of another process that tidies up the folder of programs meanwhile."""
+    (tmp_path / "a-cache").write_bytes(b"12345")
+    (tmp_path / "gone-cache").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "a-atime").write_bytes(b"1")
+    assert environment._programs(tmp_path) == environment.Programs(str(tmp_path), 2, 6, True)

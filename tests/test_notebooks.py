@@ -48,3 +48,10 @@ def test_the_first_cell_installs_what_is_imported(notebook):
     assert "specjax" in installed
     used = set.union(*map(_imports, [first, *others]))
     assert used <= installed | _comes_with_specjax()
+
+
+def test_the_quickstart_gives_no_number_on_a_busy_machine():
+    """Catches a median of turns that contradict each other, where the library says that nothing follows from them."""
+    (cell,) = [source for source in _cells(ROOT / "colab" / "quickstart.ipynb") if "perf_counter" in source]
+    assert "specjax.stats.speedup_in_turn(" in cell
+    assert "median" not in cell
