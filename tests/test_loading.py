@@ -152,7 +152,7 @@ def test_a_pipe_is_a_prompt_file(tmp_path):
     found = cli._prompts(None, pipe)
     writer.join()
     assert found == ["one", "two"]
-    with pytest.raises(OSError, match=str(tmp_path)):
+    with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
         cli._prompts(None, tmp_path)
 
 
