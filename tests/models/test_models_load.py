@@ -33,7 +33,7 @@ def test_dtype_converts_every_tensor(tiny_folder):
         assert stored.dtype == jnp.float32
         assert converted.dtype == jnp.bfloat16
         np.testing.assert_array_equal(stored.astype(jnp.bfloat16), converted)
-    assert kept.model is narrow.model  # one architecture, whatever the dtype
+    assert kept.model == narrow.model  # one architecture, whatever the dtype
 
 
 def test_rules_see_every_name_and_shape(tiny_folder, raw_tensors, monkeypatch):
