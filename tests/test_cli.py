@@ -35,8 +35,9 @@ def test_a_pipe_gets_plain_text(cache):
     assert out.stdout.startswith("import numpy")
     assert "\x1b" not in out.stdout
     assert out.stdout.endswith("\n")
-    for word in ("tokens/s", "acceptance", "tokens per round", " run", "predicted"):
+    for word in ("tokens/s", "acceptance", "tokens per round", "predicted"):
         assert word in out.stderr
+    assert " run" in out.stderr or "no verdict" in out.stderr  # of a busy machine
     assert "the same tokens" in out.stderr
     assert "WARNING" not in out.stderr
 

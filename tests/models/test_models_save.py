@@ -90,7 +90,7 @@ def test_random_model_is_saved_and_read_back(our_logits, read_reference, referen
     loaded = models.random(config, jax.random.key(1))
     models.save(loaded, tmp_path / "saved")
     again = models.load(tmp_path / "saved")
-    assert again.model is loaded.model
+    assert again.model == loaded.model
     assert (our_logits(again, TOKENS) == our_logits(loaded, TOKENS)).all()
     theirs = reference_logits(read_reference(tmp_path / "saved"), TOKENS[0])
     np.testing.assert_allclose(our_logits(loaded, TOKENS)[0], theirs, rtol=0, atol=1e-4)
