@@ -92,7 +92,10 @@ def test_the_command_writes_what_it_says(command, tmp_path):
     settings = found["settings"]
     assert (settings["K"], settings["temperature"], settings["verifier"], settings["seed"]) == (3, 0.8, "block", 5)
     assert settings["device"] == reported["device"]
-    assert settings["speed-up"] == pytest.approx(reported["speedup"], rel=1e-4)
+    if reported["busy"]:  # other work on this machine
+        assert "no verdict" in settings["speed-up"]
+    else:
+        assert settings["speed-up"] == pytest.approx(reported["speedup"], rel=1e-4)
 
 
 def test_a_bad_path_is_told_before_anything_is_loaded(command):
