@@ -128,7 +128,9 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
     total = _up_to(_join(parts, chosen.controller.longest), task.draft_len)
     measured = task.baseline and not interrupted
     num_tokens, num_plain = sum(len(row.tokens) for row in rows), sum(map(len, plain))
-    in_turn = stats.speedup_in_turn(*zip(*turns, strict=True), tokens=num_tokens / num_plain) if measured else None
+    in_turn = None
+    if measured and num_plain > 0:  # rows without finite logits emit nothing
+        in_turn = stats.speedup_in_turn(*zip(*turns, strict=True), tokens=num_tokens / num_plain)
     context = float(prompts.lengths.mean()) + task.max_new_tokens / 2
     profile = chosen.profile
     profiled = None if profile is None else stats.profiled_speedup(*finished, profile=profile, context=context)
@@ -148,9 +150,8 @@ def run(task: Task, texts: list[str], display: Display, keep: Callable[[Trace], 
         device=jax.devices()[0].device_kind,
         interrupted=interrupted,
     )
-    if keep is not None and measured:
-        gain = num_tokens / seconds * baseline_seconds / num_plain
-        gain = str(in_turn) if in_turn is not None and in_turn.is_busy else gain
+    if keep is not None and in_turn is not None:
+        gain = str(in_turn) if in_turn.is_busy else num_tokens / seconds * baseline_seconds / num_plain
         plainly = {"plain decoding": _pace(num_plain, baseline_seconds), "speed-up": gain}
         keep(Trace(traced, {**_settings(task, pair, num_tokens, seconds), **plainly}))
     return summary

@@ -38,6 +38,17 @@ def _generate(folder, *options):
     return out
 
 
+@pytest.mark.parametrize("draft", [True, False])
+def test_rows_that_emit_nothing_are_told(folder, tmp_path, draft):
+    """Catches a division by no tokens where parameters are NaN, in place of what to do about it."""
+    broken = str(tmp_path / "broken")
+    loaded = models.load(folder)
+    models.save(loaded._replace(params=jax.tree.map(lambda leaf: leaf * np.float32("nan"), loaded.params)), broken)
+    page = ["--trace", str(tmp_path / "page.html")]
+    out = _generate(broken, *(["--draft", broken] if draft else []), *page, TEXTS[0])
+    assert "check the parameters" in " ".join(out.stderr.split())
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_a_target_alone_decodes_plainly(folder, tmp_path, temperature):
     """Catches a target refused for want of a draft, other tokens than `autoregressive` draws, and drafts counted."""
