@@ -40,7 +40,7 @@ class Loaded(NamedTuple):
     @property
     def stop_tokens(self) -> np.ndarray:
         """[n] int32: the ids that end a text, by config.json and generation_config.json."""
-        return np.array([token for token in self.model.stop_tokens if token < self.model.vocab_size], np.int32)
+        return np.array(self.model.stop_tokens, np.int32)
 
 
 def describe(loaded: Loaded) -> str:

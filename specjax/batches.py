@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -160,17 +159,19 @@ def run_in_turn(batch: Batch, shown: float) -> Timed:
         took, tokens = _seconds(batch.plain, limit)
         return Timed(shown, took, [(took, shown)], tokens)
     batch.warm_up_calls()
-    turns: list[tuple[float, float]] = []
-    for number in itertools.count():
-        plain, tokens = _seconds(batch.plain, limit)
-        speculative, _ = _seconds(batch.speculate, limit)
-        # XLA readies each branch when it first runs, for up to 0.1 s: in a short turn that is most of the time.
-        if number > 0 or plain + speculative > _PATIENCE:
-            turns.append((plain, speculative))
-        if len(turns) == MOST_RUNS or sum(map(sum, turns)) > _PATIENCE:
-            break
+    first, tokens = _turn(batch, limit)
+    # XLA readies each branch when it first runs, for up to 0.1 s: in a short turn that is most of the time.
+    turns = [first] if sum(first) > _PATIENCE else []
+    while len(turns) < MOST_RUNS and sum(map(sum, turns)) <= _PATIENCE:
+        turns.append(_turn(batch, limit)[0])
     plain, speculative = (statistics.median(times) for times in zip(*turns, strict=True))
     return Timed(speculative, plain, turns, tokens)
+
+
+def _turn(batch: Batch, limit: int) -> tuple[tuple[float, float], list[list[int]]]:
+    """Seconds of plain decoding and of speculation, and the tokens of the former."""
+    plain, tokens = _seconds(batch.plain, limit)
+    return (plain, _seconds(batch.speculate, limit)[0]), tokens
 
 
 def _seconds(run: Callable[[int], Generation], limit: int) -> tuple[float, list[list[int]]]:

@@ -174,7 +174,7 @@ def _attend_over_prefix(given: Operands, *, scale: float) -> Array:
     """By XLA, at the smallest of a few cache prefixes that holds every live slot.
 
     Dead slots hold anything, and a weight of 0 times NaN is NaN. Masking the values is free where XLA fuses the mask
-    into the product. On CPU it does not, and attention would take up to 1.8 times as long: there the values are masked
+    into the product. On CPU it does not: it would write all values anew before it reads them. There they are masked
     only after a first try has given a number that is not finite.
     """
     query, cache_keys, cache_values, block_keys, block_values, seen, lengths, oldest = given

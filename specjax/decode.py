@@ -76,8 +76,8 @@ def generate(
       drafter_params: its parameters.
       prompts: [B, P] int32 ids, padded on the right (with any valid or invalid id).
       prompt_lengths: [B] int32 in 1..P; None means P for all.
-      key: a PRNG key of any implementation; None is `jax.random.key(0)`. Row b draws by a Threefry key of its own, made
-        from the bits of `key` and seeds[b].
+      key: a PRNG key of any implementation; None is `jax.random.key(0, impl="threefry2x32")`. Row b draws by a Threefry
+        key of its own, made from the bits of `key` and seeds[b].
       max_new_tokens: an int, or [B] int32. Traced, it needs `capacity`.
       sampling: temperature, top-k, top-p, min-p, penalties, bias, bad words, minimum length: scalars or [B]. The
         default is greedy.

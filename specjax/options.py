@@ -8,6 +8,9 @@ from typing import Annotated
 
 import typer
 
+from specjax import integers
+from specjax.controllers import buckets
+
 
 class Rule(enum.StrEnum):
     """The verifiers, by the names of their makers; the lossy ones do not follow the target's law."""
@@ -65,7 +68,7 @@ Stop = Annotated[
     ),
 ]
 Special = Annotated[bool, typer.Option("--special", help="Show special tokens too, as the end of a text.")]
-INT32 = 2**31 - 1  # programs hold integers of 32 bits
+INT32 = integers.MOST
 TOKENS = 1_000_000_000  # the most of any number of tokens: with a prompt and a draft it is within int32
-LONGEST_DRAFT = 65_535  # that controllers take
+LONGEST_DRAFT = buckets.MOST
 SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help

@@ -20,7 +20,7 @@ from specjax.rows import decide, is_active, last_tokens
 from specjax.sampling import sample
 from specjax.sharding import constrain
 from specjax.types import Array, Draft, LogProbs, PyTree, Roles, Round, Rows, Status, Target
-from specjax.verify.prefix import at_tokens
+from specjax.verify.prefix import at_tokens, num_leading
 
 
 class Settled(NamedTuple):
@@ -118,7 +118,7 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         logits, processed = (jnp.take_along_axis(x, places, 1) for x in (logits, processed))
         fault = jnp.take_along_axis(fault, places[..., 0], 1)
     # Nothing after a law that does not exist can be trusted: tokens before it stay, the row ends there.
-    num_sound = _leading(fault)
+    num_sound = num_leading(fault == Status.ACTIVE)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
     ends = num_sound <= num_accepted
     candidates = jnp.where(
@@ -157,13 +157,9 @@ def _without_faults(draft: Draft, processed: Array, fault: Array) -> tuple[Draft
     """What the verifier judges: a chain ends before the first token that would stand where there is no law, and rules
     that compute with all places at once meet no NaN. The row ends at that place, whatever is drawn there."""
     target = jnp.where((fault == Status.ACTIVE)[..., None], processed, 0.0)
-    judged = draft if draft.parents is not None else draft._replace(lengths=jnp.minimum(draft.lengths, _leading(fault)))
-    return judged, Target(target, jax.nn.softmax(target, -1))
-
-
-def _leading(fault: Array) -> Array:
-    """[B] int32: how many places of [B, W] come before the first fault."""
-    return jnp.sum(jnp.cumprod((fault == Status.ACTIVE).astype(jnp.int32), -1), -1)
+    if draft.parents is None:
+        draft = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(fault == Status.ACTIVE)))
+    return draft, Target(target, jax.nn.softmax(target, -1))
 
 
 def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) -> Array:

@@ -15,7 +15,7 @@ from specjax.types import Stats
 
 # Highest over lowest of the middle four fifths of the turns. Two idle cores scatter by 5% from run to run
 # (benchmarks/LOG.md), which for normal noise is 1.14, and differences of a long and a short run, with six times the
-# variance, 1.36. With other work on both cores it came out at 1.43 to 3.
+# variance, 1.36.
 _WIDE = 1.4
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from specjax import detokenize, parts, trace
 from specjax.decode import generate
 from specjax.printer import Piece, Printer
 from specjax.stops import stop_strings
-from specjax.stream import stream, warn_of_troubles
+from specjax.stream import Chunk, stream, warn_of_troubles
 from specjax.trace import Trace
 from specjax.types import Drafter, Model, PyTree
 
@@ -20,7 +20,6 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUCKET = 32
-_Part = TypeVar("_Part", Model, Drafter)
 _ROUNDS_PER_DISPATCH = 4  # rounds of all rows that a row's stop string may cost at the end
 _OF_GENERATE = frozenset({"pad_token", "rounds_per_test"})  # options without a meaning where text is streamed
 
@@ -73,12 +72,17 @@ def vocab_size(tokenizer: Tokenizer) -> int:
     return max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
 
-def within_vocab(part: _Part, tokenizer: Tokenizer) -> _Part:
-    """The Model or Drafter with no id past the tokenizer's: a vocabulary may be padded, for the hardware."""
-    size = part.vocab_size
-    if size is None or tokenizer.get_vocab_size(with_added_tokens=True) >= size:  # spares most calls the whole list
-        return part
-    return part._replace(vocab_size=min(size, vocab_size(tokenizer)))
+def within_vocab(model: Model, tokenizer: Tokenizer) -> Model:
+    """The Model with no id past the tokenizer's, stop tokens included: a vocabulary may be padded, for the hardware."""
+    size = _known(model.vocab_size, tokenizer)
+    return model._replace(vocab_size=size, stop_tokens=tuple(token for token in model.stop_tokens if token < size))
+
+
+def _known(size: int, tokenizer: Tokenizer) -> int:
+    """How many of the ids below `size` the tokenizer can have."""
+    if tokenizer.get_vocab_size(with_added_tokens=True) >= size:  # spares most calls the whole list
+        return size
+    return min(size, vocab_size(tokenizer))
 
 
 def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET, limit: int | None = None) -> Prompts:
@@ -179,19 +183,16 @@ def generate_text(
     >>> out
     ['\\n\\n']
     """
-    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
-    options.setdefault("stop_tokens", _ends(model))
-    given = (model, params, drafter, drafter_params, *prompts)
+    call = _call(model, params, drafter, drafter_params, tokenizer, texts, options)
     if stop_strings(stop):
-        printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
-        options = {name: value for name, value in options.items() if name not in _OF_GENERATE}
-        chunks = stream(*given, **options, rounds_per_dispatch=_ROUNDS_PER_DISPATCH)
-        pieces = [piece for _, new in printer.follow(chunks) for piece in new]
+        streamed = {name: value for name, value in call.options.items() if name not in _OF_GENERATE}
+        call = call._replace(options={**streamed, "rounds_per_dispatch": _ROUNDS_PER_DISPATCH})
+        pieces = [piece for _, new in _followed(call, tokenizer, stop, skip_special_tokens) for piece in new]
         return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(texts))]
-    out = generate(*given, **options)
+    out = generate(*call.arguments, **call.options)
     warn_of_troubles(np.asarray(out.status))
     codec = detokenize.codec(tokenizer, skip_special_tokens=skip_special_tokens)
-    rows = zip(prompts.ids(), out.new_tokens(), strict=True)
+    rows = zip(call.prompts.ids(), out.new_tokens(), strict=True)
     return ["".join(detokenize.split(codec, prompt, new)) for prompt, new in rows]
 
 
@@ -213,11 +214,9 @@ def stream_text(
     (<0x0A> and the like), text that may be the beginning of a stop string. Arguments and errors as for `generate_text`;
     other options as for `specjax.stream`.
     """
-    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
-    options.setdefault("stop_tokens", _ends(model))
-    printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
-    chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
-    return (piece for _, pieces in printer.follow(chunks) for piece in pieces)
+    call = _call(model, params, drafter, drafter_params, tokenizer, texts, options)
+    followed = _followed(call, tokenizer, stop, skip_special_tokens)
+    return (piece for _, pieces in followed for piece in pieces)
 
 
 def trace_text(
@@ -238,29 +237,36 @@ def trace_text(
     string are kept, as its text is not. Arguments and errors as for `generate_text`; other options as for
     `specjax.stream`.
     """
-    prompts, model, drafter = _fitted(tokenizer, texts, model, drafter)
-    options.setdefault("stop_tokens", _ends(model))
-    printer = Printer(tokenizer, prompts, stop=stop, skip_special_tokens=skip_special_tokens)
-    chunks = stream(model, params, drafter, drafter_params, *prompts, **options)
+    call = _call(model, params, drafter, drafter_params, tokenizer, texts, options)
+    chunks = (chunk for chunk, _ in _followed(call, tokenizer, stop, skip_special_tokens))
     decode = detokenize.codec(tokenizer, skip_special_tokens=skip_special_tokens).decode
-    followed = (chunk for chunk, _ in printer.follow(chunks))
-    return trace.collect(followed, prompts.ids(), decode, name=tokenizer.id_to_token, stop=stop)
+    return trace.collect(chunks, call.prompts.ids(), decode, name=tokenizer.id_to_token, stop=stop)
 
 
-def _ends(model: Model) -> list[int]:
-    """The checkpoint's end tokens, as far as the tokenizer has them."""
-    return [token for token in model.stop_tokens if token < model.vocab_size]
-
-
-class _Fitted(NamedTuple):
-    """Prompts within the model's positions, and parts within the tokenizer's vocabulary."""
+class _Call(NamedTuple):
+    """What `generate` and `stream` are called with for some texts."""
 
     prompts: Prompts
-    model: Model
-    drafter: Drafter
+    arguments: tuple[Any, ...]
+    options: dict[str, Any]
 
 
-def _fitted(tokenizer: Tokenizer, texts: Sequence[str], model: Model, drafter: Drafter) -> _Fitted:
+def _call(
+    model: Model, params: PyTree, drafter: Drafter, drafter_params: PyTree, tokenizer: Tokenizer, texts: Sequence[str],
+    options: dict[str, Any],
+) -> _Call:  # fmt: skip
+    """Prompts within the model's positions, parts within the tokenizer's vocabulary, the checkpoint's stop tokens."""
     parts.kinds(model, drafter)
     prompts = encode(tokenizer, texts, limit=model.max_positions)
-    return _Fitted(prompts, within_vocab(model, tokenizer), within_vocab(drafter, tokenizer))
+    model = within_vocab(model, tokenizer)
+    if drafter.vocab_size is not None:
+        drafter = drafter._replace(vocab_size=_known(drafter.vocab_size, tokenizer))
+    arguments = (model, params, drafter, drafter_params, *prompts)
+    return _Call(prompts, arguments, {"stop_tokens": model.stop_tokens, **options})
+
+
+def _followed(
+    call: _Call, tokenizer: Tokenizer, stop: str | Sequence[str], skip_special_tokens: bool
+) -> Iterator[tuple[Chunk, list[Piece]]]:
+    printer = Printer(tokenizer, call.prompts, stop=stop, skip_special_tokens=skip_special_tokens)
+    return printer.follow(stream(*call.arguments, **call.options))

@@ -197,7 +197,7 @@ class Model(NamedTuple):
     A cache gets `slots` slots, K + 1 more than a row's text may fill, since `commit` may write a whole block behind
     the live part. A block gets `size` slots, as many as will be appended to it at most. All four are traced: shapes
     follow from arguments' shapes and the two ints alone. `testing.check_model(model, params)` tries them.
-    The tuple is found again by its identity: make it once, and every call shares one compiled program.
+    A compiled program is found again by these functions: make them once, not in every call.
     """
 
     apply: Apply  # one forward pass over a block

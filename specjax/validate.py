@@ -84,6 +84,8 @@ def request(
     _check_prompt_values(prompts, lengths, model.vocab_size)
     limits = integers.at_most(limits, "max_new_tokens", least=1)
     drafting = integers.at_most(drafting, "max_draft_len", least=0)
+    if capacity is not None:
+        capacity = integers.static(capacity, "capacity", most=_MOST_TOKENS)
     prompts = _within_capacity(model, prompts, lengths, capacity)
     capacity = _capacity(model, prompts.shape[1], limits, lengths, capacity)
     arrays = Request(
@@ -150,7 +152,6 @@ def _within_capacity(model: Model, prompts: Any, lengths: Any, capacity: int | N
     padding has no position."""
     width, most = prompts.shape[1], model.max_positions
     if capacity is not None:
-        capacity = integers.static(capacity, "capacity", most=_MOST_TOKENS)
         most = capacity if most is None else min(most, capacity)
     if most is None or width <= most:
         return prompts
@@ -188,7 +189,6 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
                 f"max_new_tokens={host.max()} sets no limit, and buffers need one: pass capacity=, the most tokens "
                 "that a row may hold, prompt included."
             )
-    capacity = integers.static(capacity, "capacity", most=_MOST_TOKENS)
     if capacity < width:
         longest = known(lengths)
         said = f"{width} columns" if longest is None else f"{width} columns (longest prompt {longest.max()})"

@@ -53,6 +53,14 @@ def _room_for_programs():
         gc.collect()
 
 
+@pytest.fixture
+def fresh_programs():
+    """A bug that is put in on purpose must be compiled in, and must not outlive its test."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
 @pytest.hookimpl(tryfirst=True)
 def pytest_cmdline_main(config) -> None:
     """Neighbouring tests go to one worker, which has their programs and fixtures; the other steals what is left."""

@@ -205,33 +205,6 @@ def test_a_draft_of_nothing_is_a_plain_step():
     assert sum(width == 1 for width in widths[1:]) == rounds[0]
 
 
-@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
-def test_rounds_without_a_draft_do_not_count_for_others(rule):
-    """Catches a round in which nothing happened, and that only company made a round: it moved a row on to the noise of
-    the next. A drafter that finds something at some lengths of a text; rows alone and in company, sampled."""
-    model, params, _, _ = _pair("table")
-
-    def propose(params, state, context, plan):
-        rows = context.rows
-        found = jnp.where(rows.lengths % 3 == 0, plan.lengths, 0)
-        tokens = jnp.repeat(rows.lengths[:, None] % VOCAB, plan.longest, 1)
-        return specjax.Draft(tokens, found, None), state
-
-    seldom = specjax.Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
-    controller = controllers.fixed(2)._replace(buckets=(0, 2))
-    prompts, seeds = jnp.array([[1, 2, 3, 4, 5, 6]]).repeat(12, 0), jnp.arange(12)
-    lengths, limits = jnp.array([1, 2, 3, 4, 5, 6] * 2), jnp.array([20] * 11 + [5])
-
-    def texts(rows):
-        return specjax.generate(
-            model, params, seldom, None, prompts[rows], lengths[rows], seeds=seeds[rows], max_new_tokens=limits[rows],
-            capacity=30, sampling=specjax.Sampling(1.0), verifier=getattr(verify, rule)(), controller=controller,
-        ).new_tokens()  # fmt: skip
-
-    together = texts(jnp.arange(12))
-    assert [texts(jnp.array([row]))[0] for row in range(12)] == together
-
-
 def test_additive_moves_by_its_steps():
     """Catches steps the wrong way round, and rounds cut short by a limit that count as failures."""
     controller = controllers.additive(8, 5)

@@ -14,6 +14,7 @@ import pytest
 import reference
 import tiny
 import toys
+from mutants import DRAFTER, MODEL, TABLE, VOCAB
 
 import specjax
 from specjax import Sampling, controllers, drafters, noise, sampling, testing, validate, verify
@@ -21,18 +22,7 @@ from specjax.noise import Role
 from specjax.types import Draft, Verdict, Verifier
 from specjax.verify.prefix import at_tokens
 
-VOCAB = 3
-TABLE = testing.random_table(jax.random.key(11), order=2, vocab_size=VOCAB, sharpness=1.5)
-MODEL = testing.table_model(2, VOCAB)
-DRAFTER = drafters.draft_model(MODEL)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_programs():
-    """A bug must be compiled in, and must not outlive its test."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+pytestmark = pytest.mark.usefixtures("fresh_programs")
 
 
 def _follows_the_law(verifier, drafter=DRAFTER, params=-TABLE, draft_len=2):

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from mutants import DRAFTER, MODEL, TABLE, VOCAB
 
 import specjax
 from specjax import Sampling, context, controllers, drafters, log_probs, loop, noise, sampling, settle, testing, verify
@@ -20,18 +21,17 @@ from specjax.noise import Role
 from specjax.types import Verifier
 from specjax.verify.prefix import at_place, laws
 
-VOCAB = 3
-TABLE = testing.random_table(jax.random.key(11), order=2, vocab_size=VOCAB, sharpness=1.5)
-MODEL = testing.table_model(2, VOCAB)
-DRAFTER = drafters.draft_model(MODEL)
+pytestmark = pytest.mark.usefixtures("fresh_programs")
+Edit = tuple[Any, str, Callable, str]  # a module, a function of it, what to put in its place, what the check then says
 
 
-@pytest.fixture(autouse=True)
-def _fresh_programs():
-    """An edit must be compiled in, and must not outlive its test."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
+def _all_caught(monkeypatch, check: Callable[[], None], edits: list[Edit]) -> None:
+    for module, name, wrong, message in edits:
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, wrong)
+            jax.clear_caches()
+            with pytest.raises(AssertionError, match=message):
+                check()
 
 
 def _drafting_for_itself_all_stay():
@@ -54,17 +54,12 @@ def test_edits_that_cost_acceptance_are_caught(monkeypatch):
     def blind(seen, logits, tokens, step):
         return draw(seen._replace(process=lambda x, ids, see: seen.process(x, ids, see & False)), logits, tokens, step)
 
-    edits: list[tuple[Any, str, Callable, str]] = [
+    edits: list[Edit] = [
         (context, "_coupled_keys", lambda rows, at: noise.derive(rows.keys, Role.TARGET, rows.lengths + at + 1), "rej"),
         (draft_model, "draw", blind, "rejected"),
         (loop, "draft_lengths", lambda x, y, rows: lengths(x, y, rows._replace(limits=rows.limits + 1)), "drafted"),
     ]
-    for module, name, wrong, message in edits:
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, wrong)
-            jax.clear_caches()
-            with pytest.raises(AssertionError, match=message):
-                _drafting_for_itself_all_stay()
+    _all_caught(monkeypatch, _drafting_for_itself_all_stay, edits)
 
 
 def _scores_and_tokens_are_plain_ones():
@@ -84,16 +79,11 @@ def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     """Noise of the position before, used a second time; and logits of padding columns in the raw law."""
     _scores_and_tokens_are_plain_ones()
     right = settle._or_plain_token
-    edits: list[tuple[Any, str, Callable, str]] = [
+    edits: list[Edit] = [
         (settle, "_or_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
         (log_probs, "without_padding", lambda logits, vocab_size: logits, "scores"),
     ]
-    for module, name, wrong, message in edits:
-        with monkeypatch.context() as patch:
-            patch.setattr(module, name, wrong)
-            jax.clear_caches()
-            with pytest.raises(AssertionError, match=message):
-                _scores_and_tokens_are_plain_ones()
+    _all_caught(monkeypatch, _scores_and_tokens_are_plain_ones, edits)
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])

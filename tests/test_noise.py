@@ -92,3 +92,32 @@ def test_no_key_is_the_same_under_every_default():
         with jax.default_prng_impl(implementation):
             texts.append(_texts("plain", None, jnp.arange(4)))
     assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
+def test_rounds_without_a_draft_do_not_count_for_others(rule):
+    """Catches a round in which nothing happened, and that only company made a round: it moved a row on to the noise of
+    the next. A drafter that finds something at some lengths of a text; rows alone and in company, sampled."""
+    size = 13
+    model = testing.table_model(2, size)
+    params = testing.random_table(jax.random.key(0), order=2, vocab_size=size, sharpness=2.0)
+
+    def propose(params, state, context, plan):
+        rows = context.rows
+        found = jnp.where(rows.lengths % 3 == 0, plan.lengths, 0)
+        tokens = jnp.repeat(rows.lengths[:, None] % size, plan.longest, 1)
+        return specjax.Draft(tokens, found, None), state
+
+    seldom = specjax.Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
+    controller = controllers.fixed(2)._replace(buckets=(0, 2))
+    prompts, seeds = jnp.array([[1, 2, 3, 4, 5, 6]]).repeat(12, 0), jnp.arange(12)
+    lengths, limits = jnp.array([1, 2, 3, 4, 5, 6] * 2), jnp.array([20] * 11 + [5])
+
+    def texts(rows):
+        return specjax.generate(
+            model, params, seldom, None, prompts[rows], lengths[rows], seeds=seeds[rows], max_new_tokens=limits[rows],
+            capacity=30, sampling=specjax.Sampling(1.0), verifier=getattr(verify, rule)(), controller=controller,
+        ).new_tokens()  # fmt: skip
+
+    together = texts(jnp.arange(12))
+    assert [texts(jnp.array([row]))[0] for row in range(12)] == together
