@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import re
-import struct
 import subprocess
 import sys
 from pathlib import Path
 
+import folders
 import foreign
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,6 @@ import numpy as np
 import pytest
 import tiny
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 import specjax
 from specjax import (
@@ -55,24 +53,6 @@ def _fast(prompts=PROMPTS, drafter=DRAFTER, **options):
     return specjax.generate(MODEL, TABLE, drafter, TABLE, prompts, **options)
 
 
-def _folder(**changes):
-    """A checkpoint in ./my-model with a few things changed in its config.json; None takes a field away."""
-    loaded = models.random(tiny.config("llama"), jax.random.key(0))
-    models.save(loaded, "my-model")
-    config = {**loaded.config, **changes}
-    kept = {name: value for name, value in config.items() if value is not None}
-    Path("my-model/config.json").write_text(json.dumps(kept))
-    return "my-model"
-
-
-def _with_tensors(change):
-    folder = _folder()
-    tensors = load_file(f"{folder}/model.safetensors")
-    change(tensors)
-    save_file(tensors, f"{folder}/model.safetensors")
-    models.load(folder)
-
-
 def _without(module, call):
     """Calls what needs a package that is not there."""
     with pytest.MonkeyPatch.context() as patch:
@@ -91,42 +71,19 @@ def _in_x64():
         _plain()
 
 
-def _no_folder_of_weights():
-    Path("my-model").mkdir()
-    Path("my-model/config.json").write_text(json.dumps(tiny.config("llama")))
-    models.load("my-model")
-
-
-def _cut_off():
-    folder = _folder()
-    file = Path(folder, "model.safetensors")
-    file.write_bytes(file.read_bytes()[:100])
-    models.load(folder)
-
-
-def _shard_missing():
-    folder = _folder()
-    Path(folder, "model.safetensors").unlink()
-    index = {"weight_map": {"lm_head.weight": "model-00002-of-00002.safetensors"}}
-    Path(folder, "model.safetensors.index.json").write_text(json.dumps(index))
-    models.load(folder)
-
-
 def _no_tokenizer():
-    text.load_tokenizer(_folder())
+    text.load_tokenizer(folders.changed())
+
+
+def _broken_tokenizer():
+    Path(folders.changed(), "tokenizer.json").write_text("{")
+    text.load_tokenizer("my-model")
 
 
 def _cut_by_the_tokenizer():
     tokenizer = text.load_tokenizer(models.PRETRAINED / "target")
     tokenizer.enable_truncation(8)
     text.encode(tokenizer, ["x", "def " * 20])
-
-
-def _llama2c():
-    Path("my-model").mkdir()
-    header, count = (8, 4, 1, 2, 2, 11, 16), 11 * 8 + 2 * 8 + 4 * 8 * 8 + 3 * 4 * 8 + 8 + 16 * 4
-    Path("my-model/stories.bin").write_bytes(struct.pack("<7i", *header) + bytes(4 * count))
-    models.load("my-model")
 
 
 def _nothing_to_control():
@@ -136,7 +93,7 @@ def _nothing_to_control():
 
 
 def _saved_twice():
-    models.save(models.random(tiny.config("llama"), jax.random.key(0)), _folder())
+    models.save(models.random(tiny.config("llama"), jax.random.key(0)), folders.changed())
 
 
 def _int8():
@@ -245,21 +202,26 @@ ERRORS = {
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/nowhere"),
     "no config": lambda: (Path("my-model").mkdir(), models.load("my-model")),
-    "no weights": _no_folder_of_weights,
-    "cut off": _cut_off,
-    "a shard missing": _shard_missing,
-    "unknown family": lambda: models.load(_folder(model_type="mamba", architectures=["MambaForCausalLM"])),
+    "no weights": folders.no_folder_of_weights,
+    "cut off": folders.cut_off,
+    "a shard missing": folders.shard_missing,
+    "unknown family": lambda: models.load(folders.changed(model_type="mamba", architectures=["MambaForCausalLM"])),
     "an encoder-decoder": lambda: models.build(
         {"model_type": "t5", "architectures": ["T5ForConditionalGeneration"], "is_encoder_decoder": True}
     ),
-    "a folder of llama2.c": _llama2c,
-    "a field missing": lambda: models.load(_folder(hidden_size=None)),
-    "unknown activation": lambda: models.load(_folder(hidden_act="swoosh")),
-    "unknown rope": lambda: models.load(_folder(rope_parameters={"rope_type": "helix"})),
-    "names": lambda: _with_tensors(lambda tensors: tensors.pop("lm_head.weight")),
-    "shapes": lambda: _with_tensors(lambda tensors: tensors.update({"model.norm.weight": np.ones(31, np.float32)})),
+    "a folder of llama2.c": folders.llama2c,
+    "a field missing": lambda: models.load(folders.changed(hidden_size=None)),
+    "unknown activation": lambda: models.load(folders.changed(hidden_act="swoosh")),
+    "unknown rope": lambda: models.load(folders.changed(rope_parameters={"rope_type": "helix"})),
+    "names": lambda: folders.with_tensors(lambda tensors: tensors.pop("lm_head.weight")),
+    "shapes": lambda: folders.with_tensors(
+        lambda tensors: tensors.update({"model.norm.weight": np.ones(31, np.float32)})
+    ),
     "no tokenizer": _no_tokenizer,
-    "a broken tokenizer": lambda: (Path(_folder(), "tokenizer.json").write_text("{"), text.load_tokenizer("my-model")),
+    "a broken tokenizer": lambda: (
+        Path(folders.changed(), "tokenizer.json").write_text("{"),
+        text.load_tokenizer("my-model"),
+    ),
     "saved twice": _saved_twice,
     "int8": _int8,
     "the hub": lambda: models.load("owner/model"),

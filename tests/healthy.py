@@ -1,0 +1,32 @@
+"""An environment in which nothing is wrong, and what a terminal of 100 columns shows of a report."""
+
+from __future__ import annotations
+
+import io
+
+from rich.console import Console
+
+from specjax import environment
+from specjax.environment import Device, Devices, Package
+
+HEALTHY = environment.Environment(
+    version="0.1.0",
+    folder="/somewhere/specjax",
+    packages=[
+        Package("jax", "0.10.2", "0.8.2"),
+        Package("jaxlib", "0.10.2", None),
+        Package("flax", "0.12.10", "0.12.1"),
+    ],
+    host=environment.Host("Linux 6.1 x86_64", "3.12.1", "A processor", 8, 32 * 2**30),
+    hardware={},
+    devices=Devices("cpu", [Device("cpu", "cpu", 1, None)], None, {}),
+    settings=dict.fromkeys(environment.settings()),
+    programs=environment.Programs("/home/me/.cache/specjax/xla", 3, 5 * 2**20, True),
+)
+
+
+def shown(parts) -> str:
+    console = Console(file=io.StringIO(), width=100)
+    for part in parts:
+        console.print(part)
+    return " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
