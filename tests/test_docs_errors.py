@@ -200,7 +200,7 @@ ERRORS = {
     "an empty stop string": lambda: stops.stop_strings(["\n", ""]),
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
-    "nowhere": lambda: models.load("/nowhere"),
+    "nowhere": lambda: models.load("/proc/nowhere"),
     "no config": lambda: (Path("my-model").mkdir(), models.load("my-model")),
     "no weights": folders.no_folder_of_weights,
     "cut off": folders.cut_off,
