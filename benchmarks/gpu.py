@@ -33,10 +33,12 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from specjax import contest, limits, report, speed, speed_report, text
-from specjax.machine import Machine, this_machine
-from specjax.pair import load_pair
-from specjax.passes import time_pass
+from specjax import text
+from specjax.cli import bench, bench_display, display, paired_timing
+from specjax.cli.load_pair import load_pair
+from specjax.profiling import roofline
+from specjax.profiling.forward import time_pass
+from specjax.profiling.machine import Machine, this_machine
 from specjax.types import Generation
 
 LLAMA = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "model_type": "llama"}
@@ -100,15 +102,15 @@ def main(
         said["parts"][name] = {**_part(task, task.config(name), machine), "transformers": peers[name]}
         _show(name, said["parts"][name], task, machine)
         _write(json_file, said)
-    setting = contest.Setting(
+    setting = paired_timing.Setting(
         tuple(sorted({min(5, draft_len), draft_len})),
         prompts=1 if rehearse else 8,
         max_new_tokens=max(128, 4 * (draft_len + 1)),
         repeats=task.repeats,
     )
-    found = speed.measure(load_pair(None, None, None, None), setting, lambda what: contextlib.nullcontext())
-    report.Display(plain=False, silent=False).speed(found)
-    said["shipped pair"] = speed_report.as_json([found])
+    found = bench.measure(load_pair(None, None, None, None), setting, lambda what: contextlib.nullcontext())
+    display.Display(plain=False, silent=False).speed(found)
+    said["shipped pair"] = bench_display.as_json([found])
     _write(json_file, said)
 
 
@@ -125,27 +127,27 @@ def _part(task: Task, config: dict[str, Any], machine: Machine) -> dict[str, Any
         "synthetic drafter, a small model's cost": _speculative(task, model, params, draft, draft_params),
     }
     outputs = {name: run(task.max_new_tokens, prompts).new_tokens() for name, run in runs.items()}  # compiles
-    timed: dict[str, list[contest.Timed]] = {name: [] for name in runs}
+    timed: dict[str, list[paired_timing.Timed]] = {name: [] for name in runs}
     for _ in range(task.repeats):
         for name, run in runs.items():
-            timed[name].append(contest.time_generations(run, [prompts], task.max_new_tokens))
+            timed[name].append(paired_timing.time_generations(run, [prompts], task.max_new_tokens))
     live = task.context + 5 * task.max_new_tokens / 8
     options = {"batch": task.batch, "live": live}
-    least = limits.seconds(limits.step(model, params, **options), machine)
+    least = roofline.seconds(roofline.step(model, params, **options), machine)
     widths = (1, task.draft_len + 1)
     one, verify = (
         time_pass(model, params, tokens=width, live=task.context, batch=task.batch, repeats=task.repeats)
         for width in widths
     )
-    verifying = limits.count(model, params, tokens=task.draft_len + 1, **options)
-    drafting = limits.speculation(model, params, draft, draft_params, draft_len=task.draft_len, **options)
+    verifying = roofline.count(model, params, tokens=task.draft_len + 1, **options)
+    drafting = roofline.speculation(model, params, draft, draft_params, draft_len=task.draft_len, **options)
     passes_of = dict(zip(runs, ([], [verifying], drafting), strict=True))
     plain = timed["plain"]
     step = statistics.median(x.seconds for x in plain)
     rounds = {
         name: {
             "seconds": statistics.median(x.seconds for x in own),
-            "limit_seconds": limits.seconds(passes_of[name], machine),
+            "limit_seconds": roofline.seconds(passes_of[name], machine),
             "tokens_per_round": own[0].tokens_per_pass,
             "acceptance": own[0].acceptance,
             "speedup": own[0].tokens_per_pass
@@ -157,7 +159,7 @@ def _part(task: Task, config: dict[str, Any], machine: Machine) -> dict[str, Any
     }
     return {
         "num_params": sum(leaf.size for leaf in jax.tree.leaves(params)),
-        "work_of_a_step": limits.total(limits.step(model, params, **options))._asdict(),
+        "work_of_a_step": roofline.total(roofline.step(model, params, **options))._asdict(),
         "step_seconds": step,
         "limit_seconds": least,
         "share_of_limit": least / step,  # aim: 0.8

@@ -36,8 +36,9 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import specjax
-from specjax import controllers, costs, models, profiling, stats, text
+from specjax import controllers, costs, models, stats, text
 from specjax.costs import Profile
+from specjax.profiling import measure
 from specjax.types import Controller, Drafter, Generation, Model, PyTree
 
 FLAG = "--xla_gpu_enable_command_buffer=+WHILE,+CONDITIONAL"
@@ -185,7 +186,7 @@ def _profile(pair: Pair, context: int, beside: Beside) -> Profile:
         with beside.alone("profile") if what.startswith("timing") else contextlib.nullcontext():
             yield
 
-    return profiling.profile(*pair.roles(), contexts=(context,), longest=pair.longest, repeats=3, busy=busy)
+    return measure.profile(*pair.roles(), contexts=(context,), longest=pair.longest, repeats=3, busy=busy)
 
 
 def _seconds(run: Run, limit: int, state: PyTree) -> float:

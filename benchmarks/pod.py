@@ -27,7 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 import specjax
-from specjax import exactness, models, sharding, text
+from specjax import models, sharding, text
+from specjax.cli import exactness
 from specjax.models import Loaded
 
 

@@ -32,9 +32,10 @@ from rich.table import Table
 from tokenizers import Tokenizer
 
 import specjax
-from specjax import limits, models
-from specjax.machine import Machine, this_machine
-from specjax.passes import time_pass
+from specjax import models
+from specjax.profiling import roofline
+from specjax.profiling.forward import time_pass
+from specjax.profiling.machine import Machine, this_machine
 from specjax.types import Generation
 
 
@@ -180,10 +181,10 @@ def _floor(target, draft, rows: int, live: float, machine: Machine) -> Callable[
 
         own, options = (target.model, cast(target.params)), {"batch": rows, "live": live}
         if contender.draft_len is None:
-            work = limits.step(*own, **options)
+            work = roofline.step(*own, **options)
         else:
-            work = limits.speculation(*own, draft.model, cast(draft.params), draft_len=contender.draft_len, **options)
-        return passes * limits.seconds(work, machine)
+            work = roofline.speculation(*own, draft.model, cast(draft.params), draft_len=contender.draft_len, **options)
+        return passes * roofline.seconds(work, machine)
 
     return floor
 

@@ -37,8 +37,9 @@ def main(
     json_path: Annotated[Path | None, typer.Option("--json", help="where to write the numbers")] = None,
 ) -> None:
     """Prints a row per case."""
-    from specjax import aot, shapes
-    from specjax.aot import show
+    from specjax import aot
+    from specjax.aot import shapes
+    from specjax.cli import plan_display
 
     for name, value in {**aot.ENVIRONMENT, "JAX_PLATFORMS": "cpu"}.items():
         os.environ.setdefault(name, value)
@@ -51,7 +52,7 @@ def main(
         report = aot.plan(shapes.shaped(target), shapes.shaped(draft), topology, prefill=prefill)
         seconds = time.process_time() - began
         print(_row(report, seconds), flush=True)
-        found.append({**show.as_json(report), "processor_seconds": seconds})
+        found.append({**plan_display.as_json(report), "processor_seconds": seconds})
         if json_path:
             json_path.write_text(json.dumps(found, indent=1))
 

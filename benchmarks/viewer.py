@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax import viewer
-from specjax.trace import Kind, Token, Trace, TracedRound, TracedRow
 from specjax.types import Status
+from specjax.viewer.trace import Kind, Token, Trace, TracedRound, TracedRow
 
 WORDS = (
     " the", " self", ".", "config", " =", "\n", "    ", "        ", " num", "_", "labels", "(", "):", " return", "\t",

@@ -3,11 +3,9 @@
 import importlib
 from types import ModuleType
 
-from specjax import controllers, costs, drafters, stats, trace, verify, viewer
-from specjax.calibration import calibrate
-from specjax.decode import autoregressive, generate
-from specjax.profiling import profile
-from specjax.stream import Chunk, LogProb, Origin, stream
+from specjax import controllers, costs, drafters, stats, verify, viewer
+from specjax.decode import Chunk, LogProb, Origin, autoregressive, generate, stream
+from specjax.profiling import calibrate, profile
 from specjax.types import (
     Context,
     Controller,
@@ -28,10 +26,11 @@ from specjax.types import (
     Verdict,
     Verifier,
 )
+from specjax.viewer import trace
 
 __version__ = "0.1.0"
 
-_ON_DEMAND = ("adapters", "aot", "limits", "machine", "models", "sharding", "testing", "text")
+_ON_DEMAND = ("adapters", "aot", "models", "sharding", "testing", "text")
 
 __all__ = [
     "Chunk",

@@ -17,11 +17,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from specjax.kernels import attention
+from specjax.kernels import write as kernel
+from specjax.kernels.attention import Operands
+from specjax.kernels.backed import on_tpu
 from specjax.sharding import Layout, constrain, on_each
-from specjax.tpu import attention
-from specjax.tpu import write as kernel
-from specjax.tpu.attention import Operands
-from specjax.tpu.backed import on_tpu
 from specjax.types import Array
 
 _MASKED = -1e30  # finite, so that a row with nothing live in one part stays free of NaN

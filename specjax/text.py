@@ -8,13 +8,15 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from specjax import detokenize, parts, trace
-from specjax.decode import generate
-from specjax.printer import Piece, Printer
-from specjax.stops import stop_strings
-from specjax.stream import Chunk, stream, warn_of_troubles
-from specjax.trace import Trace
+from specjax.decode import parts
+from specjax.decode.api import generate
+from specjax.decode.stream import Chunk, stream, warn_of_troubles
+from specjax.detokenize import pieces as detokenize
+from specjax.detokenize.printer import Piece, Printer
+from specjax.detokenize.stop_strings import stop_strings
 from specjax.types import Drafter, Model, PyTree
+from specjax.viewer import trace
+from specjax.viewer.trace import Trace
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -268,5 +270,5 @@ def _call(
 def _followed(
     call: _Call, tokenizer: Tokenizer, stop: str | Sequence[str], skip_special_tokens: bool
 ) -> Iterator[tuple[Chunk, list[Piece]]]:
-    printer = Printer(tokenizer, call.prompts, stop=stop, skip_special_tokens=skip_special_tokens)
+    printer = Printer(tokenizer, call.prompts.ids(), stop=stop, skip_special_tokens=skip_special_tokens)
     return printer.follow(stream(*call.arguments, **call.options))

@@ -6,7 +6,7 @@ Shape legend, used by every module:
     P  padded prompt width       C  capacity (tokens per row)    D  model width
 
 A role is a NamedTuple of pure functions, as in optax. A new drafter, verifier, controller or model
-family is one new file that returns one of these tuples; the loop in `decode.py` knows nothing else.
+family is one new file that returns one of these tuples; the loop in `decode/` knows nothing else.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ import io
 
 from rich.console import Console
 
-from specjax import environment
-from specjax.environment import Device, Devices, Package
+from specjax.cli.doctor import environment
+from specjax.cli.doctor.environment import Device, Devices, Package
 
 HEALTHY = environment.Environment(
     version="0.1.0",

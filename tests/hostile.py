@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from specjax.trace import Kind, Token, TracedRound, TracedRow
 from specjax.types import Status
+from specjax.viewer.trace import Kind, Token, TracedRound, TracedRow
 
 TEXTS = [
     "</script><script>document.title = 'broken'</script>", "<!--<script>", "\"'`${x}\\", "{{script}}", "&lt;b&gt;",

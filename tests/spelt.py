@@ -10,8 +10,8 @@ from tokenizers import Tokenizer, decoders, normalizers
 from tokenizers import models as kinds
 
 from specjax import models, stats, text
+from specjax.decode.stream import Chunk, Drafted, LogProb, Origin
 from specjax.models import llama2c
-from specjax.stream import Chunk, Drafted, LogProb, Origin
 from specjax.types import Status
 
 STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k/tok512.bin"

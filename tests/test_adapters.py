@@ -13,7 +13,10 @@ from flax import linen, nnx
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import adapters, decode, hlo, prefill, rounds, testing, validate
+from specjax import adapters, testing
+from specjax.aot import hlo
+from specjax.decode import api, prefill, state
+from specjax.decode import arguments as validate
 from specjax.types import Drafter
 
 VOCAB = foreign.VOCAB
@@ -324,13 +327,13 @@ def test_no_cache_is_copied_in_the_compiled_loop(kind, adapt):
     """Catches a write that may run before the last read: XLA would copy the module's cache in every round."""
     adapted = adapt(kind)
     draft = specjax.drafters.draft_model(testing.table_model(1, VOCAB))
-    roles = rounds.Roles(adapted.model, draft, specjax.verify.rejection(), specjax.controllers.fixed(3))
+    roles = state.Roles(adapted.model, draft, specjax.verify.rejection(), specjax.controllers.fixed(3))
     request = validate.request(
         adapted.model, PROMPTS, LENGTHS, key=None, max_new_tokens=400, sampling=specjax.Sampling(), stop_tokens=(),
         seeds=None, capacity=None,
     )  # fmt: skip
     table = testing.random_table(jax.random.key(4), order=1, vocab_size=VOCAB)
-    lowered = decode._generate.lower(roles, request.capacity, 1, adapted.params, table, request.arrays, None, 0)
+    lowered = api._generate.lower(roles, request.capacity, 1, adapted.params, table, request.arrays, None, 0)
     looped = [step.instruction for step in hlo.parse(lowered.compile().as_text()).walk() if step.loops]
     slots = request.capacity + 4  # the draft's table keeps no cache, so this is the module's
     held = [item for item in looped if any(len(shape.dims) >= 4 and slots in shape.dims for shape in item.shapes)]

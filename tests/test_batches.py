@@ -6,7 +6,7 @@ import types
 
 import pytest
 
-from specjax import batches
+from specjax.cli import batches
 
 
 class _Batch:

@@ -13,24 +13,19 @@ import pytest
 import tiny
 from typer.testing import CliRunner
 
-from specjax import (
-    cli,
-    contest,
-    decode,
-    drafters,
+from specjax import drafters, models, stats, testing, text
+from specjax.cli import (
+    bench,  # fmt: skip
+    display,
     exactness,
-    limits,
-    machine,
-    models,
-    report,
-    runner,
-    speed,
-    stats,
-    testing,
-    text,
-)  # fmt: skip
-from specjax.pair import in_int8, load_pair
-from specjax.policy import Policy
+    generate,
+    main,
+    paired_timing,
+)
+from specjax.cli.choose_controller import Policy
+from specjax.cli.load_pair import in_int8, load_pair
+from specjax.decode import api
+from specjax.profiling import machine, roofline
 from specjax.types import Status
 
 MODEL, TABLE = tiny.model("table")
@@ -98,7 +93,7 @@ def test_the_command_says_what_it_found(monkeypatch, passes, as_json):
     finding = exactness.Finding("a check", passes, "in detail", 1.5)
     monkeypatch.setattr(exactness, "suite", lambda pair, samples: [("a check", lambda: finding)])
     arguments = ["bench", "--verify", "exactness", "--no-cache", *(["--json"] if as_json else [])]
-    result = CliRunner().invoke(cli.app, arguments)
+    result = CliRunner().invoke(main.app, arguments)
     assert result.exit_code == (0 if passes else 1), result.output
     if as_json:
         said = json.loads(result.stdout)
@@ -130,14 +125,14 @@ SHORT = ["bench", "--no-cache", "--draft-len", "2", "--max-new-tokens", "12", "-
 def made_up_machine(monkeypatch):
     """A machine that takes no time to measure."""
     made_up = machine.Machine("made up", bandwidth=1e9, flops=1e12, origin="made up")
-    monkeypatch.setattr(speed, "this_machine", lambda dtype: made_up)
+    monkeypatch.setattr(bench, "this_machine", lambda dtype: made_up)
     return made_up
 
 
 def test_speed_as_json(made_up_machine):
     """Catches a measurement that does not run, several lengths or batches mixed up, a limit of another pair."""
     arguments = ["--draft-len", "1", "--prompts", "3", "--batch", "2", "--json"]
-    result = CliRunner().invoke(cli.app, [*SHORT, *arguments])
+    result = CliRunner().invoke(main.app, [*SHORT, *arguments])
     assert result.exit_code == 0, result.output
     said = json.loads(result.stdout)
     assert [line["draft_len"] for line in said["lines"]] == [None, 2, 1]
@@ -150,16 +145,16 @@ def test_speed_as_json(made_up_machine):
     assert one["acceptance"] == one["acceptance_by_position"][0]  # K is 1: both are of the same tokens
     pair = load_pair(None, None, None, None)
     assert said["live_tokens"] == 8 + (3 + 12) / 2
-    passes = limits.step(pair.target.model, pair.target.params, batch=2, live=15.5)
-    assert plain["work"] == limits.total(passes)._asdict()
-    assert plain["limit_seconds"] == limits.seconds(passes, made_up_machine)
+    passes = roofline.step(pair.target.model, pair.target.params, batch=2, live=15.5)
+    assert plain["work"] == roofline.total(passes)._asdict()
+    assert plain["limit_seconds"] == roofline.seconds(passes, made_up_machine)
     assert said["machine"]["origin"] == "made up"
     assert said["dtype"] == "float32"
 
 
 def test_speed_as_a_table(made_up_machine):
     """Catches a table that lacks what the numbers mean."""
-    result = CliRunner().invoke(cli.app, [*SHORT, "--prompts", "1"])
+    result = CliRunner().invoke(main.app, [*SHORT, "--prompts", "1"])
     assert result.exit_code == 0, result.output
     for words in ("plain decoding", "K = 2", "speed-up", "measured / limit", "prefill", "1 GB/s", "made up"):
         assert words in result.stdout
@@ -168,8 +163,8 @@ def test_speed_as_a_table(made_up_machine):
 def test_prompts_are_as_long_as_asked_and_apart():
     """Catches rows that share a prompt, and contexts that real text cannot fill."""
     pair = load_pair(None, None, None, None)
-    setting = contest.Setting(batch=5, prompts=15, context=700)
-    batches = contest._prompts(pair, setting)
+    setting = paired_timing.Setting(batch=5, prompts=15, context=700)
+    batches = paired_timing._prompts(pair, setting)
     assert [(part.tokens.shape, part.lengths.tolist()) for part in batches] == [((5, 700), [700] * 5)] * 3
     assert len({row.tobytes() for part in batches for row in part.tokens}) == 15
 
@@ -178,22 +173,22 @@ def test_adaptive_controllers_are_compiled_before_they_are_timed():
     """Catches a program that is first compiled on the clock: with one batch of prompts, the one that is given what was
     learnt."""
     pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
-    setting = contest.Setting((1,), (Policy.additive,), prompts=1, context=8, max_new_tokens=8, repeats=1)
-    prepared = contest.prepare(pair, setting)
-    contest.compile_all(prepared, lambda what: contextlib.nullcontext())
-    programs = decode._generate._cache_size()
-    timed = contest.time_all(prepared, lambda what: contextlib.nullcontext())
-    assert decode._generate._cache_size() == programs >= 3
+    setting = paired_timing.Setting((1,), (Policy.additive,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    prepared = paired_timing.prepare(pair, setting)
+    paired_timing.compile_all(prepared, lambda what: contextlib.nullcontext())
+    programs = api._generate._cache_size()
+    timed = paired_timing.time_all(prepared, lambda what: contextlib.nullcontext())
+    assert api._generate._cache_size() == programs >= 3
     assert len(timed) == 3
 
 
 def test_a_time_of_nothing_is_not_passed_on_in_silence(made_up_machine, monkeypatch, caplog):
     """Catches negative times, as noise makes them of too few tokens, that nobody is told of."""
-    timed = contest.time_generations
-    monkeypatch.setattr(contest, "time_generations", lambda *given: timed(*given)._replace(seconds=-1e-3))
+    timed = paired_timing.time_generations
+    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed(*given)._replace(seconds=-1e-3))
     pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
-    setting = contest.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
-    speed.measure(pair, setting, lambda what: contextlib.nullcontext())
+    setting = paired_timing.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    bench.measure(pair, setting, lambda what: contextlib.nullcontext())
     assert "its numbers are noise" in caplog.text
 
 
@@ -231,11 +226,11 @@ def test_turns_need_both_times():
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_busy_machine_gets_no_verdict(made_up_machine, monkeypatch, as_json):
     """Catches "3.18" from a machine where each turn says something else."""
-    timed, seconds = contest.time_generations, iter([1.0, 0.5, 1.0, 3.0, 1.0, 0.9] * 2)
-    monkeypatch.setattr(contest, "time_generations", lambda *given: timed(*given)._replace(seconds=next(seconds)))
+    timed, seconds = paired_timing.time_generations, iter([1.0, 0.5, 1.0, 3.0, 1.0, 0.9] * 2)
+    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed(*given)._replace(seconds=next(seconds)))
     small = str(models.PRETRAINED / "draft")
     arguments = [*SHORT, "--repeats", "3", "--prompts", "1", "--model", small, "--draft", small]
-    result = CliRunner().invoke(cli.app, [*arguments, *(["--json"] if as_json else [])])
+    result = CliRunner().invoke(main.app, [*arguments, *(["--json"] if as_json else [])])
     assert result.exit_code == 0, result.output
     if as_json:
         plain, line = json.loads(result.stdout)["lines"]
@@ -254,15 +249,15 @@ def test_a_busy_machine_gets_no_verdict(made_up_machine, monkeypatch, as_json):
 def test_a_summary_of_a_busy_machine_gives_no_number(turns, is_busy):
     """The same for `specjax generate`: its line, and the keys of its JSON."""
     in_turn = stats.speedup_in_turn(turns, [1.0] * 3)
-    row = runner.Row("prompt", "text", [1, 2], [0, 1], Status.LENGTH)
+    row = generate.Row("prompt", "text", [1, 2], [0, 1], Status.LENGTH)
     counts = stats.zeros(1, 2)
-    summary = runner.Summary([row], counts, 2, "fixed", 1.0, 2.0, in_turn, 2, True, 0.1, None, None, "cpu", False)
-    said = dict(report._lines(summary))["speed-up"]
+    summary = generate.Summary([row], counts, 2, "fixed", 1.0, 2.0, in_turn, 2, True, 0.1, None, None, "cpu", False)
+    said = dict(display._lines(summary))["speed-up"]
     assert said.startswith("this machine is busy: no verdict (1.70 to 6.30 in 3 turns); ") is is_busy
     assert said.startswith("2.00x by medians of runs in turn (1.40 to 1.50 in 3 turns); ") is not is_busy
-    found = report.as_json(summary)
+    found = display.as_json(summary)
     assert (found["busy"], found["speedups"], found["runs"]) == (is_busy, turns, 3)
-    alone = report.as_json(summary._replace(in_turn=None))
+    alone = display.as_json(summary._replace(in_turn=None))
     assert (alone["busy"], alone["speedups"], alone["runs"]) == (None, None, 1)
 
 
@@ -270,14 +265,14 @@ def test_more_prompts_than_there_are_is_a_sentence():
     """Catches an IndexError, or memory for two billion prompts."""
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match=r"2147483647 prompts are asked for: \d+ are at hand"):
-        contest._prompts(pair, contest.Setting(prompts=2**31 - 1, context=2))
+        paired_timing._prompts(pair, paired_timing.Setting(prompts=2**31 - 1, context=2))
 
 
 def test_too_few_tokens_are_refused():
     """Catches a time of no rounds at all."""
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match="at least 24"):
-        speed.measure(pair, contest.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
+        bench.measure(pair, paired_timing.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
 
 
 def test_parts_in_int8():

@@ -17,8 +17,9 @@ import to_gguf
 from flax import nnx
 
 import specjax
-from specjax import models, passes
+from specjax import models
 from specjax.models import rope
+from specjax.profiling import forward
 
 
 def test_tensors_are_read_as_they_were_stored():
@@ -93,15 +94,15 @@ def test_a_pass_is_timed():
         seen.append(tokens.shape)
         return model.apply(params, tokens, *args, **options)
 
-    passes.time_pass(model._replace(apply=apply), params, tokens=3, live=5, batch=2, passes=2, repeats=1)
+    forward.time_pass(model._replace(apply=apply), params, tokens=3, live=5, batch=2, passes=2, repeats=1)
     assert (2, 3) in seen
 
 
 def test_the_timed_loop_depends_on_every_pass():
     """Catches a pass that XLA may leave out: its result must reach the next one."""
     model, params = tiny.model("table")
-    cache = passes._fill(model, 8, params, jnp.array([[1, 2]]))
-    loop = functools.partial(passes._loop, model, params, cache, jnp.zeros((1, 1), jnp.int32))
+    cache = forward._fill(model, 8, params, jnp.array([[1, 2]]))
+    loop = functools.partial(forward._loop, model, params, cache, jnp.zeros((1, 1), jnp.int32))
     token, wanted = jnp.zeros((1, 1), jnp.int32), []
     for _ in range(4):
         out = model.apply(params, token, cache, model.init_block(params, 1, 1))

@@ -19,8 +19,10 @@ import jax
 import pytest
 import tiny
 
-from specjax import cli, complaints, environment, interrupts, models, options, runner, text
-from specjax.pair import Pair
+from specjax import models, text
+from specjax.cli import error_hints, generate, interrupts, main, options
+from specjax.cli.doctor import environment
+from specjax.cli.load_pair import Pair
 
 LEAST = {
     "generate": ["x", "--no-cache", "--no-baseline", "--max-new-tokens", "4"],
@@ -54,7 +56,7 @@ def run(monkeypatch):
         monkeypatch.setattr(sys, "stdin", None if stdin is None else io.TextIOWrapper(io.BytesIO(stdin), "utf-8"))
         given = sys.stdin
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), pytest.raises(SystemExit) as left:
-            cli.main()
+            main.main()
         if sys.stdin is not given:
             sys.stdin.close()
         said = []
@@ -78,7 +80,7 @@ def small_pair():
 @pytest.fixture
 def small(monkeypatch, small_pair):
     """Nothing is read from disk."""
-    for module in (cli, runner):
+    for module in (main, generate):
         monkeypatch.setattr(module, "load_pair", lambda *given: small_pair)
 
 
@@ -93,7 +95,7 @@ def _options(kind: type) -> list[tuple[str, str]]:
     """(command, option) for every option of that kind: new ones are tested as they come."""
     return [
         (found.name or found.callback.__name__, "--" + name.replace("_", "-"))  # type: ignore[union-attr]
-        for found in cli.app.registered_commands
+        for found in main.app.registered_commands
         for name, given in typing.get_type_hints(found.callback).items()
         if kind in (given, *typing.get_args(given)) and name != "verbose"
     ]
@@ -292,13 +294,13 @@ def test_a_home_that_may_not_be_read_is_told(run, monkeypatch, tmp_path):
 )
 def test_what_the_machine_lacks_is_a_sentence(error, says):
     """Catches the CPU's words for full memory, and NumPy's, in a traceback."""
-    assert (complaints.explain(error) or "").startswith(says)
+    assert (error_hints.explain(error) or "").startswith(says)
 
 
 def test_what_the_system_refuses_is_a_sentence(tmp_path):
     """Catches error numbers and quotation marks where a name and a reason would do."""
-    assert complaints.of_system(PermissionError(13, "Permission denied", "/a/b")) == "/a/b: Permission denied."
-    assert complaints.of_system(FileNotFoundError("our own sentence.")) == "our own sentence."
+    assert error_hints.of_system(PermissionError(13, "Permission denied", "/a/b")) == "/a/b: Permission denied."
+    assert error_hints.of_system(FileNotFoundError("our own sentence.")) == "our own sentence."
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
@@ -319,9 +321,9 @@ def test_streams_that_take_nothing_are_a_sentence():
 def test_an_encoding_without_the_character_is_no_error(run, monkeypatch):
     """Catches UnicodeEncodeError in the middle of a text, where a terminal knows ASCII only."""
     out = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(cli, "app", lambda prog_name: sys.stdout.write("na\u00efve\n"))
+    monkeypatch.setattr(main, "app", lambda prog_name: sys.stdout.write("na\u00efve\n"))
     monkeypatch.setattr(sys, "argv", ["specjax"])
     with contextlib.redirect_stdout(out):
-        cli.main()
+        main.main()
     out.flush()
     assert out.buffer.getvalue() == b"na\\xefve\n"  # type: ignore[attr-defined]

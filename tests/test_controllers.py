@@ -14,8 +14,12 @@ from jax._src import test_util as jtu
 from made_up import by_plan, profile, round_of
 
 import specjax
-from specjax import controllers, hlo, loop, rounds, stats, testing, validate, verify
-from specjax.rounds import Roles
+from specjax import controllers, stats, testing, verify
+from specjax.aot import hlo
+from specjax.decode import api, arguments, loop
+from specjax.decode import round as settle
+from specjax.decode import state as rounds
+from specjax.decode.state import Roles
 
 VOCAB = 13
 PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
@@ -117,7 +121,7 @@ def test_the_draft_model_catches_up(controller, most, turns):
     all that a cache of 128 has, and a pass that went beyond them would be written over what was read before."""
     model, params = tiny.model("llama", 0)
     roles = Roles(model, specjax.drafters.draft_model(model), verify.rejection(), controller)
-    request = validate.request(
+    request = arguments.request(
         model, PROMPTS, LENGTHS, key=None, max_new_tokens=most, sampling=specjax.Sampling(), stop_tokens=(), seeds=None,
         capacity=None,
     )  # fmt: skip
@@ -283,11 +287,11 @@ def test_a_narrow_round_does_less_work():
     draft, draft_params = tiny.model("llama", 1, num_hidden_layers=1)
     controller = controllers.throughput(profile((1.0, 1.1, 1.2, 1.3), buckets=(0, 1, 3)))
     roles = Roles(model, specjax.drafters.draft_model(draft), verify.rejection(), controller)
-    request = validate.request(
+    request = arguments.request(
         model, jnp.ones((2, 5), jnp.int32), None, key=None, max_new_tokens=400, sampling=specjax.Sampling(),
         stop_tokens=(), seeds=None, capacity=None,
     )  # fmt: skip
-    lowered = specjax.decode._generate.lower(roles, request.capacity, 1, params, draft_params, request.arrays, None, 0)
+    lowered = api._generate.lower(roles, request.capacity, 1, params, draft_params, request.arrays, None, 0)
     assert not hlo.host_calls(lowered.as_text())
     program = hlo.parse(lowered.compile().as_text())
     cache = (2, 2, 512, 4)
@@ -302,10 +306,10 @@ def test_a_narrow_round_does_less_work():
     )  # fmt: skip
 
     def settled(width, rows, cache, draft):
-        return specjax.settle.settle(roles, request.capacity, width, params, rows, cache, draft)
+        return settle.settle(roles, request.capacity, width, params, rows, cache, draft)
 
     def plainly(rows, cache, draft):
-        return specjax.settle.settle_plainly(roles, request.capacity, params, rows, cache)
+        return settle.settle_plainly(roles, request.capacity, params, rows, cache)
 
     ways = (plainly, functools.partial(settled, 1), functools.partial(settled, 3))
     work = [

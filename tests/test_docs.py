@@ -27,7 +27,7 @@ PAGES = [
     *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/LOG.md")),
 ]
 # Public modules without an __all__, besides those that specjax names itself: all that they define is in the reference.
-MODULES = ("limits", "machine", "noise", "sharding", "shapes", "text")
+MODULES = ("aot.shapes", "noise", "profiling.machine", "profiling.roofline", "sharding", "text")
 _BLOCK = re.compile(r"^( *)```python\n(.*?)^\1```", re.DOTALL | re.MULTILINE)
 _DIRECTIVE = re.compile(r"^::: (\S+)", re.MULTILINE)
 

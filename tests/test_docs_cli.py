@@ -12,14 +12,17 @@ import numpy as np
 import test_doctor
 import typer
 
-from specjax import cli, contest, doctor, doctor_report, exactness, limits, machine, report, runner, speed, speed_report
-from specjax.aot import planning, show
-from specjax.self_check import SelfCheck
+from specjax.aot import planning
+from specjax.cli import bench, bench_display, display, exactness, generate, main, paired_timing, plan_display
+from specjax.cli.doctor import display as doctor_display
+from specjax.cli.doctor import problems
+from specjax.cli.doctor.self_check import SelfCheck
+from specjax.profiling import machine, roofline
 from specjax.stats import speedup_in_turn
 from specjax.types import Stats, Status
 
 PAGE = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
-GROUP = typer.main.get_command(cli.app)
+GROUP = typer.main.get_command(main.app)
 
 
 def _commands() -> list[list[str]]:
@@ -68,9 +71,9 @@ def test_json_keys_are_documented():
     """Catches a key that came, went or changed its name without the page, which calls them stable."""
     counts = np.ones((1, 2), np.int32)
     stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, *(counts[:, 0],) * 2)
-    row = runner.Row("prompt", "text", [1], [0], Status.LENGTH)
+    row = generate.Row("prompt", "text", [1], [0], Status.LENGTH)
     in_turn = speedup_in_turn([1.0], [1.0])
-    summary = runner.Summary([row], stats, 2, "fixed", 1.0, 1.0, in_turn, 1, True, 0.1, None, None, "cpu", False)
+    summary = generate.Summary([row], stats, 2, "fixed", 1.0, 1.0, in_turn, 1, True, 0.1, None, None, "cpu", False)
     made_up = machine.Machine("made up", 1e9, 1e12, "measured")
     split = {"drafting": 1.0, "verification": 1.0, "plain": 0.0}
     rates = {
@@ -81,34 +84,34 @@ def test_json_keys_are_documented():
         "speedups": [1.0],
         "busy": False,
     }
-    line = speed.Line(
-        2, "fixed", 1, 1.0, **rates, call_tokens_per_second=2.0, call_speedup=1.0, work=limits.Work(1.0, 1.0),
+    line = bench.Line(
+        2, "fixed", 1, 1.0, **rates, call_tokens_per_second=2.0, call_speedup=1.0, work=roofline.Work(1.0, 1.0),
         limit_seconds=1.0, draft_lengths=[0, 0, 1], draft_utilisation=0.5, acceptance_by_position=[0.5, 0.5],
         predicted_speedup=1.0, time_split=split,
     )  # fmt: skip
     pair = SimpleNamespace(target=SimpleNamespace(params=jnp.ones(1)))
     finding = exactness.Finding("a check", True, "in detail", 1.0)
-    checked = doctor.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, [], 1.0, 1.0))
+    checked = problems.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, [], 1.0, 1.0))
     nothing = {**dict.fromkeys(planning.Report._fields), "programs": [], "costs": {}, "collectives": []}
     plan = planning.Report(**nothing)  # type: ignore[arg-type]
     said = {
-        "specjax generate": report.as_json(summary),
-        "specjax bench": speed_report.as_json([speed.Speed([line], contest.Setting(), made_up, 1.0, "float32")]),
-        "specjax bench --verify exactness": report.findings_as_json([finding], pair),  # type: ignore[arg-type]
-        "specjax compile": show.as_json(plan),
-        "specjax doctor": doctor_report.as_json(checked),
+        "specjax generate": display.as_json(summary),
+        "specjax bench": bench_display.as_json([bench.Speed([line], paired_timing.Setting(), made_up, 1.0, "float32")]),
+        "specjax bench --verify exactness": display.findings_as_json([finding], pair),  # type: ignore[arg-type]
+        "specjax compile": plan_display.as_json(plan),
+        "specjax doctor": doctor_display.as_json(checked),
     }
     for command, found in said.items():
         assert _documented(command) == found.keys(), command
     inside = {
         "results": said["specjax generate"]["results"][0],
-        "lines": {**said["specjax bench"]["lines"][0], **limits.Work(1, 1)._asdict(), **split},
+        "lines": {**said["specjax bench"]["lines"][0], **roofline.Work(1, 1)._asdict(), **split},
         "machine": made_up._asdict(),
         "checks": finding._asdict(),
         "host": said["specjax doctor"]["host"],
         "devices": said["specjax doctor"]["devices"][0],
         "programs": said["specjax doctor"]["programs"],
-        "problems": doctor.Problem._fields,
+        "problems": problems.Problem._fields,
         "check": {**said["specjax doctor"]["check"], **said["specjax doctor"]["check"]["speed"]},
     }
     for key, fields in inside.items():

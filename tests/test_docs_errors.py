@@ -19,23 +19,12 @@ import tiny
 from flax import nnx
 
 import specjax
-from specjax import (
-    Status,
-    adapters,
-    cli,
-    complaints,
-    models,
-    pair,
-    policy,
-    sharding,
-    speed,
-    stops,
-    testing,
-    text,
-    validate,
-)  # fmt: skip
+from specjax import Status, adapters, models, sharding, testing, text
 from specjax.aot import topology
-from specjax.stream import warn_of_troubles
+from specjax.cli import bench, choose_controller, error_hints, load_pair, main
+from specjax.decode import arguments  # fmt: skip
+from specjax.decode.stream import warn_of_troubles
+from specjax.detokenize import stop_strings
 
 PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
 
@@ -87,9 +76,9 @@ def _cut_by_the_tokenizer():
 
 
 def _nothing_to_control():
-    alone = pair.Pair(models.random(tiny.config("llama"), jax.random.key(0)), None, None)
+    alone = load_pair.Pair(models.random(tiny.config("llama"), jax.random.key(0)), None, None)
     given = {"batch": 1, "context": 8, "sampling": specjax.Sampling(), "verifier": specjax.verify.rejection()}
-    policy.choose(policy.Policy.additive, alone, 3, kept_in=None, busy=None, **given)  # type: ignore[arg-type]
+    choose_controller.choose(choose_controller.Policy.additive, alone, 3, kept_in=None, busy=None, **given)  # type: ignore[arg-type]
 
 
 def _saved_twice():
@@ -109,7 +98,7 @@ def _out_of_memory():
     try:
         jnp.zeros((1 << 46,), jnp.int8).block_until_ready()
     except RuntimeError as error:
-        raise ValueError(complaints.explain(error)) from None
+        raise ValueError(error_hints.explain(error)) from None
 
 
 def _no_device():
@@ -197,7 +186,7 @@ ERRORS = {
     "an empty text": lambda: text.encode(text.load_tokenizer(models.PRETRAINED / "target"), ["import os", ""]),
     "a long text": lambda: text.pad_prompts([[1], [1] * 51], limit=50),
     "a text that is cut": _cut_by_the_tokenizer,
-    "an empty stop string": lambda: stops.stop_strings(["\n", ""]),
+    "an empty stop string": lambda: stop_strings.stop_strings(["\n", ""]),
     "too few devices": lambda: sharding.make_mesh(model=16, devices=jax.devices()[:1]),
     "rows on a mesh": lambda: sharding.check_batch(sharding.layout(sharding.make_mesh(data=2)), 3),
     "nowhere": lambda: models.load("/proc/nowhere"),
@@ -225,23 +214,23 @@ ERRORS = {
     "saved twice": _saved_twice,
     "int8": _int8,
     "the hub": lambda: models.load("owner/model"),
-    "half a pair": lambda: pair.load_pair("my-model", None, None, None),
+    "half a pair": lambda: load_pair.load_pair("my-model", None, None, None),
     "a controller without a draft": _nothing_to_control,
-    "unknown dtype": lambda: pair.floating("float33"),
-    "an integer dtype": lambda: pair.floating("int32"),
-    "no prompt": lambda: cli._prompts(None, None),
-    "no prompt file": lambda: cli._prompts(None, Path("prompts.txt")),
-    "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), cli._prompts(None, Path("prompts.txt"))),
+    "unknown dtype": lambda: load_pair.floating("float33"),
+    "an integer dtype": lambda: load_pair.floating("int32"),
+    "no prompt": lambda: main._prompts(None, None),
+    "no prompt file": lambda: main._prompts(None, Path("prompts.txt")),
+    "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), main._prompts(None, Path("prompts.txt"))),
     "another encoding": lambda: (
         Path("prompts.txt").write_text("x", encoding="utf-16"),
-        cli._prompts(None, Path("prompts.txt")),
+        main._prompts(None, Path("prompts.txt")),
     ),
-    "a mesh": lambda: cli._axes("data:1"),
+    "a mesh": lambda: main._axes("data:1"),
     "a topology": lambda: topology.num_chips("v9z:2x2"),
     "no safetensors": lambda: _without("safetensors", lambda: models.load(models.PRETRAINED / "draft")),
     "no tokenizers": lambda: _without("tokenizers", lambda: text.load_tokenizer(models.PRETRAINED / "draft")),
     "no libtpu": lambda: _without("libtpu", lambda: topology.make_mesh("v5e:2x16", {})),
-    "too few tokens": lambda: speed.prepare(None, speed.Setting(max_new_tokens=20)),  # type: ignore[arg-type]
+    "too few tokens": lambda: bench.prepare(None, bench.Setting(max_new_tokens=20)),  # type: ignore[arg-type]
     "not causal": lambda: _adapted(foreign.Bidirectional),
     "rows mixed": lambda: _adapted(foreign.Mixing),
     "dropout": lambda: _adapted(foreign.Loud),
@@ -263,10 +252,10 @@ ERRORS = {
 
 WARNINGS = {
     "a row in trouble": lambda: warn_of_troubles(np.array([Status.LENGTH, Status.CACHE_FULL])),
-    "positions": lambda: validate._capacity(_positions()[0], 3, 50, np.array([3]), None),
+    "positions": lambda: arguments._capacity(_positions()[0], 3, 50, np.array([3]), None),
     "another device": lambda: _profiled("another chip").init(2),
     "other batches": lambda: _profiled(jax.devices()[0].device_kind).init(5),
-    "a large draft": lambda: pair.load_pair(
+    "a large draft": lambda: load_pair.load_pair(
         *(str(models.PRETRAINED / name) for name in ("draft", "target")), None, None
     ),
 }

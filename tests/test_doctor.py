@@ -8,10 +8,12 @@ import pytest
 from healthy import HEALTHY, shown
 from typer.testing import CliRunner
 
-from specjax import cli, complaints, doctor, doctor_report, environment, self_check
-from specjax.doctor import Severity
-from specjax.environment import Device, Devices, Package
-from specjax.self_check import Pace, SelfCheck
+from specjax.cli import error_hints, main
+from specjax.cli.doctor import display as doctor_display
+from specjax.cli.doctor import environment, problems, self_check
+from specjax.cli.doctor.environment import Device, Devices, Package
+from specjax.cli.doctor.problems import Severity
+from specjax.cli.doctor.self_check import Pace, SelfCheck
 
 GPU, TPU = {"cuda": "/dev/nvidia0"}, {"tpu": "/dev/accel0"}
 BUSY = "ABORTED: The TPU is already in use by process with pid 176028."
@@ -103,7 +105,7 @@ PROBLEMS = {
 def test_problems_come_with_their_cure(case):
     """Catches a problem that is missed, imagined, or comes with another one's cure."""
     changes, wanted = PROBLEMS[case]
-    found = doctor.problems(HEALTHY._replace(**changes))
+    found = problems.problems(HEALTHY._replace(**changes))
     assert [problem.severity.value for problem in found] == [severity for severity, _, _ in wanted]
     for problem, (_, what, cure) in zip(found, wanted, strict=True):
         assert what in problem.what
@@ -115,10 +117,10 @@ def test_the_worst_comes_first():
     sick = HEALTHY._replace(
         packages=_with(("libtpu", "0.0.52")), hardware=GPU, settings={**HEALTHY.settings, "jax_enable_x64": "True"}
     )
-    found = doctor.problems(sick)
+    found = problems.problems(sick)
     assert [problem.severity for problem in found] == [Severity.error, Severity.warning, Severity.note]
-    assert not doctor.Report(sick, found, None).is_healthy
-    assert doctor.Report(sick, found[1:], None).is_healthy  # slow, not broken
+    assert not problems.Report(sick, found, None).is_healthy
+    assert problems.Report(sick, found[1:], None).is_healthy  # slow, not broken
 
 
 @pytest.mark.parametrize(
@@ -134,7 +136,7 @@ def test_the_driver_chooses_the_extra(line, extra, tmp_path):
     file = tmp_path / "version"
     if line is not None:
         file.write_text(line + "\nGCC version:  gcc version 12.2.0\n")
-    assert doctor._cuda_extra(file) == extra
+    assert problems._cuda_extra(file) == extra
 
 
 PACE = Pace(
@@ -185,9 +187,9 @@ def test_a_busy_machine_gets_no_verdict():
     said = "This machine is busy: no verdict. Speed-ups of 1.71 to 6.34 in 5 turns at K = 3 say nothing."
     assert self_check.verdict(pace) == said
     check = SelfCheck([], pace, [], 1.0, 1.0)
-    report = doctor_report.as_json(doctor.Report(HEALTHY, [], check))["check"]["speed"]
+    report = doctor_display.as_json(problems.Report(HEALTHY, [], check))["check"]["speed"]
     assert (report["busy"], report["pays"], report["verdict"]) == (True, None, said)
-    assert said in shown(doctor_report.result(check))
+    assert said in shown(doctor_display.result(check))
     assert PACE.pays is True
 
 
@@ -198,7 +200,7 @@ def test_the_report_says_everything():
         settings={**HEALTHY.settings, "XLA_FLAGS": "--xla_dump_to=[here]"},
         packages=_with(("jax-cuda12-plugin", "0.9.0")),
     )
-    said = shown([doctor_report.facts(sick), *doctor_report.problems(doctor.problems(sick))])
+    said = shown([doctor_display.facts(sick), *doctor_display.problems(problems.problems(sick))])
     for words in (
         "0.1.0 from /somewhere/specjax", "python 3.12.1, jax 0.10.2", "A processor, 8 cores, 32.0 GiB",
         "2 x NVIDIA H100 80GB HBM3, 60.0 GiB for JAX, 3350 GB/s, 989 TFLOP/s in bfloat16 (data sheet)", "gpu: models",
@@ -210,8 +212,8 @@ def test_the_report_says_everything():
 
 def test_no_check_is_quick(monkeypatch):
     """Catches models loaded, or programs compiled, where only facts were asked for."""
-    monkeypatch.setattr(cli, "load_pair", None)
-    result = CliRunner().invoke(cli.app, ["doctor", "--no-check"])
+    monkeypatch.setattr(main, "load_pair", None)
+    result = CliRunner().invoke(main.app, ["doctor", "--no-check"])
     assert result.exit_code == 0, result.output
     assert "packages" in result.stdout
     assert "self-check" not in result.stdout
@@ -220,15 +222,15 @@ def test_no_check_is_quick(monkeypatch):
 def test_errors_leave_the_self_check_out(monkeypatch):
     """Catches a self-check on a machine where nothing can run, and status 0 there."""
     monkeypatch.setattr(environment, "look", lambda: HEALTHY._replace(devices=Devices(None, [], "no driver", {})))
-    result = CliRunner().invoke(cli.app, ["doctor"])
+    result = CliRunner().invoke(main.app, ["doctor"])
     assert result.exit_code == 1
     assert "no driver" in result.stdout
     assert "first the errors above" in result.stdout
-    as_json = CliRunner().invoke(cli.app, ["doctor", "--json"])
+    as_json = CliRunner().invoke(main.app, ["doctor", "--json"])
     assert as_json.exit_code == 1
     assert (json.loads(as_json.stdout)["healthy"], json.loads(as_json.stdout)["check"]) == (False, None)
 
 
 def test_a_bug_is_not_explained_away():
     """Catches an error of our own that is shown as one line about devices, without its traceback."""
-    assert complaints.explain(RuntimeError("a bug")) is None
+    assert error_hints.explain(RuntimeError("a bug")) is None

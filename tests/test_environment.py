@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-from specjax import environment
-from specjax.environment import Device, Devices
+from specjax.cli.doctor import environment
+from specjax.cli.doctor.environment import Device, Devices
 
 
 def _device(kind, platform, memory):
@@ -55,7 +55,7 @@ def test_importing_looks_for_no_device(tmp_path):
     """Catches an import of specjax that starts JAX's backends, which looks for a TPU where libtpu is installed, and a
     README that no longer says how to spare one's own programs that."""
     env = {name: value for name, value in os.environ.items() if not name.startswith(("TPU_", "JAX_"))}
-    code = "import specjax, specjax.models, specjax.text, specjax.cli; from jax._src import xla_bridge as b; "
+    code = "import specjax, specjax.models, specjax.text, specjax.cli.main; from jax._src import xla_bridge as b; "
     code += "assert not b.backends_are_initialized()"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100, env=env)
     assert (found.returncode, found.stdout, found.stderr) == (0, "", "")

@@ -10,7 +10,10 @@ import tiny
 from jax._src import test_util as jtu
 
 import specjax
-from specjax import decode, hlo, loop, prefill, rounds, testing, validate
+from specjax import testing
+from specjax.aot import hlo
+from specjax.decode import api, arguments, loop, prefill
+from specjax.decode import state as rounds
 from specjax.types import Controller, Status
 
 VOCAB = 13
@@ -281,8 +284,8 @@ def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     request = _request(model, prompts, None, 400)
     arrays = request.arrays
     for lowered in (
-        decode._generate.lower(roles, request.capacity, 1, params, draft_params, arrays, None, 0),
-        decode._autoregressive.lower(model, None, request.capacity, 1, params, arrays, 0),
+        api._generate.lower(roles, request.capacity, 1, params, draft_params, arrays, None, 0),
+        api._autoregressive.lower(model, None, request.capacity, 1, params, arrays, 0),
     ):
         assert not hlo.host_calls(lowered.as_text())
         program = hlo.parse(lowered.compile().as_text())
@@ -295,7 +298,7 @@ def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
 
 
 def _request(model, prompts, lengths, max_new_tokens):
-    return validate.request(
+    return arguments.request(
         model, prompts, lengths, key=None, max_new_tokens=max_new_tokens, sampling=specjax.Sampling(),
         stop_tokens=(), seeds=None, capacity=None,
     )  # fmt: skip

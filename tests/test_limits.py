@@ -9,9 +9,10 @@ import tiny
 import toys
 from jax import lax
 
-from specjax import limits, machine, models
-from specjax.limits import Work
-from specjax.machine import Machine
+from specjax import models
+from specjax.profiling import machine, roofline
+from specjax.profiling.machine import Machine
+from specjax.profiling.roofline import Work
 from specjax.types import Model, Output
 
 BATCH, TOKENS, LIVE = 2, 3, 100
@@ -32,7 +33,7 @@ GPT2_PER_TOKEN = 2 * 2 * 16
 def _count(family, dtype=jnp.float32, **options):
     model, params = tiny.model(family)
     params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-    return limits.count(model, params, **{"batch": BATCH, "tokens": TOKENS, "live": LIVE, **options})
+    return roofline.count(model, params, **{"batch": BATCH, "tokens": TOKENS, "live": LIVE, **options})
 
 
 def _attention(layers, query_width):
@@ -79,7 +80,7 @@ def test_a_recurrent_state_does_not_grow():
     """Catches a state of fixed size counted once for each token."""
     params = tuple(jnp.ones((8, n)) for n in (8, 5))
     params = (params[0], jnp.ones((5, 8)), params[1])
-    near, far = (limits.count(toys.recurrent(), params, batch=1, tokens=1, live=live) for live in (10, 1000))
+    near, far = (roofline.count(toys.recurrent(), params, batch=1, tokens=1, live=live) for live in (10, 1000))
     assert near == far
     # Mixing and output weights, one looked-up row, the state, the logits.
     assert near == Work(4 * (64 + 40 + 8 + 8 + 5), 2 * (64 + 40))
@@ -108,7 +109,7 @@ def test_scanned_and_quantised_layers(dequantise):
     attention."""
     weights = jnp.ones((5, 6, 6), jnp.int8 if dequantise else jnp.float32)
     params = (jnp.ones((9, 6)), weights, jnp.ones((5, 1, 1)))
-    found = limits.count(_stacked(dequantise), params, batch=1, tokens=2, live=7)
+    found = roofline.count(_stacked(dequantise), params, batch=1, tokens=2, live=7)
     read = weights.nbytes + (5 * 4 if dequantise else 0) + 2 * 6 * 4
     assert found == Work(read + 2 * 6 * 4, 2 * 2 * 5 * 36)
 
@@ -117,21 +118,21 @@ def test_a_round_is_its_passes():
     """Catches a draft step too many, and a verification that forgets the last emitted token."""
     model, params = tiny.model("llama")
     draft, draft_params = tiny.model("gpt2")
-    passes = limits.speculation(model, params, draft, draft_params, batch=2, live=50, draft_len=4)
+    passes = roofline.speculation(model, params, draft, draft_params, batch=2, live=50, draft_len=4)
     first, *more, verify = passes
-    assert first == limits.count(draft, draft_params, batch=2, tokens=2, live=50, logits=1)
-    assert more == [limits.count(draft, draft_params, batch=2, tokens=1, live=51)] * 3
-    assert verify == limits.count(model, params, batch=2, tokens=5, live=50)
-    assert limits.step(model, params, batch=2, live=50) == [limits.count(model, params, batch=2, tokens=1, live=50)]
+    assert first == roofline.count(draft, draft_params, batch=2, tokens=2, live=50, logits=1)
+    assert more == [roofline.count(draft, draft_params, batch=2, tokens=1, live=51)] * 3
+    assert verify == roofline.count(model, params, batch=2, tokens=5, live=50)
+    assert roofline.step(model, params, batch=2, live=50) == [roofline.count(model, params, batch=2, tokens=1, live=50)]
     slow = Machine("slow", bandwidth=10.0, flops=1e30, origin="made up")
-    assert limits.seconds(passes, slow) == pytest.approx(limits.total(passes).bytes / 10)
+    assert roofline.seconds(passes, slow) == pytest.approx(roofline.total(passes).bytes / 10)
 
 
 def test_nothing_runs():
     """Catches a count that needs the weights: those of 70B parameters fit nowhere."""
     model, params = tiny.model("llama")
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-    assert limits.count(model, abstract, batch=1, tokens=1, live=9) == limits.count(
+    assert roofline.count(model, abstract, batch=1, tokens=1, live=9) == roofline.count(
         model, params, batch=1, tokens=1, live=9
     )
 
@@ -176,6 +177,6 @@ def test_a_form_for_one_platform_is_not_counted():
     """Catches the operations of a CPU's own form of a product, in which none is called a product, taken for all."""
     config = tiny.config("llama", vocab_size=512, hidden_size=256, intermediate_size=512, tie_word_embeddings=True)
     loaded = models.random(config, jax.random.key(0))
-    found = limits.count(loaded.model, loaded.params, batch=1, tokens=1, live=0)
+    found = roofline.count(loaded.model, loaded.params, batch=1, tokens=1, live=0)
     products = 2 * (256 * 256 + 2 * 256 * 128 + 256 * 256 + 3 * 256 * 512) + 512 * 256
     assert products <= found.flops / 2 < 1.01 * products

@@ -17,7 +17,8 @@ from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers import models as tokens
 
 import specjax
-from specjax import cli, models, pair, text
+from specjax import models, text
+from specjax.cli import load_pair, main
 
 WORDS = 13  # of the tokenizer; the models have more columns
 
@@ -78,7 +79,7 @@ def padded(tmp_path_factory):
 def test_ids_past_the_tokenizer_are_never_emitted(padded):
     """Catches padding columns drawn (11 of 200 tokens at temperature 3) where the tokenizer is not in the target's
     folder, and a pair refused because the two are padded differently."""
-    found = pair.load_pair(str(padded / "target"), str(padded / "draft"), str(padded / "tokenizer.json"), None)
+    found = load_pair.load_pair(str(padded / "target"), str(padded / "draft"), str(padded / "tokenizer.json"), None)
     assert found.target.model.vocab_size == found.draft.model.vocab_size == WORDS
     target, draft = found.target, found.draft
     options = {"max_new_tokens": 60, "sampling": specjax.Sampling(3.0)}
@@ -126,7 +127,7 @@ def test_gaps_and_added_tokens_count():
 
 def _read(tmp_path, data: bytes) -> list[str]:
     (tmp_path / "prompts.txt").write_bytes(data)
-    return cli._prompts(None, tmp_path / "prompts.txt")
+    return main._prompts(None, tmp_path / "prompts.txt")
 
 
 def test_a_prompt_file_is_read_as_its_editor_shows_it(tmp_path):
@@ -149,21 +150,21 @@ def test_a_pipe_is_a_prompt_file(tmp_path):
     os.mkfifo(pipe)
     writer = threading.Thread(target=pipe.write_text, args=("one\ntwo\n",))
     writer.start()
-    found = cli._prompts(None, pipe)
+    found = main._prompts(None, pipe)
     writer.join()
     assert found == ["one", "two"]
     with pytest.raises(ValueError, match=f"{tmp_path}: Is a directory"):
-        cli._prompts(None, tmp_path)
+        main._prompts(None, tmp_path)
 
 
 def test_standard_input_is_a_prompt(monkeypatch):
     """The same mark and the same message for `specjax generate -`."""
     for data, wanted in ((b"\xef\xbb\xbfdef f\r\n", "def f\n"), ("ü\n".encode(), "ü\n")):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
-        assert cli._prompts("-", None) == [wanted]
+        assert main._prompts("-", None) == [wanted]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("ü".encode("utf-16"))))
     with pytest.raises(ValueError, match="standard input is no UTF-8 text"):
-        cli._prompts("-", None)
+        main._prompts("-", None)
 
 
 # Repositories and folders.

@@ -14,7 +14,8 @@ import test_small_parts
 import tiny
 
 import specjax
-from specjax import models, report, testing, text
+from specjax import models, testing, text
+from specjax.cli import display
 from specjax.types import Generation, Status
 
 MODEL = testing.table_model(1, 6)
@@ -50,7 +51,7 @@ def _writes(tree: ast.AST):
 
 def test_nothing_prints():
     """Catches a print left behind. What the user sees of the command line goes through these files."""
-    speaks = {"cli.py", "report.py", "interrupts.py", "terminal.py"}
+    speaks = {"main.py", "display.py", "interrupts.py", "terminal.py"}
     found = {}
     for file in test_small_parts._files():
         lines = list(_writes(ast.parse(file.read_text(encoding="utf-8"))))
@@ -117,7 +118,7 @@ def restored():
 def test_verbose_shows_the_log_on_standard_error(restored, capsys):
     """Catches a log on standard output, levels mixed up, and lines doubled when a process runs two commands."""
     for verbose, level in ((1, logging.INFO), (2, logging.DEBUG)):
-        report.Display(plain=True, silent=True, verbose=verbose)
+        display.Display(plain=True, silent=True, verbose=verbose)
         for at in (logging.DEBUG, logging.INFO):
             logging.getLogger("specjax.somewhere").log(at, "level %d", at)
         out, err = capsys.readouterr()

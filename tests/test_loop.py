@@ -9,7 +9,10 @@ import tiny
 from made_up import by_plan
 
 import specjax
-from specjax import hlo, loop, rounds, stats, validate, verify
+from specjax import stats, verify
+from specjax.aot import hlo
+from specjax.decode import api, arguments, loop
+from specjax.decode import state as rounds
 from specjax.types import Controller, Roles
 
 PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0]])
@@ -21,7 +24,7 @@ def _setting(controller: Controller, most: int):
     model, params = tiny.model("llama", 0)
     draft, draft_params = tiny.model("llama", 1, num_hidden_layers=1)
     roles = Roles(model, specjax.drafters.draft_model(draft), verify.rejection(), controller)
-    request = validate.request(
+    request = arguments.request(
         model, PROMPTS, LENGTHS, key=jax.random.key(3), max_new_tokens=most, sampling=specjax.Sampling(0.8),
         stop_tokens=(), seeds=None, capacity=None,
     )  # fmt: skip
@@ -33,8 +36,8 @@ def test_rounds_one_by_one_are_those_of_generate(plan):
     """Catches a round that is run twice, left out or counted in the wrong place where plain steps follow each other."""
     roles, request, params, draft_params = _setting(by_plan(plan), 20)
     given = (roles, request.capacity)
-    whole = specjax.decode._generate(*given, 1, params, draft_params, request.arrays, None, 0)
-    four = specjax.decode._generate(*given, 4, params, draft_params, request.arrays, None, 0)
+    whole = api._generate(*given, 1, params, draft_params, request.arrays, None, 0)
+    four = api._generate(*given, 4, params, draft_params, request.arrays, None, 0)
     state = rounds.start(*given, params, draft_params, request.arrays)
     step = jax.jit(loop.speculate, static_argnums=(0, 1))
     for _ in range(19):  # the most there can be
@@ -54,10 +57,8 @@ def test_rounds_one_by_one_are_those_of_generate(plan):
 def test_plain_steps_have_nothing_of_drafts_around_them():
     """Catches work that is for drafts in the loop of plain steps: many tiny operations, 2 to 3% of a step on CPU."""
     roles, request, params, draft_params = _setting(by_plan([0]), 20)
-    speculating = specjax.decode._generate.lower(
-        roles, request.capacity, 1, params, draft_params, request.arrays, None, 0
-    )
-    plainly = specjax.decode._autoregressive.lower(roles.model, None, request.capacity, 1, params, request.arrays, 0)
+    speculating = api._generate.lower(roles, request.capacity, 1, params, draft_params, request.arrays, None, 0)
+    plainly = api._autoregressive.lower(roles.model, None, request.capacity, 1, params, request.arrays, 0)
     program, plain = (hlo.parse(lowered.compile().as_text()) for lowered in (speculating, plainly))
     outer = program.computations[program.loop_body()]
     inner = next(item for item in outer.values() if item.op == "while" and item.limit is None)

@@ -17,7 +17,8 @@ import toys
 from mutants import DRAFTER, MODEL, TABLE, VOCAB
 
 import specjax
-from specjax import Sampling, controllers, drafters, noise, sampling, testing, validate, verify
+from specjax import Sampling, controllers, drafters, noise, sampling, testing, verify
+from specjax.decode import arguments
 from specjax.noise import Role
 from specjax.types import Draft, Verdict, Verifier
 from specjax.verify.prefix import at_tokens
@@ -222,13 +223,13 @@ def _stop_tokens_are_those_of_the_call():
 
 def test_bug_10_stop_tokens_of_the_first_call_for_ever(monkeypatch):
     _stop_tokens_are_those_of_the_call()
-    first, request = [], validate.request
+    first, request = [], arguments.request
 
     def remembering(*args, stop_tokens, **options):
         first.append(stop_tokens)
         return request(*args, stop_tokens=first[min(1, len(first) - 1)], **options)  # the first was for plain decoding
 
-    monkeypatch.setattr(validate, "request", remembering)
+    monkeypatch.setattr(arguments, "request", remembering)
     with pytest.raises(AssertionError):
         _stop_tokens_are_those_of_the_call()
 

@@ -16,7 +16,8 @@ import pytest
 from mutants import DRAFTER, MODEL, TABLE, VOCAB
 
 import specjax
-from specjax import Sampling, context, controllers, drafters, log_probs, loop, noise, sampling, settle, testing, verify
+from specjax import Sampling, controllers, drafters, noise, sampling, testing, verify
+from specjax.decode import context, log_probs, loop, round
 from specjax.noise import Role
 from specjax.types import Verifier
 from specjax.verify.prefix import at_place, laws
@@ -78,9 +79,9 @@ def _scores_and_tokens_are_plain_ones():
 def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     """Noise of the position before, used a second time; and logits of padding columns in the raw law."""
     _scores_and_tokens_are_plain_ones()
-    right = settle._or_plain_token
+    right = round._or_plain_token
     edits: list[Edit] = [
-        (settle, "_or_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
+        (round, "_or_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
         (log_probs, "without_padding", lambda logits, vocab_size: logits, "scores"),
     ]
     _all_caught(monkeypatch, _scores_and_tokens_are_plain_ones, edits)

@@ -17,7 +17,8 @@ from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 import specjax
-from specjax import Status, cli, models, policy, text
+from specjax import Status, models, text
+from specjax.cli import choose_controller, main
 
 POSITIONS = 50
 
@@ -132,7 +133,7 @@ def test_the_command_line_takes_what_fits(tmp_path, positions, length, new, stat
         "--no-baseline",
         "--json",
     ]
-    out = CliRunner().invoke(cli.app, [*arguments, "--max-new-tokens", str(new)])
+    out = CliRunner().invoke(main.app, [*arguments, "--max-new-tokens", str(new)])
     assert out.exit_code == 0, out.output
     (row,) = json.loads(out.stdout)["results"]
     assert (len(row["tokens"]), row["status"]) == (min(new, positions - length), status)
@@ -148,4 +149,4 @@ def test_the_command_line_takes_what_fits(tmp_path, positions, length, new, stat
 def test_profiles_are_of_lengths_that_exist(positions, context, wanted):
     """Catches a profile for a context past the last position, which is refused."""
     pair = SimpleNamespace(target=SimpleNamespace(model=SimpleNamespace(max_positions=positions)))
-    assert policy._shared(context, 5, pair) == wanted  # type: ignore[arg-type]
+    assert choose_controller._shared(context, 5, pair) == wanted  # type: ignore[arg-type]

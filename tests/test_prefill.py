@@ -9,7 +9,7 @@ import pytest
 import tiny
 
 import specjax
-from specjax import prefill
+from specjax.decode import prefill
 
 
 def test_long_prompts_are_read_in_chunks(monkeypatch):

@@ -12,8 +12,9 @@ import pytest
 from made_up import profile as made_up
 
 import specjax
-from specjax import controllers, costs, testing, timing
+from specjax import controllers, costs, testing
 from specjax.costs import Costs, Profile
+from specjax.profiling import timed_loops
 
 MODEL = testing.table_model(1, 8)
 TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)
@@ -36,8 +37,8 @@ def test_a_profile_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert costs.load(file) == found
 
     calls = []
-    time = timing.Bench.time
-    monkeypatch.setattr(timing.Bench, "time", lambda *args: calls.append(1) or time(*args))
+    time = timed_loops.Bench.time
+    monkeypatch.setattr(timed_loops.Bench, "time", lambda *args: calls.append(1) or time(*args))
     assert specjax.profile(*PAIR, **options) == found
     assert calls == []
     file.write_text("{}")
@@ -51,8 +52,8 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
     """Catches changes that are counted wrong: by a made-up clock a round takes 1 + K/2, and beginning again 2."""
 
     def seconds(bench, run, state, count):
-        if run is not timing._rounds:
-            return 1.0 if run is timing._steps else 0.1
+        if run is not timed_loops._rounds:
+            return 1.0 if run is timed_loops._steps else 0.1
         total = {}
         for rounds in (1, count):
             counted = jax.device_get(bench._call(run, state, rounds).stats)
@@ -60,7 +61,7 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
             total[rounds] = float(np.dot(counted.by_longest[0], [1.0, 1.5, 2.0, 2.5]) + 2 * counted.resumed[0])
         return (total[count] - total[1]) / (count - 1)
 
-    monkeypatch.setattr(timing.Bench, "_seconds", seconds)
+    monkeypatch.setattr(timed_loops.Bench, "_seconds", seconds)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
     assert found.in_steps() == pytest.approx((1.0, 1.5, 2.0, 2.5))
     assert found.catch_up == pytest.approx((2.0, 0.0))
@@ -69,7 +70,7 @@ def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
 def test_a_call_and_its_first_round_are_not_counted(monkeypatch):
     """Catches rounds that seem dearer than they are: by a made-up clock a call takes 5, its first round 3, others 2."""
     monkeypatch.setattr(
-        timing.Bench, "_time", lambda bench, run, state, count, calls: calls * (5.0 + 2.0 * count + (count > 0))
+        timed_loops.Bench, "_time", lambda bench, run, state, count, calls: calls * (5.0 + 2.0 * count + (count > 0))
     )
     (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
     assert (found.plain, found.rounds[0]) == (2.0, 2.0)
@@ -82,12 +83,12 @@ def test_a_slow_minute_is_not_compared_with_a_fast_one(monkeypatch):
     def seconds(bench, run, state, count):
         turn = len(calls) // 14  # jobs, of which 4 are plain steps
         calls.append(run)
-        hiccup = 10.0 if turn == 1 and run is timing._rounds else 1.0
+        hiccup = 10.0 if turn == 1 and run is timed_loops._rounds else 1.0
         return (turn + 1) * hiccup
 
-    monkeypatch.setattr(timing.Bench, "_seconds", seconds)
+    monkeypatch.setattr(timed_loops.Bench, "_seconds", seconds)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=3).costs
-    assert (len(calls), calls.count(timing._steps)) == (3 * 14, 3 * 4)
+    assert (len(calls), calls.count(timed_loops._steps)) == (3 * 14, 3 * 4)
     assert found.plain == 2.0
     assert found.rounds[0] == 2.0
 

@@ -16,9 +16,12 @@ from healthy import HEALTHY, shown
 from typer.testing import CliRunner
 
 import specjax
-from specjax import cli, contest, doctor, doctor_report, models, self_check, testing, text
-from specjax.contest import Contest, Setting
-from specjax.pair import Pair
+from specjax import models, testing, text
+from specjax.cli import main, paired_timing
+from specjax.cli.doctor import display as doctor_display
+from specjax.cli.doctor import problems, self_check
+from specjax.cli.load_pair import Pair
+from specjax.cli.paired_timing import Contest, Setting
 from specjax.types import Verdict, Verifier
 
 
@@ -40,11 +43,11 @@ def run(monkeypatch, small_pair):
     """`specjax doctor` on the small pair, with less to measure."""
     setting = Setting((3,), prompts=2, context=16, max_new_tokens=32, repeats=1)
     whole = self_check.run
-    monkeypatch.setattr(cli, "load_pair", lambda *args: small_pair)
+    monkeypatch.setattr(main, "load_pair", lambda *args: small_pair)
     monkeypatch.setattr(self_check, "run", lambda pair, busy: whole(pair, busy, setting))
 
     def command(*arguments):
-        return CliRunner().invoke(cli.app, ["doctor", "--no-cache", *arguments])
+        return CliRunner().invoke(main.app, ["doctor", "--no-cache", *arguments])
 
     return command
 
@@ -57,16 +60,16 @@ def test_a_slow_machine_is_told_what_was_left_out(small_pair):
     assert "of 1 texts" in found.findings[0].detail  # the others had no time
     assert found.left_out == ["sampled speculation against its exact law", "time of steps and rounds"]
     assert (found.passed, found.pace) == (True, None)
-    assert f"No time was left for: {'; '.join(found.left_out)}." in shown(doctor_report.result(found))
-    assert doctor_report.as_json(doctor.Report(HEALTHY, [], found))["check"]["left_out"] == found.left_out
+    assert f"No time was left for: {'; '.join(found.left_out)}." in shown(doctor_display.result(found))
+    assert doctor_display.as_json(problems.Report(HEALTHY, [], found))["check"]["left_out"] == found.left_out
 
 
 def test_turns_end_with_the_time(monkeypatch):
     """Catches repetitions that go on past the time of the whole check."""
     timed = []
-    monkeypatch.setattr(contest, "time_generations", lambda *given: timed.append(given))
-    whole: Any = Contest({contest.PLAIN: None, 3: None}, [], Setting(repeats=5), {}, {})  # type: ignore[dict-item]
-    found = contest.time_all(whole, lambda what: contextlib.nullcontext(), enough=lambda turns: turns == 2)
+    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed.append(given))
+    whole: Any = Contest({paired_timing.PLAIN: None, 3: None}, [], Setting(repeats=5), {}, {})  # type: ignore[dict-item]
+    found = paired_timing.time_all(whole, lambda what: contextlib.nullcontext(), enough=lambda turns: turns == 2)
     assert [len(turns) for turns in found.values()] == [2, 2]
 
 

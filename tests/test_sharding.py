@@ -14,8 +14,10 @@ from jax.sharding import Mesh, PartitionSpec
 from made_up import profile
 
 import specjax
-from specjax import Sampling, controllers, decode, drafters, hlo, models, sharding, testing, validate, verify
-from specjax.rounds import Roles
+from specjax import Sampling, controllers, drafters, models, sharding, testing, verify
+from specjax.aot import hlo
+from specjax.decode import api, arguments
+from specjax.decode.state import Roles
 from specjax.testing import constant_drafter, time_varying_drafter
 from specjax.types import Verdict, Verifier
 
@@ -156,16 +158,16 @@ def _programs():
     layout = _layout(data=2, model=4)
     (model, params), (draft, draft_params) = _model("llama", layout), _model("llama", layout, seed=1)
     roles = Roles(model, drafters.draft_model(draft), verify.block(), controllers.fixed(3))
-    request = validate.request(
+    request = arguments.request(
         model, PROMPTS, LENGTHS, key=None, max_new_tokens=LIMITS, sampling=Sampling(0.8, top_p=0.9), stop_tokens=[3],
         seeds=None, capacity=30,
     )  # fmt: skip
     arrays = sharding.globally(layout, request.arrays)
     adaptive = roles._replace(controller=controllers.throughput(profile(batch=len(LIMITS), buckets=(0, 1, 3))))
     lowered = [
-        decode._generate.lower(roles, 30, 1, params, draft_params, arrays, None, 0),
-        decode._autoregressive.lower(model, None, 30, 1, params, arrays, 0),
-        decode._generate.lower(adaptive, 30, 1, params, draft_params, arrays, None, 0),
+        api._generate.lower(roles, 30, 1, params, draft_params, arrays, None, 0),
+        api._autoregressive.lower(model, None, 30, 1, params, arrays, 0),
+        api._generate.lower(adaptive, 30, 1, params, draft_params, arrays, None, 0),
     ]
     return [hlo.parse(one.compile().as_text()) for one in lowered]
 

@@ -16,38 +16,17 @@ from specjax.types import Draft, Drafter
 
 PACKAGE = Path(specjax.__file__).resolve().parent
 
+VOCABULARY = {
+    "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding", "stats",
+    "status", "traced", "types",
+}  # fmt: skip
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
-    {"logs", "traced"},
-    {"integers"},
-    {"sharding"},
-    {"status", "results"},
-    {"types", "noise", "hlo", "markup", "costs"},
-    {"branches"},
-    {"tpu"},
-    {"cache", "tree", "processors", "log_probs"},
-    {"sampling"},
-    {"rows", "prefill", "context"},
-    {"verify", "controllers", "drafters", "undrafted"},
-    {"validate", "calls"},
-    {"parts", "plain"},
-    {"settle"},
-    {"rounds"},
-    {"loop"},
+    VOCABULARY | {"kernels"},
+    {"verify", "tree", "controllers", "adapters", "models"},
     {"decode"},
-    {"timing"},
-    {"stream", "stats", "profiling", "testing", "machine", "passes", "environment"},
-    {"detokenize", "stops"},
-    {"limits", "adapters", "trace"},
-    {"printer", "text", "viewer"},
-    {"pair", "shapes", "calibration"},
-    {"policy"},
-    {"contest", "options", "batches"},
-    {"aot"},
-    {"runner", "exactness", "interrupts", "speed"},
-    {"self_check", "complaints"},
-    {"doctor", "speed_report"},
-    {"report", "doctor_report", "plot", "terminal"},
+    {"drafters", "profiling", "viewer", "detokenize"},
+    {"testing", "text", "aot"},
     {"cli"},
 ]
 
@@ -69,18 +48,38 @@ def _imports(file: Path) -> set[str]:
 
 
 def test_imports_point_down():
-    """Catches the core importing an architecture or the command line, and cycles."""
+    """Catches the core importing an architecture or the command line."""
     rank = {name: index for index, layer in enumerate(LAYERS) for name in layer}
     files = [file for file in _files() if file != PACKAGE / "__init__.py"]
-    assert {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in files} == {*rank, "models"}
+    assert {file.relative_to(PACKAGE).parts[0].removesuffix(".py") for file in files} == set(rank)
     for file in files:
-        own = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
-        for name in _imports(file) & rank.keys() if own != "models" else ():
-            assert rank[name] <= rank[own], f"{own} imports {name}, which lies above it"
+        own, imported = file.relative_to(PACKAGE).parts[0].removesuffix(".py"), _imports(file)
+        for name in imported & rank.keys():
+            assert rank[name] <= rank[own], f"{file} imports {name}, which lies above it"
         if own == "models":
-            assert _imports(file) <= {"types", "cache", "sharding", "logs", "models"}, file
-        elif own not in ("pair", "shapes", "text", "cli"):
-            assert "models" not in _imports(file), f"{own} must not know an architecture"
+            assert imported <= {"types", "cache", "sharding", "logs", "models"}, file
+        elif own not in ("aot", "text", "cli"):
+            assert "models" not in imported, f"{file} must not know an architecture"
+
+
+def test_the_vocabulary_is_flat_and_all_else_has_a_wing():
+    """Catches a module of the command line or of a wing beside the words that authors of parts use."""
+    flat = {file.stem for file in PACKAGE.glob("*.py")} - {"__init__"}
+    assert flat == VOCABULARY | {"text"}
+
+
+def test_only_the_command_line_prints_by_its_libraries():
+    """Catches a library call that needs typer or rich, which are extras."""
+    for file in _files():
+        names = [
+            node
+            for node in ast.walk(ast.parse(file.read_text("utf-8")))
+            if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        for node in names:
+            imported = [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            if {name.split(".")[0] for name in imported} & {"typer", "rich"}:
+                assert "cli" in file.relative_to(PACKAGE).parts, f"{file} imports {imported}"
 
 
 def test_every_file_is_one_algorithm():

@@ -16,11 +16,12 @@ import spelt
 import tiny
 
 import specjax
-from specjax import models, testing, text, trace
-from specjax.pair import Pair
-from specjax.stops import StopFinder
-from specjax.trace import Kind
+from specjax import models, testing, text
+from specjax.cli.load_pair import Pair
+from specjax.detokenize.stop_strings import StopFinder
 from specjax.types import Status
+from specjax.viewer import trace
+from specjax.viewer.trace import Kind
 
 TOKENIZER = spelt.byte_fallback()
 VOCAB = TOKENIZER.get_vocab_size()

@@ -9,7 +9,7 @@ import pytest
 
 import specjax
 from specjax import testing
-from specjax.stream import Origin
+from specjax.decode.stream import Origin
 from specjax.types import Status
 
 VOCAB = 9

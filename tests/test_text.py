@@ -13,7 +13,9 @@ import pytest
 import spelt
 
 import specjax
-from specjax import detokenize, testing, text, trace
+from specjax import testing, text
+from specjax.detokenize import pieces as detokenize
+from specjax.viewer import trace
 
 PART = "\ufffd"
 TOKENIZERS = {"byte fallback": spelt.byte_fallback, "byte level": spelt.byte_level, "llama2.c": spelt.llama2c_bytes}
@@ -40,7 +42,7 @@ def _padded(content):
 
 
 def _streamed(tokenizer, prompt, chunks, **options):
-    printer = text.Printer(tokenizer, text.Prompts(np.array([prompt], np.int32), np.array([len(prompt)])), **options)
+    printer = text.Printer(tokenizer, [prompt], **options)
     return [piece for chunk in chunks for piece in printer.pieces(chunk)]
 
 

@@ -10,10 +10,10 @@ import pytest
 from made_up import profile
 from tpu import BATCH, CAPACITY, workload
 
-from specjax import controllers, hlo
-from specjax.aot import programs
+from specjax import controllers
+from specjax.aot import hlo, programs
 from specjax.aot.placement import bytes_per_chip
-from specjax.shapes import shaped
+from specjax.aot.shapes import shaped
 
 pytestmark = pytest.mark.tpu_aot
 

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import pytest
 from tpu import BATCH, CAPACITY, DRAFT_LEN, activations, workload
 
-from specjax import decode, hlo, limits
-from specjax.aot import costs, planning, programs
+from specjax.aot import costs, hlo, planning, programs
 from specjax.aot.placement import bytes_per_chip
+from specjax.aot.shapes import shaped
 from specjax.aot.topology import bytes_per_cycle, hbm_bytes
-from specjax.shapes import shaped
-from specjax.tpu import attention
+from specjax.decode import api
+from specjax.kernels import attention
+from specjax.profiling import roofline
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -86,7 +87,7 @@ def test_no_host_transfer(loop):
 def test_generate_calls_no_host(loop):
     """Catches the same in what surrounds the loop in `generate`: opening the rows, prefill, the first token."""
     given, pad_token = loop.given, jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = decode._generate.lower(
+    lowered = api._generate.lower(
         given.roles, CAPACITY, 1, given.params, given.drafter_params, given.request, None, pad_token
     )
     assert hlo.host_calls(lowered.as_text()) == []
@@ -154,7 +155,7 @@ def test_what_a_round_costs_by_part(loop):
     in another layout than laws are taken of: 7.7 million cycles of laws and bookkeeping then, 6.4 without."""
     rate = bytes_per_cycle(TOPOLOGY)
     model, params = loop.given.roles.model, loop.given.params
-    count = limits.count(model, params, batch=BATCH, tokens=DRAFT_LEN + 1, live=CAPACITY)
+    count = roofline.count(model, params, batch=BATCH, tokens=DRAFT_LEN + 1, live=CAPACITY)
     least = {"target": costs.least_cycles(loop.work, [count], rate)}
     full, eighth = (costs.turn(loop.program, halvings, rate, least) for halvings in (0, 3))
     assert 0.2 < full.by_part["target"] / full.all < 0.5

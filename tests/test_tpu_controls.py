@@ -11,8 +11,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from tpu import BATCH, CAPACITY, toy
 
-from specjax import cache, hlo
-from specjax.tpu import write
+from specjax import cache
+from specjax.aot import hlo
+from specjax.kernels import write
 
 pytestmark = pytest.mark.tpu_aot
 

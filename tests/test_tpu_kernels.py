@@ -14,9 +14,9 @@ from jax.experimental.pallas import tpu as pltpu
 from reference import attention as attention_of_a_head
 
 from specjax import cache as kv
+from specjax.kernels import attention, write
+from specjax.kernels.backed import on_tpu
 from specjax.sharding import layout, make_mesh
-from specjax.tpu import attention, write
-from specjax.tpu.backed import on_tpu
 
 SLOTS = 256
 

@@ -14,11 +14,13 @@ import pytest
 from tpu import BATCH, DRAFT_LEN, activations, workload
 
 import specjax
-from specjax import hlo, limits, models, shapes
-from specjax.aot import costs, placement, planning, programs, show
+from specjax import models
+from specjax.aot import costs, hlo, placement, planning, programs, shapes
 from specjax.aot.placement import bytes_per_chip
+from specjax.aot.shapes import shaped
 from specjax.aot.topology import GIB, bytes_per_cycle, default_axes, hbm_bytes, num_chips
-from specjax.shapes import shaped
+from specjax.cli import plan_display
+from specjax.profiling import roofline
 
 pytestmark = pytest.mark.tpu_aot
 
@@ -51,7 +53,7 @@ def passes() -> dict[tuple[int, int], Pass]:
             items = program.timed(program.entry, halvings=halvings)
             cycles = sum(item.cycles + costs.kernel_cycles(item, halvings, rate) for item in items)
             live = work.capacity / 2**halvings
-            count = limits.count(given.roles.model, given.params, batch=work.batch, tokens=tokens, live=live)
+            count = roofline.count(given.roles.model, given.params, batch=work.batch, tokens=tokens, live=live)
             found[tokens, halvings] = Pass(cycles, costs.least_cycles(work, [count], rate))
     return found
 
@@ -160,8 +162,8 @@ def test_what_does_not_fit_is_a_number():
     assert 32 * GIB < ready.needed < 40 * GIB
     report = planning.report(work, given, "v5e:1x1", "bfloat16", ready, ready)
     assert not report.fits
-    assert "does not fit: forward of 1 needs 3" in show.headline(report)
-    assert json.loads(json.dumps(show.as_json(report)))["fits"] is False
+    assert "does not fit: forward of 1 needs 3" in plan_display.headline(report)
+    assert json.loads(json.dumps(plan_display.as_json(report)))["fits"] is False
 
 
 TARGET = ("--model", "target", "--draft", "draft")

@@ -14,10 +14,12 @@ import pytest
 from made_up import by_plan
 
 import specjax
-from specjax import models, settle, stats, testing, text, trace, verify
-from specjax.stream import Chunk, Drafted, LogProb, Origin
-from specjax.trace import Kind
+from specjax import models, stats, testing, text, verify
+from specjax.decode import round
+from specjax.decode.stream import Chunk, Drafted, LogProb, Origin
 from specjax.types import Draft, Drafter, LogProbs, Status, Verdict, Verifier
+from specjax.viewer import trace
+from specjax.viewer.trace import Kind
 
 VOCAB = 9
 MODEL = testing.table_model(1, VOCAB)
@@ -197,8 +199,8 @@ def test_generate_pays_nothing(monkeypatch, buckets):
         return Counter(operations), costs["flops"], costs["bytes accessed"]
 
     whole = program()
-    monkeypatch.setattr(settle, "_of_draft", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
-    monkeypatch.setattr(settle, "at_tokens", lambda probs, tokens: jnp.zeros(tokens.shape))
+    monkeypatch.setattr(round, "_of_draft", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
+    monkeypatch.setattr(round, "at_tokens", lambda probs, tokens: jnp.zeros(tokens.shape))
     assert program() == whole
 
 

@@ -13,7 +13,9 @@ from tokenizers.models import WordLevel
 from typer.testing import CliRunner
 
 import specjax
-from specjax import cli, models, text, undrafted
+from specjax import models, text
+from specjax.cli import main
+from specjax.drafters import no_draft
 from specjax.types import Status
 
 TEXTS = ["w1 w2 w3", "w4"]
@@ -33,7 +35,7 @@ def folder(tmp_path_factory) -> str:
 
 
 def _generate(folder, *options):
-    out = CliRunner().invoke(cli.app, ["generate", "--model", folder, "--max-new-tokens", "9", "--no-cache", *options])
+    out = CliRunner().invoke(main.app, ["generate", "--model", folder, "--max-new-tokens", "9", "--no-cache", *options])
     assert out.exit_code == 0, out.output
     return out
 
@@ -80,10 +82,10 @@ def test_it_says_so(folder, tmp_path):
 
 def test_a_controller_without_a_draft_is_refused(folder):
     """Catches an option that is passed over in silence."""
-    out = CliRunner().invoke(cli.app, ["generate", "w1", "--model", folder, "--controller", "additive", "--no-cache"])
+    out = CliRunner().invoke(main.app, ["generate", "w1", "--model", folder, "--controller", "additive", "--no-cache"])
     assert isinstance(out.exception, ValueError)
     assert "--controller additive chooses how many tokens to draft: it needs a --draft model" in str(out.exception)
-    alone = CliRunner().invoke(cli.app, ["generate", "w1", "--draft", folder, "--no-cache"])
+    alone = CliRunner().invoke(main.app, ["generate", "w1", "--draft", folder, "--no-cache"])
     assert "--draft needs --model beside it" in str(alone.exception)
 
 
@@ -103,8 +105,8 @@ def test_every_round_is_a_plain_step():
     """Catches a controller that lets the drafter draft, whose tokens would all be rejected, at full cost."""
     model, params = tiny.model("llama", 2)
     prompts = np.array([[1, 2], [3, 0]])
-    roles = (model, params, undrafted.DRAFTER, ())
-    out = specjax.generate(*roles, prompts, max_new_tokens=7, controller=undrafted.CONTROLLER)
+    roles = (model, params, no_draft.DRAFTER, ())
+    out = specjax.generate(*roles, prompts, max_new_tokens=7, controller=no_draft.CONTROLLER)
     plain = specjax.autoregressive(model, params, prompts, max_new_tokens=7)
     assert out.new_tokens() == plain.new_tokens()
     assert out.status.tolist() == [Status.LENGTH] * 2

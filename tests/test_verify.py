@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from specjax import noise, verify
-from specjax.context import make_context
+from specjax.decode.context import make_context
 from specjax.noise import Role
 from specjax.rows import open_rows
 from specjax.types import Draft, Sampling, Target

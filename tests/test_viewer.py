@@ -9,9 +9,10 @@ import hostile
 import pytest
 import viewer as synthetic
 
-from specjax import trace, viewer
-from specjax.trace import Kind, Trace, TracedRound, TracedRow
+from specjax import viewer
 from specjax.types import Status
+from specjax.viewer import trace
+from specjax.viewer.trace import Kind, Trace, TracedRound, TracedRow
 
 needs_browser = pytest.mark.skipif(chromium.find() is None, reason="no Chromium on the path")
 SIGNS = {

@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import pytest
 from jax import lax
 
-from specjax import hlo
-from specjax.aot import planning, programs
+from specjax.aot import hlo, planning, programs
 from specjax.aot.placement import bytes_per_chip, state_on
+from specjax.aot.shapes import Shaped
 from specjax.aot.topology import make_mesh
-from specjax.shapes import Shaped
 from specjax.sharding import layout
 
 BATCH, CAPACITY, DRAFT_LEN, PROMPT = 8, 4096, 4, 128

@@ -3,8 +3,8 @@
     python docs/figures/measure.py
 
 Besides the draft model: the n-gram drafter of write-a-drafter.md, as it stands there. Counts, not times: a busy machine
-changes nothing. The prompts are benchmarks/prompts.py's, which need the shared corpora. Last, what `specjax.limits`
-allows by batch, which needs no run and no device.
+changes nothing. The prompts are benchmarks/prompts.py's, which need the shared corpora. Last, what
+`specjax.profiling.roofline` allows by batch, which needs no run and no device.
 """
 
 from __future__ import annotations
@@ -21,8 +21,12 @@ import jax
 import jax.numpy as jnp
 
 import specjax
-from specjax import controllers, limits, loop, models, rounds, shapes, stats, text, validate, verify
-from specjax.machine import Machine, known
+from specjax import controllers, models, stats, text, verify
+from specjax.aot import shapes
+from specjax.decode import arguments, loop
+from specjax.decode import state as rounds
+from specjax.profiling import roofline
+from specjax.profiling.machine import Machine, known
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 from prompts import code_prompts
@@ -87,12 +91,12 @@ def _by_batch() -> dict[str, Any]:
         )
         gains[label] = []
         for batch in BATCHES:
-            plain = limits.step(target.built.model, whole, batch=batch, live=LIVE)
-            round_ = limits.speculation(
+            plain = roofline.step(target.built.model, whole, batch=batch, live=LIVE)
+            round_ = roofline.speculation(
                 target.built.model, whole, draft.built.model, small, batch=batch, live=LIVE, draft_len=LIMIT_LONGEST
             )
-            times = stats.expected_tokens_per_round(ALPHA, LIMIT_LONGEST) * limits.seconds(plain, machine)
-            gains[label].append(round(times / limits.seconds(round_, machine), 3))
+            times = stats.expected_tokens_per_round(ALPHA, LIMIT_LONGEST) * roofline.seconds(plain, machine)
+            gains[label].append(round(times / roofline.seconds(round_, machine), 3))
     return {"batches": BATCHES, "live": LIVE, "alpha": ALPHA, "longest": LIMIT_LONGEST, "gains": gains}
 
 
@@ -105,7 +109,7 @@ def _from_its_page() -> Any:
 
 def _one_round(target: Any, draft: Any, drafter: Any, tokenizer: Any) -> dict[str, Any]:
     """The first greedy round that accepts some of its draft, and not all."""
-    request = validate.request(
+    request = arguments.request(
         target.model, *text.encode(tokenizer, [SHOWN]), key=None, max_new_tokens=64, sampling=specjax.Sampling(),
         stop_tokens=(), seeds=None, capacity=None,
     )  # fmt: skip

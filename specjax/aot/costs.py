@@ -9,9 +9,10 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from specjax import hlo, limits
+from specjax.aot import hlo
 from specjax.aot.programs import DRAFT, TARGET, WRITE, Arguments, Compiled, Workload
-from specjax.tpu.attention import NAME as ATTENTION
+from specjax.kernels.attention import NAME as ATTENTION
+from specjax.profiling import roofline
 
 REST = "laws, sampling, bookkeeping"
 PARTS = {TARGET: "target", DRAFT: "draft", WRITE: "cache write", REST: REST}
@@ -63,9 +64,9 @@ def costs(work: Workload, given: Arguments, rounds: Compiled, plain: Compiled, r
         live = {"batch": _rows_of_a_chip(work), "live": work.capacity / 2**halvings}
         target = given.roles.model, given.params
         draft = work.draft.built.model, given.drafter_params
-        *drafting, verification = limits.speculation(*target, *draft, draft_len=work.draft_len, **live)
+        *drafting, verification = roofline.speculation(*target, *draft, draft_len=work.draft_len, **live)
         least = {"target": least_cycles(work, [verification], rate), "draft": least_cycles(work, drafting, rate)}
-        a_step = {"target": least_cycles(work, limits.step(*target, **live), rate)}
+        a_step = {"target": least_cycles(work, roofline.step(*target, **live), rate)}
         found[share] = Cost(turn(rounds.program, halvings, rate, least), turn(plain.program, halvings, rate, a_step))
     return found
 
@@ -88,9 +89,9 @@ def kernel_cycles(item: hlo.Timed, halvings: int, rate: float) -> int:
     return int(item.times * instruction.kernel_bytes * share / rate)
 
 
-def least_cycles(work: Workload, passes: list[limits.Work], rate: float) -> int:
+def least_cycles(work: Workload, passes: list[roofline.Work], rate: float) -> int:
     """What the bytes of these passes, counted for the rows of one chip, take on each chip that a model is cut over."""
-    return int(limits.total(passes).bytes / _ways(work, work.layout.width) / rate)
+    return int(roofline.total(passes).bytes / _ways(work, work.layout.width) / rate)
 
 
 def part_of(item: hlo.Instruction) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding
 
-from specjax.shapes import Shaped
+from specjax.aot.shapes import Shaped
 from specjax.sharding import Layout, spec
 from specjax.types import PyTree
 

@@ -6,13 +6,11 @@ import math
 from collections import Counter
 from typing import NamedTuple
 
-from specjax import hlo
-from specjax.aot import programs
+from specjax.aot import hlo, programs
 from specjax.aot.costs import Cost, costs, part_of
 from specjax.aot.programs import Arguments, Compiled, Workload
+from specjax.aot.shapes import Shaped, floating
 from specjax.aot.topology import bytes_per_cycle, default_axes, hbm_bytes, make_mesh
-from specjax.pair import floating
-from specjax.shapes import Shaped
 from specjax.sharding import Layout, layout
 
 

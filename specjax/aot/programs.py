@@ -10,15 +10,16 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax import controllers, drafters, hlo, verify
+from specjax import controllers, drafters, verify
+from specjax.aot import hlo
 from specjax.aot.placement import params_on, state_on
-from specjax.decode import plain_loop
-from specjax.rounds import Roles, open_request, start
-from specjax.shapes import Shaped
+from specjax.aot.shapes import Shaped
+from specjax.decode.api import plain_loop
+from specjax.decode.arguments import Request
+from specjax.decode.state import Roles, open_request, start
+from specjax.decode.stream import dispatch
 from specjax.sharding import Layout
-from specjax.stream import dispatch
 from specjax.types import Model, PyTree, Sampling
-from specjax.validate import Request
 
 # What a part of a round is found by in the compiled program; see `labelled`.
 TARGET, DRAFT, WRITE = "target_forward", "draft_forward", "cache_write"

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax.cache import after
+from specjax.decode.prefill import prefill
 from specjax.drafters.draw import draw
-from specjax.prefill import prefill
 from specjax.rows import is_active, last_tokens
 from specjax.sharding import constrain
 from specjax.types import (

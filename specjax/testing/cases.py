@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.decode import autoregressive, generate
+from specjax.decode.api import autoregressive, generate
 from specjax.testing.adversaries import Adversary, adversaries
 from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law
 from specjax.testing.tables import random_table, table_model

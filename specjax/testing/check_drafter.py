@@ -9,9 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import controllers, validate
-from specjax.decode import autoregressive, generate
-from specjax.rounds import Roles, context_of, draft_lengths, plan_of, start
+from specjax import controllers
+from specjax.decode import arguments
+from specjax.decode.api import autoregressive, generate
+from specjax.decode.state import Roles, context_of, draft_lengths, plan_of, start
 from specjax.testing.tables import random_table, table_model
 from specjax.types import Array, Controller, Draft, Drafter, Model, PyTree, Sampling
 from specjax.verify import rejection
@@ -79,7 +80,7 @@ class _Bench:
         self.drafter, self.params, self.target, self.target_params = drafter, params, target, target_params
         self.roles = roles = Roles(target, drafter, rejection(), controllers.fixed(_LONGEST))
 
-        def first_draft(capacity: int, target_params: PyTree, params: PyTree, arrays: validate.Request) -> Draft:
+        def first_draft(capacity: int, target_params: PyTree, params: PyTree, arrays: arguments.Request) -> Draft:
             state = start(roles, capacity, target_params, params, arrays)
             context = context_of(roles, state.rows, state.target_cache)
             lengths = draft_lengths(roles.controller, state.controller_state, state.rows)
@@ -93,7 +94,7 @@ class _Bench:
 
     def propose(self, prompts: Array, lengths: Any, seeds: Any, sampling: Sampling) -> Draft:
         """The draft of the first round."""
-        request = validate.request(
+        request = arguments.request(
             self.target, prompts, lengths, key=jax.random.key(5), max_new_tokens=8, sampling=sampling, stop_tokens=(),
             seeds=seeds, capacity=None,
         )  # fmt: skip

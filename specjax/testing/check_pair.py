@@ -10,7 +10,7 @@ import numpy as np
 from jax.typing import ArrayLike
 
 from specjax import controllers, noise
-from specjax.decode import autoregressive, generate
+from specjax.decode.api import autoregressive, generate
 from specjax.noise import Role
 from specjax.types import Array, Drafter, Generation, Model, PyTree, Sampling, Verifier
 from specjax.verify import coupled, rejection

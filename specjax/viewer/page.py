@@ -7,7 +7,7 @@ import re
 from html import escape
 from importlib import resources
 
-from specjax.trace import Trace, as_json
+from specjax.viewer.trace import Trace, as_json
 
 _DIGITS = 6  # of probabilities
 _LONGEST_TITLE = 60

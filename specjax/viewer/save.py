@@ -6,8 +6,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from specjax.trace import Trace
 from specjax.viewer.page import page
+from specjax.viewer.trace import Trace
 
 
 def save(trace: Trace, path: str | Path) -> None:

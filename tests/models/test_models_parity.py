@@ -19,7 +19,7 @@ import transformers
 import xla_options
 
 from specjax import models
-from specjax.prefill import prefill
+from specjax.decode.prefill import prefill
 
 TOLERANCE = 1e-4
 

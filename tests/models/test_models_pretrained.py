@@ -9,7 +9,7 @@ import pytest
 from tokenizers import Tokenizer
 
 from specjax import models
-from specjax.prefill import CHUNK, prefill
+from specjax.decode.prefill import CHUNK, prefill
 
 TOLERANCE = 1e-4
 TEXT = """\

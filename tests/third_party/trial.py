@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import specjax
-from specjax import controllers, decode, testing
+from specjax import controllers, testing
+from specjax.decode import api
 
 PROMPTS = np.array([[1, 2, 3, 4, 5], [5, 0, 0, 0, 0], [3, 1, 4, 0, 0]])
 LENGTHS = np.array([5, 1, 3])
@@ -58,11 +59,11 @@ def try_all(name, packages, adapt, own_logits):
     tested, accepted = int(out.stats.tested.sum()), int(out.stats.accepted.sum())
     assert 0 < accepted < tested, (accepted, tested)
 
-    programs = decode._generate._cache_size()
+    programs = api._generate._cache_size()
     changed = specjax.generate(
         model, noisy, draft, params, PROMPTS, LENGTHS, max_new_tokens=NEW, controller=controllers.fixed(3)
     )
-    assert decode._generate._cache_size() == programs, "other parameters compiled another program"
+    assert api._generate._cache_size() == programs, "other parameters compiled another program"
     assert changed.new_tokens() == _greedy(own_logits, noisy), "the old parameters' text"
 
     _sampled(adapted, draft, noisy, own_logits)

@@ -1,0 +1,82 @@
+"""The controllers by name, as the command line asks for them; the one that needs a profile measures it first."""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from specjax import controllers, drafters
+from specjax.cli.load_pair import Pair
+from specjax.costs import Profile
+from specjax.drafters import no_draft
+from specjax.profiling.measure import profile
+from specjax.types import Controller, Sampling, Verifier
+
+_CONTEXT_STEP = 64
+
+
+class Policy(enum.StrEnum):
+    """How the draft length is chosen."""
+
+    fixed = "fixed"
+    confidence = "confidence"
+    additive = "additive"
+    throughput = "throughput"
+
+
+class Chosen(NamedTuple):
+    """A controller, and the profile that it decides by."""
+
+    controller: Controller
+    profile: Profile | None
+
+
+def choose(
+    policy: Policy,
+    pair: Pair,
+    draft_len: int,
+    *,
+    batch: int,
+    context: int,
+    sampling: Sampling,
+    verifier: Verifier,
+    kept_in: Path | None,
+    busy: Callable[[str], AbstractContextManager[Any]],
+) -> Chosen:
+    """The controller of that name, drafting `draft_len` tokens (at most), none where the pair has no draft.
+
+    Args:
+      pair: what is profiled.
+      batch, context: rows, and tokens in the cache, that the profile is for.
+      sampling, verifier: that it is for.
+      kept_in: a folder for profiles; None measures anew.
+      busy: for a spinner.
+    """
+    if pair.draft is None:
+        if policy is not Policy.fixed:
+            raise ValueError(f"--controller {policy} chooses how many tokens to draft: it needs a --draft model.")
+        return Chosen(no_draft.CONTROLLER, None)
+    if policy is Policy.fixed:
+        return Chosen(controllers.fixed(draft_len), None)
+    if policy is Policy.confidence:
+        return Chosen(controllers.confidence(longest=draft_len), None)
+    if policy is Policy.additive:
+        return Chosen(controllers.additive(draft_len), None)
+    found = profile(
+        pair.target.model, pair.target.params, drafters.draft_model(pair.draft.model), pair.draft.params,
+        batch_sizes=(batch,), contexts=(_shared(context, draft_len, pair),), longest=draft_len, sampling=sampling,
+        verifier=verifier, cache=kept_in, busy=busy,
+    )  # fmt: skip
+    return Chosen(controllers.throughput(found), found)
+
+
+def _shared(context: int, draft_len: int, pair: Pair) -> int:
+    """A length of text near `context` that others share, so that they find each other's profiles."""
+    near = max(round(context / _CONTEXT_STEP), 1) * _CONTEXT_STEP
+    most = pair.target.model.max_positions
+    if most is None or near + draft_len < most:
+        return near
+    return max(min(context, most - draft_len - 1), 1)  # a round of K drafted tokens must fit behind it

@@ -1,0 +1,138 @@
+"""The parts of a generation: each must be what it should be, and fit the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from specjax.controllers.buckets import MOST
+from specjax.decode.arguments import Checked
+from specjax.traced import known
+from specjax.types import Controller, Drafter, Model, Sampling, Verifier
+
+
+def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
+    """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
+    parts = (
+        (
+            model,
+            Model,
+            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
+        ),
+        (
+            drafter,
+            Drafter,
+            "drafter must be a specjax.Drafter: wrap a draft model as drafters.draft_model(loaded.model)",
+        ),
+        (verifier, Verifier, "verifier must be a specjax.Verifier: call its maker, as in verify.rejection()"),
+        (
+            controller,
+            Controller,
+            "controller must be a specjax.Controller: call its maker, as in controllers.fixed(5) or "
+            "controllers.throughput(profile)",
+        ),
+    )
+    for part, kind, wanted in parts:
+        if part is not None and not isinstance(part, kind):
+            raise ValueError(f"{wanted}; got {type(part).__name__}.")
+    if controller is not None:
+        _buckets(controller.buckets)
+
+
+def _buckets(buckets: Any) -> None:
+    is_whole = isinstance(buckets, tuple) and all(isinstance(size, int) for size in buckets)
+    ascends = is_whole and list(buckets) == sorted(set(buckets)) and buckets
+    if not ascends or buckets[0] < 0 or not 1 <= buckets[-1] <= MOST:
+        raise ValueError(
+            "a Controller's buckets must be a tuple of whole numbers that ascend, as in (0, 2, 5); the last is K, in "
+            f"1..{MOST}; got {buckets!r}."
+        )
+
+
+def draft_lengths(lengths: Any, batch: int) -> None:
+    """Checks what a controller asks for, while tracing."""
+    wanted, given = (batch,), jax.eval_shape(lambda: lengths)
+    if given.shape != wanted or not jax.numpy.issubdtype(given.dtype, jax.numpy.integer):
+        raise ValueError(
+            f"a Controller's draft_len must return int32 {list(wanted)}, one number a row; got {given.dtype} "
+            f"{list(given.shape)}."
+        )
+
+
+def updated(before: Any, after: Any) -> None:
+    """Checks, while tracing, that a controller's state keeps its form."""
+    was, now = _form(lambda: before), _form(lambda: after)
+    if was != now:
+        where, was, now = _first_difference(was, now)
+        raise ValueError(f"a Controller's update must return a state of the form of init's, {was}{where}; got {now}.")
+
+
+def _form(make: Callable[[], Any]) -> Any:
+    """Dtypes and shapes of the state that `make` would return, as they are said in messages."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make))
+
+
+def _first_difference(wanted: Any, given: Any) -> tuple[str, Any, Any]:
+    """Where two forms first differ, and what they are there; all of them where they have other parts."""
+    if jax.tree.structure(wanted) != jax.tree.structure(given):
+        names = _named(wanted), _named(given)
+        return "", *(names if names[0] != names[1] else (wanted, given))
+    both = zip(jax.tree_util.tree_flatten_with_path(wanted)[0], jax.tree.leaves(given), strict=True)
+    path, own, other = next((path, own, other) for (path, own), other in both if own != other)
+    return f" in {jax.tree_util.keystr(path, simple=True)}" if path else "", own, other
+
+
+def _named(form: Any) -> Any:
+    """A NamedTuple by its name, as its fields may fill a screen."""
+    return f"a {type(form).__name__}" if hasattr(form, "_fields") else form
+
+
+def processor(rule: Any) -> None:
+    """Checks that the caller's own rule can be one: jit knows it by its hash."""
+    if rule is None:
+        return
+    if not callable(rule):
+        raise ValueError(f"processor must be a function of (logits, tokens, length), got {type(rule).__name__}.")
+    try:
+        hash(rule)
+    except TypeError:
+        raise ValueError(
+            f"processor must be hashable, and {type(rule).__name__} is not: pass a plain function, defined once."
+        ) from None
+
+
+def fit(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
+    """Checks that the parts of a generation fit each other."""
+    if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
+        raise ValueError(
+            f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
+            f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
+        )
+    if drafter.hidden_layers and not model.hidden:
+        raise ValueError(
+            f"this drafter reads the target's hidden states of layers {drafter.hidden_layers}, and this target gives "
+            "none (an adapted module's stay inside it). Use a drafter that needs none, drafters.draft_model(...)."
+        )
+    temperature = known(sampling.temperature)
+    if verifier.greedy_only and temperature is not None and (temperature > 0).any():
+        raise ValueError(
+            f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
+            "Use specjax.verify.rejection() (--verifier rejection), which is exact at every temperature."
+        )
+
+
+def controller_state(controller: Controller, state: Any, request: Checked) -> None:
+    """Checks a state that the caller passes on: it must be of such a controller and for as many rows."""
+    if state is None:
+        return
+    batch = request.arrays.prompts.shape[0]
+    wanted, given = _form(lambda: controller.init(batch)), _form(lambda: state)
+    if wanted != given:
+        where, wanted, given = _first_difference(wanted, given)
+        raise ValueError(
+            f"controller_state does not fit: for {batch} rows this controller's state is {wanted}{where}, got {given}. "
+            "Pass the field controller_state of a Generation by the same controller with as many rows, or None to "
+            "start afresh."
+        )

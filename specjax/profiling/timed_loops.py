@@ -1,0 +1,231 @@
+"""The loops that `profiling` times, for one number of rows: rounds, drafting alone, plain steps."""
+
+from __future__ import annotations
+
+import functools
+import operator
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from specjax.controllers.buckets import holding
+from specjax.costs import Costs
+from specjax.decode import arguments, plain
+from specjax.decode.context import context_of
+from specjax.decode.loop import run
+from specjax.decode.state import State, draft_lengths, plan_of, start
+from specjax.types import Array, Controller, PyTree, Roles, Rows, Sampling
+
+_TOKENS = 96  # emitted at most in a timed loop: the context stays near the one that is asked for
+_FEWEST, _MOST = 8, 32  # rounds of such a loop
+_SUSTAINED, _MOST_CALLS = 0.3, 20  # seconds that such loops last together, and how many they are at most
+_IDLE = 64  # rounds without a draft, before the one that catches up with a long way
+_BREAK, _AFTER, _BREAKS = 8, 2, 5  # rounds without a draft, rounds with one after them, and how often in a timed loop
+
+
+class _Orders(NamedTuple):
+    """So many rounds without a draft, so many with one, and again."""
+
+    size: Array  # [] int32, tokens to draft
+    without: Array  # [] int32
+    period: Array  # [] int32
+    turn: Array  # [] int32
+
+
+@functools.cache
+def forced(buckets: tuple[int, ...]) -> Controller:
+    """Drafts what its state says."""
+
+    def draft_len(orders: _Orders, rows: Rows) -> Array:
+        drafts = orders.turn % orders.period >= orders.without
+        return jnp.broadcast_to(jnp.where(drafts, orders.size, 0), rows.lengths.shape)
+
+    return Controller(
+        init=lambda batch: _orders(buckets[-1]),
+        draft_len=draft_len,
+        update=lambda orders, info: orders._replace(turn=orders.turn + 1),
+        buckets=buckets,
+    )
+
+
+def _orders(size: int, without: int = 0, drafts: int = 1) -> _Orders:
+    return _Orders(*(jnp.int32(value) for value in (size, without, without + drafts, 0)))
+
+
+def _told(state: State, *orders: int) -> State:
+    return state._replace(controller_state=_orders(*orders))
+
+
+class _Job(NamedTuple):
+    run: Callable[..., Any]  # one of those below
+    state: State
+    turns: int  # rounds, drafts or steps
+
+
+class Bench:
+    """The loops to time, for one number of rows."""
+
+    def __init__(self, roles: Roles, params, drafter_params, sampling: Sampling, batch: int, widest: int):
+        self.roles, self.params, self.drafter_params = roles, params, drafter_params
+        self.sampling, self.batch = sampling, batch
+        longest = roles.controller.longest
+        grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
+        self.middling = (longest + 1) // 2  # to draft between rounds without
+        mixed = _BREAKS * (_BREAK + _AFTER * (self.middling + 1))
+        self.capacity = widest + 2 + max(*grown, _IDLE + longest, mixed)
+        if roles.model.max_positions is not None:
+            self.capacity = min(self.capacity, roles.model.max_positions)
+
+    @staticmethod
+    def _rounds(draft_len: int) -> int:
+        return min(max(_TOKENS // (draft_len + 1), _FEWEST), _MOST)
+
+    def _state(self, context: int) -> State:
+        prompts = jax.random.randint(jax.random.key(0), (self.batch, context), 0, self.roles.model.vocab_size)
+        request = arguments.request(
+            self.roles.model, prompts, None, key=None, max_new_tokens=self.capacity - context, sampling=self.sampling,
+            stop_tokens=(), seeds=None, capacity=self.capacity,
+        )  # fmt: skip
+        return _start(self.roles, self.capacity, self.params, self.drafter_params, request.arrays)
+
+    def compile(self, context: int) -> None:
+        state = self._state(context)
+        for loop in (_rounds, _drafts, _steps):
+            jax.block_until_ready(self._call(loop, state, 1))
+
+    def time(self, context: int, repeats: int) -> Costs:
+        """Medians over `repeats` turns of what each job takes in plain steps of the same turn."""
+        buckets, longest = self.roles.controller.buckets, self.roles.controller.longest
+        state = self._state(context)
+        plain, times = self._turns(_Job(_steps, state, _MOST), self._jobs(state), repeats)
+        middle = {name: statistics.median(values) for name, values in times.items()}
+        # A wider round costs no less: where noise says so, both cost their mean. And none costs less than a plain step.
+        widths = _never_falling([middle["round", k] for k in buckets])
+        middle |= {("round", k): max(steps, 1.0) for k, steps in zip(buckets, widths, strict=True)}
+        more = (middle["draft", longest] - middle["draft", 1]) / max(longest - 1, 1)
+        drafts = (0.0, *(max(middle["draft", 1] + more * k, 0.0) for k in range(longest)))
+        rounds = []
+        for k in range(longest + 1):
+            bucket = holding(buckets, k)
+            rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
+        drafts = map(min, drafts, rounds)
+        soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))
+        each = max(late - soon, 0.0) / (_IDLE - 1)
+        # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
+        more = statistics.median(map(operator.sub, times["breaks", _BREAKS], times["breaks", 1]))
+        change = max(more * (_BREAKS * (_BREAK + _AFTER) - 1) / (_BREAKS - 1), soon - each, 0.0)
+        rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
+        return Costs(self.batch, context, plain, rounds, drafts, (plain * change, plain * each))
+
+    def _jobs(self, state: State) -> dict[tuple[str, int], _Job]:
+        buckets, longest = self.roles.controller.buckets, self.roles.controller.longest
+        jobs = {("round", k): _Job(_rounds, _told(state, k), self._rounds(k)) for k in buckets}
+        jobs |= {("draft", k): _Job(_drafts, _told(state, k), _MOST) for k in {1, longest}}
+        for idle in (1, _IDLE):
+            jobs["late", idle] = _Job(_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
+        # The same rounds in two orders, with many changes and with one.
+        for breaks in (_BREAKS, 1):
+            orders = (self.middling, _BREAKS * _BREAK // breaks, _BREAKS * _AFTER // breaks)
+            jobs["breaks", breaks] = _Job(_rounds, _told(state, *orders), _BREAKS * (_BREAK + _AFTER))
+        return jobs
+
+    def _turns(
+        self, step: _Job, jobs: dict[tuple[str, int], _Job], repeats: int
+    ) -> tuple[float, dict[Any, list[float]]]:
+        """Seconds of a plain step, and of each other job the plain steps that it took in each turn.
+
+        Plain steps are timed again and again in between: what slows the machine down for a minute slows both. On a
+        busy machine that cuts the errors of ratios of two medians by a third or more.
+        """
+        plain: list[float] = []
+        times: dict[Any, list[float]] = {name: [] for name in jobs}
+        for _ in range(repeats):
+            between: list[float] = []
+            for place, (name, job) in enumerate(jobs.items()):
+                if place % 3 == 0:
+                    between.append(self._seconds(*step))
+                times[name].append(self._seconds(*job))
+            plain.append(statistics.median(between))
+            for values in times.values():
+                values[-1] /= plain[-1]
+        return statistics.median(plain), times
+
+    def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
+        """Of one turn: what loops of so many take longer than loops of one, after one that brings their data near.
+
+        The first turn of a call costs one to two plain steps more than a later one (LOG.md, sixteenth session). Loops
+        are repeated until they last as long as a generation does: a machine runs faster for a moment.
+        """
+        few = max(count // 4, 1)
+        once = self._time(run, state, few, 1) * count / few
+        calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
+        one, all_of_them = (self._time(run, state, turns, calls) for turns in (1, count))
+        return max(all_of_them - one, 1e-9) / (calls * (count - 1))
+
+    def _time(self, run: Callable[..., Any], state: State, count: int, calls: int) -> float:
+        begin = time.perf_counter()
+        for _ in range(calls):
+            jax.block_until_ready(self._call(run, state, count))
+        return time.perf_counter() - begin
+
+    def _call(self, run: Callable[..., Any], state: State, count: int) -> Any:
+        return run(self.roles, self.capacity, self.params, self.drafter_params, state, jnp.int32(count))
+
+
+def _never_falling(values: list[float]) -> list[float]:
+    """The nearest sequence that never falls, in least squares: neighbours that fall are pooled.
+
+    >>> _never_falling([1.0, 3.0, 2.0, 4.0])
+    [1.0, 2.5, 2.5, 4.0]
+    """
+    pools: list[list[float]] = []
+    for value in values:
+        pools.append([value])
+        while len(pools) > 1 and statistics.mean(pools[-2]) > statistics.mean(pools[-1]):
+            pools[-2:] = [pools[-2] + pools[-1]]
+    return [statistics.mean(pool) for pool in pools for _ in pool]
+
+
+_start = jax.jit(start, static_argnums=(0, 1))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> State:
+    """`count` rounds, as `generate` runs them."""
+    return run(
+        roles, capacity, params, drafter_params, state, jnp.int32(0), lambda done, took_part, info: done + 1,
+        lambda rows, done: done < count,
+    )[0]  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _drafts(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+    """`count` times the drafting of a round, each after the draft of the one before."""
+    del capacity
+
+    def body(_, rows: Rows) -> Rows:
+        lengths = draft_lengths(roles.controller, state.controller_state, rows)
+        plan = plan_of(roles.controller, state.controller_state, lengths)
+        context = context_of(roles, rows, state.target_cache)
+        draft, _ = roles.drafter.propose(drafter_params, state.drafter_state, context, plan)
+        # So that no draft can be left out: the next one begins with what this one drafted last.
+        last = jnp.take_along_axis(draft.tokens, jnp.maximum(draft.lengths - 1, 0)[:, None], 1)
+        return rows._replace(tokens=rows.tokens.at[jnp.arange(len(last)), rows.lengths - 1].set(last[:, 0]))
+
+    return lax.fori_loop(0, count, body, state.rows)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _steps(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+    """`count` steps of plain decoding, as `autoregressive` runs them."""
+    del drafter_params
+
+    def body(_, carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
+        return plain.step(roles.model, roles.processor, capacity, params, *carry)
+
+    return lax.fori_loop(0, count, body, (state.rows, state.target_cache))[0]
