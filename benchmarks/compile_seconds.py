@@ -43,7 +43,7 @@ def main(
         )
         given = programs.arguments(work)
         state = programs.rounds_state(work, given)
-        parts = [functools.partial(programs.lower_rounds, work, given, state)]
+        parts = [functools.partial(programs.lower_rounds, given, state)]
         compilers = (programs.compile_prefill, programs.compile_rounds, programs.compile_plain)
         parts += [functools.partial(compiler, work, given) for compiler in compilers]
         table.add_row(names, f"{target.layers} + {draft.layers}", *map(_timed, parts))

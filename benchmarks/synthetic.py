@@ -57,9 +57,6 @@ def drafter(vocab_size: int, alpha: float, cost: Model | None = None) -> Drafter
     """
     inner = None if cost is None else drafters.draft_model(cost)
 
-    def init(params, context: Context, prompts, hidden, *, slots: int, longest: int):
-        return () if inner is None else inner.init(params, context, prompts, hidden, slots=slots, longest=longest)
-
     def propose(params, state, context: Context, plan: DraftPlan):
         right = (last_tokens(context.rows, 1) + 1 + jnp.arange(plan.longest, dtype=jnp.int32)[None]) % vocab_size
         draws = [jax.vmap(jax.random.uniform)(context.draft_keys(step)) for step in range(plan.longest)]
@@ -69,10 +66,9 @@ def drafter(vocab_size: int, alpha: float, cost: Model | None = None) -> Drafter
             tokens = after(tokens, drafted.tokens)  # or XLA would leave out all that leads to them
         return Draft(tokens, plan.lengths, None), state
 
-    def commit(params, state, context: Context, info):
-        return state if inner is None else inner.commit(params, state, context, info)
-
-    return Drafter(init, propose, commit, vocab_size)
+    if inner is None:
+        return Drafter(propose, vocab_size=vocab_size)
+    return inner._replace(propose=propose, vocab_size=vocab_size)
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

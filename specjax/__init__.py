@@ -4,7 +4,20 @@ import importlib
 from types import ModuleType
 
 from specjax import controllers, costs, drafters, stats, verify, viewer
-from specjax.decode import Chunk, LogProb, Origin, autoregressive, generate, stream
+from specjax.decode import (
+    Chunk,
+    LogProb,
+    Origin,
+    State,
+    admit,
+    autoregressive,
+    finish,
+    generate,
+    init,
+    open_slots,
+    step,
+    stream,
+)
 from specjax.profiling import calibrate, profile
 from specjax.types import (
     Context,
@@ -49,19 +62,25 @@ __all__ = [
     "Processor",
     "Round",
     "Sampling",
+    "State",
     "Stats",
     "Status",
     "Target",
     "Verdict",
     "Verifier",
+    "admit",
     "autoregressive",
     "calibrate",
     "controllers",
     "costs",
     "drafters",
+    "finish",
     "generate",
+    "init",
+    "open_slots",
     "profile",
     "stats",
+    "step",
     "stream",
     "trace",
     "verify",

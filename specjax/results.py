@@ -45,6 +45,7 @@ class Generation(NamedTuple):
     log_probs: LogProbs  # of the generated tokens, at their places in `tokens`
     stats: Stats
     controller_state: PyTree = ()  # to start the next call from what was learnt
+    drafter_state: PyTree = ()  # likewise, of drafters that learn
 
     def new_tokens(self) -> list[list[int]]:
         """The generated ids of each row, stop token included, as Python lists. Waits for the device, so not under jit:

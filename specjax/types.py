@@ -2,8 +2,8 @@
 
 Shape legend, used by every module:
     B  batch rows                K  longest draft of a round     V  columns of the logits
-    T  tokens of one forward     N  slots of a block             S  slots of a cache
-    P  padded prompt width       C  capacity (tokens per row)    D  model width
+    T  tokens of one forward     N  nodes of a draft: K of a chain, any number of a tree of depth K
+    P  padded prompt width       C  capacity (tokens per row)    S  slots of a cache    D  model width
 
 A role is a NamedTuple of pure functions, as in optax. A new drafter, verifier, controller or model
 family is one new file that returns one of these tuples; the loop in `decode/` knows nothing else.
@@ -11,123 +11,30 @@ family is one new file that returns one of these tuples; the loop in `decode/` k
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol, TypeAlias
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
-import jax
-
+from specjax.batch import Array as Array
+from specjax.batch import Counts as Counts
+from specjax.batch import Process as Process
+from specjax.batch import Processor as Processor
+from specjax.batch import PyTree as PyTree
+from specjax.batch import Rows as Rows
+from specjax.batch import RowSampling as RowSampling
+from specjax.batch import Sampling as Sampling
 from specjax.results import Generation as Generation
 from specjax.results import LogProbs as LogProbs
 from specjax.results import Stats as Stats
 from specjax.sharding import Layout
 from specjax.status import Status as Status
 
-Array: TypeAlias = jax.Array
-PyTree: TypeAlias = Any
-
-
-class Sampling(NamedTuple):
-    """How logits become a law, per row: every field is a scalar or [B] unless it says otherwise, and may be traced.
-
-    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. Logits
-    are changed in the order of the list; a field that is None costs nothing.
-
-    Attributes:
-      repetition_penalty: above 0, 1 is none; divides (or multiplies) the logits of tokens in the prompt or generated.
-      frequency_penalty: subtracted once for each time that a token was generated.
-      presence_penalty: subtracted once from every token generated before.
-      logit_bias: [V] or [B, V] float32, added; -inf forbids.
-      bad_words: [n] or [B, n] ids that are never emitted, pad -1.
-      min_new_tokens: no stop token among this many first tokens.
-      temperature: 0 is greedy, a one-hot law; what comes before it counts at 0 too, what comes after does not.
-      top_k: 0 keeps all.
-      top_p: in (0, 1]; 1 keeps all.
-      min_p: in [0, 1), of the most likely token's probability; 0 keeps all.
-    """
-
-    temperature: Array | float = 0.0
-    top_k: Array | int = 0
-    top_p: Array | float = 1.0
-    min_p: Array | float = 0.0
-    repetition_penalty: Array | float | None = None
-    presence_penalty: Array | float | None = None
-    frequency_penalty: Array | float | None = None
-    logit_bias: Array | None = None
-    bad_words: Array | Sequence[int] | None = None
-    min_new_tokens: Array | int | None = None
-
-
-class RowSampling(NamedTuple):
-    """`Sampling` spread over the rows of a batch."""
-
-    temperature: Array  # [B] float32
-    top_k: Array  # [B] int32
-    top_p: Array  # [B] float32
-    min_p: Array  # [B] float32
-    repetition_penalty: Array | None  # [B] float32
-    presence_penalty: Array | None  # [B] float32
-    frequency_penalty: Array | None  # [B] float32
-    logit_bias: Array | None  # [B or 1, V] float32
-    bad_words: Array | None  # [B, n] int32, pad -1
-    min_new_tokens: Array | None  # [B] int32
-
-
-class Processor(Protocol):
-    """A caller's own rule, a grammar or a mask: a pure function of one place in one row, mapped over all of them.
-
-    Hashed by identity: define it once, not in every call, or each call compiles anew.
-    """
-
-    def __call__(
-        self,
-        logits: Array,  # [V] float32, V = vocab_size
-        tokens: Array,  # [C] int32: the prompt and all before this place, drafted tokens included; then -1
-        length: Array,  # [] int32: how many of them
-        /,
-    ) -> Array: ...  # [V] float32; -inf forbids a token, NaN and +inf end the row
-
-
-class Counts(NamedTuple):
-    """What penalties need to know of a row's text; kept only where a penalty is asked for."""
-
-    in_prompt: Array  # [B, V] bool
-    generated: Array  # [B, V] int32, how often each token was generated
-
-
-class Rows(NamedTuple):
-    """What every decoding loop keeps for each row of the batch."""
-
-    tokens: Array  # [B, C + slack] int32; past `lengths` it holds leftovers that nobody reads
-    lengths: Array  # [B] int32, prompt included; counts verified tokens only
-    prompt_lengths: Array  # [B] int32
-    limits: Array  # [B] int32, the length at which the row ends for max_new_tokens
-    draft_limits: Array  # [B] int32, the most tokens to draft for the row in a round; 0: it does not speculate
-    status: Array  # [B] int32, a `Status`
-    keys: Array  # [B, roles] PRNG keys; see noise.py
-    rounds: Array  # [B] int32, rounds this row took part in
-    stop_tokens: Array  # [B, n] int32, pad -1
-    sampling: RowSampling
-    log_probs: LogProbs  # [B, C + slack], as `tokens`
-    counts: Counts | None
-
-
-class Process(Protocol):
-    """Logits of T places to processed logits, whose softmax is the law; the one path for draft and target."""
-
-    def __call__(
-        self,
-        logits: Array,  # [B, T, V] float32
-        drafted: Array,  # [B, N] int32: this round's draft tokens
-        visible: Array,  # [B or 1, T, N] bool: which of them stand before each place
-        depths: Array | None = None,  # [B or 1, N] int32: how many draft tokens stand before each; None is a chain
-    ) -> Array: ...  # [B, T, V] float32, -inf where the law is zero
-
 
 class Context(NamedTuple):
     """What a drafter or a verifier may look at in a round. Read-only; a pytree, functions included."""
 
     rows: Rows  # text, lengths, keys and settings of each row
-    target_cache: PyTree  # the target's own cache, for drafters that share it (early exit)
+    target_params: PyTree  # for drafters that use the target's embedding, head or layers
+    target_cache: PyTree  # for drafters that share it (early exit)
     process: Process  # from logits to a law
     draft_keys: Callable[[Array | int], Array]  # (step) -> keys [B]: the noise to draw the draft token at this step
     vocab_size: Array | int  # the target's: ids below it may be drafted
@@ -180,6 +87,33 @@ class Commit(Protocol):
     def __call__(self, cache: PyTree, block: PyTree, keep: Array, path: Array | None = None) -> PyTree: ...
 
 
+class Extended(NamedTuple):
+    """A cache with a long text added, and what the model said of it."""
+
+    cache: PyTree
+    logits: Array  # [B, M, V] float32, at the M places asked for
+    hidden: tuple[Array, ...]  # one [B, T, D] per layer asked for
+
+
+class Extend(Protocol):
+    """Reads T tokens into the cache without a block: prompts, and text that a draft model has missed.
+
+    For models whose block would hold more than the text needs, such as a recurrent state for every token. The first
+    `keep` [B] of the tokens, 0..T, are kept in each row; `logits_at` and `hidden_layers` as for `Apply`.
+    """
+
+    def __call__(
+        self,
+        params: PyTree,
+        tokens: Array,  # [B, T] int32
+        cache: PyTree,
+        keep: Array,  # [B] int32
+        *,
+        logits_at: Array,  # [B, M] int32
+        hidden_layers: tuple[int, ...] = (),
+    ) -> Extended: ...
+
+
 class Model(NamedTuple):
     """A language model as pure functions; parameters are always arguments.
 
@@ -201,7 +135,7 @@ class Model(NamedTuple):
     """
 
     apply: Apply  # one forward pass over a block
-    init_cache: Callable[[PyTree, int, int], PyTree]  # (params, batch, slots) -> empty cache
+    init_cache: Callable[..., PyTree]  # (params, batch, slots) -> empty cache; (..., inputs) where it takes them
     init_block: Callable[[PyTree, int, int], PyTree]  # (params, batch, size) -> empty block
     commit: Commit  # what of a block stays
     vocab_size: int  # ids below this may be emitted; logits may have more (padding) columns
@@ -210,22 +144,26 @@ class Model(NamedTuple):
     hidden: bool = True  # whether apply gives hidden states
     layout: Layout | None = None  # where it lies on a mesh; the loop keeps its rows there too
     stop_tokens: tuple[int, ...] = ()  # where its texts end: the default of `specjax.text`; `generate` wants to be told
+    extend: Extend | None = None  # None: apply, then commit
+    takes_inputs: bool = False  # whether init_cache has a fourth argument, the `inputs` that an encoder reads
 
 
 class Draft(NamedTuple):
-    """What a drafter proposes in one round."""
+    """What a drafter proposes in one round: a chain of tokens, or a tree of them."""
 
-    tokens: Array  # [B, K] int32; entries past `lengths` are arbitrary valid ids
-    lengths: Array  # [B] int32 in 0..K
-    probs: Array | None  # [B, K, V] float32, the law each token was drawn from; None: a one-hot law at the token
-    parents: Array | None = None  # [K] or [B, K] int32: index of the parent token, -1 the root; None: a chain
+    tokens: Array  # [B, N] int32; entries past `lengths` are arbitrary valid ids
+    lengths: Array  # [B] int32 in 0..N: how many of them count
+    probs: Array | None  # [B, N, V] float32, what each token was drawn from; None: a one-hot distribution at the token
+    parents: Array | None = None  # [N] or [B, N] int32: index of the parent token, -1 the root; None: a chain
+    # [N] or [B, N] int32: where in `probs`, then [B, M, V], each token's distribution stands. Siblings share one.
+    probs_at: Array | None = None
 
 
 class Drawn(NamedTuple):
     """One draft token of each row, just drawn."""
 
     token: Array  # [B] int32
-    law: Array  # [B, V] float32, what it was drawn from
+    probs: Array  # [B, V] float32, what it was drawn from
     confidence: Array  # [B] float32: the drafter's own probability of it, at temperature 1 whatever `Sampling` says
 
 
@@ -249,8 +187,8 @@ class DraftPlan(NamedTuple):
 class Target(NamedTuple):
     """The target's view of the root and every drafted token."""
 
-    logits: Array  # [B, K+1, V] float32, after processing (temperature, top-k, ...), padding columns at -inf
-    probs: Array  # [B, K+1, V] float32, their law
+    logits: Array  # [B, N+1, V] float32, after processing (temperature, top-k, ...), padding columns at -inf
+    probs: Array  # [B, N+1, V] float32, their softmax
 
 
 class Verdict(NamedTuple):
@@ -258,35 +196,64 @@ class Verdict(NamedTuple):
 
     num_accepted: Array  # [B] int32 in 0..K; never counts next_token
     next_token: Array  # [B] int32: the corrected token, or the bonus token after a full acceptance
-    path: Array | None = None  # [B, depth] int32: draft indices of the accepted path, for a tree
+    path: Array | None = None  # [B, K] int32: draft indices of the accepted path, for a tree; 0 past num_accepted
 
 
 class Round(NamedTuple):
-    """What happened in one round: for controllers, drafters, streams and traces."""
+    """What happened in one round: for controllers, streams, traces, and loops over `step`."""
 
     tokens: Array  # [B, K+1] int32, emitted tokens, pad -1
     num_emitted: Array  # [B] int32 in 0..K+1; 0 for a row that had ended
     num_accepted: Array  # [B] int32, emitted tokens that were drafted
-    draft_tokens: Array  # [B, K] int32, pad -1
-    draft_lengths: Array  # [B] int32
-    draft_probs: Array  # [B, K] float32, of each draft token under the law it was drawn from; arbitrary past the draft
-    target_log_probs: LogProbs  # [B, K] each, the target's of the draft tokens; arbitrary past the draft
+    draft_tokens: Array  # [B, N] int32, pad -1
+    draft_lengths: Array  # [B] int32 in 0..K: how many of them follow each other at most; of a tree its depth
+    draft_probs: Array  # [B, N] float32, of each draft token where it was drawn; arbitrary past the draft
+    target_log_probs: LogProbs  # [B, N] each, the target's of the draft tokens; arbitrary past the draft
     log_probs: LogProbs  # [B, K+1] each, of the emitted tokens; arbitrary past num_emitted
-    hidden: tuple[Array, ...]  # the target's hidden states of the block [B, K+1, D], per layer the drafter asked for
-    path: Array | None = None  # [B, depth] int32, for a tree
+    at_leaf: Array  # [B] bool: no draft token follows the accepted ones, and what the target adds is a bonus token
+    path: Array | None = None  # [B, K] int32, for a tree
+
+
+def no_state(params: PyTree, batch: int, **sizes: Any) -> PyTree:
+    """`Drafter.init` of a drafter that remembers nothing."""
+    del params, batch, sizes
+    return ()
+
+
+def read_nothing(
+    params: PyTree, state: PyTree, context: Context, tokens: Array, hidden: tuple[Array, ...], keep: Array
+) -> PyTree:
+    """`Drafter.read` of a drafter that looks at `context.rows` only, or at nothing."""
+    del params, context, tokens, hidden, keep
+    return state
 
 
 class Drafter(NamedTuple):
-    """Proposes tokens. `state` is the drafter's own pytree, carried through the loop."""
+    """Proposes tokens. `state` is the drafter's own pytree, carried through the loop; its form never changes.
 
-    init: Callable[..., PyTree]  # (params, context, prompts [B, P], hidden, *, slots, longest) -> state
-    # (params, state, context, plan) -> (draft, state). Not asked in a round for which the controller wants no draft.
+        propose(params, state, context, plan) -> (Draft, state)
+        init(params, batch, *, slots, longest, inputs, learnt) -> state
+        read(params, state, context, tokens, hidden, keep) -> state
+
+    `init` makes the state of rows that hold no text. `slots` is what a cache needs, `longest` is K, `inputs` what an
+    encoder reads or None, `learnt` what an earlier call left or None; take `**_` for what you do not need.
+
+    `read` is how a drafter sees text, all of it, in order: tokens [B, T] int32 that the target has just read, of which
+    the first `keep` [B] are the row's, with the target's hidden states at them, one [B, T, D] for each layer asked for.
+    A call is a chunk of the prompt (T is wide), or a round's accepted tokens (T = K + 1) or a plain round's (T = 1). So
+    between rounds a drafter has read all of a row's text but its last token, which is the next round's root.
+
+    `propose` is not called in rounds for which the controller wants no draft. After it comes `read`, always; its state
+    may have another form in between. No row drafts deeper than `plan.lengths`.
+    """
+
     propose: Callable[..., tuple[Draft, PyTree]]
-    # (params, state, context, round) -> state, as it was before `propose` in form. Called after each draft is settled,
-    # with the context after the round, and after each plain step; where nobody found a draft, after both.
-    commit: Callable[..., PyTree]
+    init: Callable[..., PyTree] = no_state
+    read: Callable[..., PyTree] = read_nothing
     vocab_size: int | None = None  # None where any vocabulary will do
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
+    num_nodes: Callable[[int], int] | None = None  # (K) -> N, of a drafter of trees; None: chains, N = K
+    learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> what outlives a call, `Generation.drafter_state`
 
 
 class Verifier(NamedTuple):
@@ -319,11 +286,34 @@ class Controller(NamedTuple):
         return self.buckets[-1]
 
 
-class Roles(NamedTuple):
+class Setup(NamedTuple):
     """The static half of a generation: hashable, so that jit knows an old program by it."""
 
     model: Model
     drafter: Drafter
     verifier: Verifier
     controller: Controller
+    capacity: int  # C
     processor: Processor | None = None
+
+    @property
+    def longest(self) -> int:
+        """K."""
+        return self.controller.longest
+
+    @property
+    def num_nodes(self) -> int:
+        """N."""
+        return self.longest if self.drafter.num_nodes is None else self.drafter.num_nodes(self.longest)
+
+    @property
+    def slots(self) -> int:
+        """S: a round may write K + 1 slots past the live ones."""
+        return self.capacity + self.longest + 1
+
+
+class Params(NamedTuple):
+    """The parameters of a generation, always arguments."""
+
+    target: PyTree
+    drafter: PyTree = None

@@ -17,7 +17,7 @@ from specjax.types import Draft, Drafter
 PACKAGE = Path(specjax.__file__).resolve().parent
 
 VOCABULARY = {
-    "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding", "stats",
+    "batch", "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding", "stats",
     "status", "traced", "types",
 }  # fmt: skip
 # Lower may not import higher; a module may import its own layer.

@@ -62,8 +62,8 @@ def costs(work: Workload, given: Arguments, rounds: Compiled, plain: Compiled, r
     found = {}
     for share, halvings in HALVINGS.items():
         live = {"batch": _rows_of_a_chip(work), "live": work.capacity / 2**halvings}
-        target = given.roles.model, given.params
-        draft = work.draft.built.model, given.drafter_params
+        target = given.setup.model, given.params.target
+        draft = work.draft.built.model, given.params.drafter
         *drafting, verification = roofline.speculation(*target, *draft, draft_len=work.draft_len, **live)
         least = {"target": least_cycles(work, [verification], rate), "draft": least_cycles(work, drafting, rate)}
         a_step = {"target": least_cycles(work, roofline.step(*target, **live), rate)}

@@ -14,12 +14,14 @@ from specjax import controllers, drafters, verify
 from specjax.aot import hlo
 from specjax.aot.placement import params_on, state_on
 from specjax.aot.shapes import Shaped
-from specjax.decode.api import plain_loop
 from specjax.decode.arguments import Request
-from specjax.decode.state import Roles, open_request, start
+from specjax.decode.by_hand import start_once
+from specjax.decode.plain import plain_setup
+from specjax.decode.start import start
+from specjax.decode.state import Carry, Learnt
 from specjax.decode.stream import dispatch
 from specjax.sharding import Layout
-from specjax.types import Model, PyTree, Sampling
+from specjax.types import Model, Params, Sampling, Setup
 
 # What a part of a round is found by in the compiled program; see `labelled`.
 TARGET, DRAFT, WRITE = "target_forward", "draft_forward", "cache_write"
@@ -63,74 +65,71 @@ class Compiled(NamedTuple):
     lowered: str | None  # StableHLO
 
 
-def labelled(target: Model, draft: Model, draft_len: int) -> Roles:
-    """The roles of a generation by a draft model, rejection and a fixed K; each part says in the HLO whose it is."""
+def labelled(target: Model, draft: Model, draft_len: int, capacity: int) -> Setup:
+    """A generation by a draft model, rejection and a fixed K; each part says in the HLO whose it is."""
 
     def label(model: Model, name: str) -> Model:
         return model._replace(apply=jax.named_scope(name)(model.apply), commit=jax.named_scope(WRITE)(model.commit))
 
     drafter = drafters.draft_model(label(draft, DRAFT))
-    return Roles(label(target, TARGET), drafter, verify.rejection(), controllers.fixed(draft_len))
+    return Setup(label(target, TARGET), drafter, verify.rejection(), controllers.fixed(draft_len), capacity)
 
 
 class Arguments(NamedTuple):
     """Of every program of one workload: shapes with shardings."""
 
-    roles: Roles
-    params: PyTree
-    drafter_params: PyTree
+    setup: Setup
+    params: Params
     request: Request
 
 
 def arguments(work: Workload) -> Arguments:
-    """Made once per workload: roles hash by identity, and a second set would be traced anew."""
-    roles = labelled(work.target.built.model, work.draft.built.model, work.draft_len)
-    params, drafter_params = (params_on(part, work.dtype) for part in (work.target, work.draft))
-    return Arguments(roles, params, drafter_params, _request(work))
+    """Made once per workload: setups hash by identity, and a second set would be traced anew."""
+    setup = labelled(work.target.built.model, work.draft.built.model, work.draft_len, work.capacity)
+    params = Params(*(params_on(part, work.dtype) for part in (work.target, work.draft)))
+    return Arguments(setup, params, _request(work))
 
 
 def compile_prefill(work: Workload, given: Arguments) -> Compiled:
     """Empty caches, the prompts read by both models, the first token."""
-    run = jax.jit(functools.partial(start, given.roles, work.capacity))
-    return compiled("prefill", run.lower(given.params, given.drafter_params, given.request))
+    return compiled("prefill", start_once.lower(given.setup, given.params, given.request, Learnt()))
 
 
-def rounds_state(work: Workload, given: Arguments) -> Any:
-    """Shapes of the state that rounds pass on, with a sharding each."""
-    run = functools.partial(start, given.roles, work.capacity)
-    return state_on(work.layout, jax.eval_shape(run, given.params, given.drafter_params, given.request), work.batch)
+def _carry(work: Workload, setup: Setup, given: Arguments) -> Carry:
+    """Shapes of what rounds pass on, with a sharding each."""
+    shapes = jax.eval_shape(functools.partial(start, setup), given.params, given.request)
+    return state_on(work.layout, shapes, work.batch)
 
 
-def lower_rounds(work: Workload, given: Arguments, state: Any) -> Any:
-    """The loop of speculation rounds, with the state donated: what `stream` and `specjax generate` run."""
-    return dispatch.lower(given.roles, work.capacity, _ROUNDS_PER_DISPATCH, given.params, given.drafter_params, state)
+def rounds_state(work: Workload, given: Arguments) -> Carry:
+    """Shapes of what rounds of speculation pass on."""
+    return _carry(work, given.setup, given)
+
+
+def lower_rounds(given: Arguments, carry: Carry) -> Any:
+    """The loop of speculation rounds, with the carry donated: what `stream` and `specjax generate` run."""
+    return dispatch.lower(given.setup, _ROUNDS_PER_DISPATCH, given.params, carry)
 
 
 def compile_rounds(work: Workload, given: Arguments) -> Compiled:
     """The same, compiled."""
-    return compiled("rounds", lower_rounds(work, given, rounds_state(work, given)))
+    return compiled("rounds", lower_rounds(given, rounds_state(work, given)))
 
 
 def compile_plain(work: Workload, given: Arguments) -> Compiled:
-    """The autoregressive loop, with its state donated."""
-    model = given.roles.model
-
-    def opened(params, request):
-        slots = work.capacity + 1
-        return open_request(model, request, slots), model.init_cache(params, work.batch, slots)
-
-    state = state_on(work.layout, jax.eval_shape(opened, given.params, given.request), work.batch)
-    run = jax.jit(functools.partial(plain_loop, model, None, work.capacity), donate_argnums=1)
-    return compiled("plain", run.lower(given.params, state))
+    """The autoregressive loop, with its carry donated."""
+    setup = plain_setup(given.setup.model, work.capacity)
+    carry = _carry(work, setup, given)
+    return compiled("plain", dispatch.lower(setup, _ROUNDS_PER_DISPATCH, given.params._replace(drafter=None), carry))
 
 
 def compile_forward(work: Workload, given: Arguments, tokens: int) -> Compiled:
     """One target pass over `tokens` tokens a row, the cache only read: no sampling, no write."""
-    model = given.roles.model
+    model = given.setup.model
     slots = work.capacity + work.draft_len + 1
     cache = state_on(
         work.layout,
-        jax.eval_shape(lambda params: model.init_cache(params, work.batch, slots), given.params),
+        jax.eval_shape(lambda params: model.init_cache(params, work.batch, slots), given.params.target),
         work.batch,
     )
     ids = state_on(work.layout, jax.ShapeDtypeStruct((work.batch, tokens), jnp.int32), work.batch)
@@ -138,7 +137,7 @@ def compile_forward(work: Workload, given: Arguments, tokens: int) -> Compiled:
     def run(params, ids, cache):
         return model.apply(params, ids, cache, model.init_block(params, work.batch, tokens)).logits
 
-    return compiled(f"forward of {tokens}", jax.jit(run).lower(given.params, ids, cache))
+    return compiled(f"forward of {tokens}", jax.jit(run).lower(given.params.target, ids, cache))
 
 
 def compiled(name: str, lowered: Any) -> Compiled:

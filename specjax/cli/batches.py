@@ -14,10 +14,10 @@ import numpy as np
 from specjax import drafters, text, verify
 from specjax.cli.choose_controller import Policy
 from specjax.cli.load_pair import Pair
+from specjax.decode import plain
 from specjax.decode.api import autoregressive, generate
 from specjax.decode.stream import Chunk, stream
 from specjax.detokenize.pieces import codec
-from specjax.drafters import no_draft
 from specjax.types import Controller, Generation, Sampling
 from specjax.viewer import trace
 from specjax.viewer.trace import TracedRow
@@ -108,7 +108,7 @@ class Batch:
     def _roles(self) -> tuple[Any, ...]:
         target, draft = self.pair.target, self.pair.draft
         if draft is None:
-            return target.model, target.params, no_draft.DRAFTER, (), *self.prompts
+            return target.model, target.params, plain.DRAFTER, (), *self.prompts
         return target.model, target.params, drafters.draft_model(draft.model), draft.params, *self.prompts
 
     def _adaptively(self, limit: int) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from specjax import controllers, drafters
 from specjax.cli.load_pair import Pair
 from specjax.costs import Profile
-from specjax.drafters import no_draft
+from specjax.decode import plain
 from specjax.profiling.measure import profile
 from specjax.types import Controller, Sampling, Verifier
 
@@ -58,7 +58,7 @@ def choose(
     if pair.draft is None:
         if policy is not Policy.fixed:
             raise ValueError(f"--controller {policy} chooses how many tokens to draft: it needs a --draft model.")
-        return Chosen(no_draft.CONTROLLER, None)
+        return Chosen(plain.CONTROLLER, None)
     if policy is Policy.fixed:
         return Chosen(controllers.fixed(draft_len), None)
     if policy is Policy.confidence:

@@ -14,16 +14,16 @@ import jax.numpy as jnp
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, integers, logs, verify
-from specjax.decode import arguments, parts
+from specjax import integers, logs
+from specjax.decode import arguments, plain
 from specjax.decode.arguments import Request
+from specjax.decode.call import prepare
 from specjax.decode.calls import names_sampling, without_gradient
 from specjax.decode.loop import run
-from specjax.decode.plain import first_token, step
-from specjax.decode.prefill import prefill
-from specjax.decode.state import State, open_request, start
+from specjax.decode.start import start
+from specjax.decode.state import Carry, Learnt
 from specjax.rows import is_active
-from specjax.sharding import Layout, constrain, globally
+from specjax.sharding import constrain
 from specjax.types import (
     Array,
     Controller,
@@ -31,12 +31,12 @@ from specjax.types import (
     Generation,
     LogProbs,
     Model,
+    Params,
     Processor,
     PyTree,
-    Roles,
     Rows,
     Sampling,
-    Stats,
+    Setup,
     Status,
     Verifier,
 )
@@ -58,9 +58,11 @@ def generate(
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
+    drafter_state: PyTree | None = None,
     max_draft_len: ArrayLike | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     capacity: int | None = None,
     pad_token: int = 0,
     rounds_per_test: int = 1,
@@ -86,10 +88,12 @@ def generate(
       verifier: default `verify.rejection()`, exact at every temperature.
       controller: how many tokens to draft; default `controllers.fixed(5)`.
       controller_state: from an earlier Generation, to go on from what was learnt.
+      drafter_state: likewise, of a drafter that learns.
       max_draft_len: int32 scalar or [B]: the most tokens to draft for a row in a round, whatever the controller says; 0
         switches speculation off for the row. None is no limit.
       stop_tokens: ids that end a row, [n] or [B, n], pad -1. The stop token is emitted.
       seeds: [B] int32, default 0..B-1. A row's output depends on its seed, not on its place in the batch.
+      inputs: what the encoder of an encoder-decoder reads: a pytree of arrays [B, ...], as its Model says.
       capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens), at most the
         model's positions. Keep it the same from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
@@ -115,20 +119,16 @@ def generate(
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
-    parts.kinds(model, drafter, verifier, controller)
-    parts.processor(processor)
     arguments.pad_token(pad_token)
-    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
-    request = arguments.request(
-        model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
-        max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
-    )  # fmt: skip
-    parts.fit(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
     integers.static(rounds_per_test, "rounds_per_test")
-    parts.controller_state(roles.controller, controller_state, request)
-    arrays = globally(model.layout, request.arrays)
-    program = functools.partial(_generate, roles, request.capacity, rounds_per_test)
-    return without_gradient(program, params, drafter_params, arrays, controller_state, pad_token)
+    call = prepare(
+        model, params, drafter, drafter_params, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
+        sampling=sampling, processor=processor, verifier=verifier, controller=controller,
+        controller_state=controller_state, drafter_state=drafter_state, max_draft_len=max_draft_len,
+        stop_tokens=stop_tokens, seeds=seeds, inputs=inputs, capacity=capacity,
+    )  # fmt: skip
+    program = functools.partial(_generate, call.setup, rounds_per_test)
+    return without_gradient(program, call.params, call.request, call.learnt, pad_token)
 
 
 @names_sampling
@@ -144,6 +144,7 @@ def autoregressive(
     processor: Processor | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     capacity: int | None = None,
     pad_token: int = 0,
     rounds_per_test: int = 1,
@@ -152,92 +153,46 @@ def autoregressive(
 
     Arguments, result and errors as for `generate`, less what concerns the drafter.
     """
-    parts.kinds(model)
-    parts.processor(processor)
     arguments.pad_token(pad_token)
-    request = arguments.request(
-        model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
-        stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
-    )  # fmt: skip
     integers.static(rounds_per_test, "rounds_per_test")
-    arrays = globally(model.layout, request.arrays)
-    program = functools.partial(_autoregressive, model, processor, request.capacity, rounds_per_test)
-    return without_gradient(program, params, arrays, pad_token)
+    call = prepare(
+        model, params, plain.DRAFTER, None, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
+        sampling=sampling, processor=processor, controller=plain.CONTROLLER, stop_tokens=stop_tokens, seeds=seeds,
+        inputs=inputs, capacity=capacity,
+    )  # fmt: skip
+    program = functools.partial(_generate, call.setup, rounds_per_test)
+    return without_gradient(program, call.params, call.request, call.learnt, pad_token)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _generate(
-    roles: Roles, capacity, rounds_per_test, params, drafter_params, request, controller_state, pad_token
+    setup: Setup, rounds_per_test: int, params: Params, request: Request, learnt: Learnt, pad_token: Array
 ) -> Generation:
     batch, width = request.prompts.shape
-    longest = roles.controller.longest
-    logs.tracing("generate", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
-    state = start(roles, capacity, params, drafter_params, request, controller_state)
-
-    state = _rounds(roles, capacity, params, drafter_params, state, rounds_per_test)
-    return _result(state.rows, capacity, pad_token, state.stats, state.controller_state, roles.model.layout)
+    program = "generate" if setup.longest else "autoregressive"
+    logs.tracing(program, rows=batch, prompt_width=width, capacity=setup.capacity, draft_len=setup.longest)
+    carry = _until_done(setup, params, start(setup, params, request, learnt), rounds_per_test)
+    return result(setup, carry, pad_token)
 
 
-def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, rounds_per_test: int) -> State:
-    given = (roles, capacity, params, drafter_params)
+def _until_done(setup: Setup, params: Params, carry: Carry, rounds_per_test: int) -> Carry:
+    def has_active(rows: Rows) -> Array:
+        return jnp.any(is_active(rows))
+
     if rounds_per_test == 1:
-        return run(*given, state, (), lambda kept, took_part, info: kept, lambda rows, kept: _has_active(rows))[0]
+        keep_none, until_done = lambda record, took_part, info: record, lambda rows, record: has_active(rows)
+        return run(setup, params, carry, (), keep_none, until_done)[0]
 
-    def several(state: State) -> State:
-        done, note = jnp.int32(0), lambda done, took_part, info: done + 1
-        return run(*given, state, done, note, lambda rows, done: done < rounds_per_test)[0]
+    def several(carry: Carry) -> Carry:
+        count, so_many = lambda done, took_part, info: done + 1, lambda rows, done: done < rounds_per_test
+        return run(setup, params, carry, jnp.int32(0), count, so_many)[0]
 
-    return lax.while_loop(lambda state: _has_active(state.rows), several, state)
-
-
-def _has_active(rows: Rows) -> Array:
-    return jnp.any(is_active(rows))
+    return lax.while_loop(lambda carry: has_active(carry.rows), several, carry)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _autoregressive(
-    model: Model, processor, capacity, rounds_per_test, params, request: Request, pad_token
-) -> Generation:
-    batch, width = request.prompts.shape
-    logs.tracing("autoregressive", rows=batch, prompt_width=width, capacity=capacity)
-    rows = open_request(model, request, capacity + 1)
-    cache = model.init_cache(params, batch, capacity + 1)
-    prompt = prefill(model, params, rows.tokens[:, :width], rows.lengths, cache)
-    rows = first_token(model, processor, rows, prompt.logits, capacity)
-
-    carry = (rows, prompt.cache)
-    rows, _ = plain_loop(model, processor, capacity, params, carry, rounds_per_test)
-    nothing, none = jnp.zeros((batch, 0), jnp.int32), jnp.zeros((batch,), jnp.int32)
-    emitted = jnp.maximum(rows.lengths - rows.prompt_lengths - 1, 0)
-    stats = Stats(rows.rounds, emitted, nothing, nothing, nothing, rows.rounds[:, None], none, none)
-    return _result(rows, capacity, pad_token, stats, (), model.layout)
-
-
-def plain_loop(
-    model: Model,
-    processor: Processor | None,
-    capacity: int,
-    params: PyTree,
-    carry: tuple[Rows, PyTree],
-    rounds_per_test: int = 1,
-) -> tuple[Rows, PyTree]:
-    """One token per target pass, from rows and the cache that holds all their tokens but the last, until all end."""
-
-    def one(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        rows, cache = step(model, processor, capacity, params, *carry)
-        return constrain(model.layout, rows, "rows"), cache
-
-    def several(carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        if rounds_per_test == 1:
-            return one(carry)
-        return lax.fori_loop(0, rounds_per_test, lambda _, carry: one(carry), carry)
-
-    return lax.while_loop(lambda carry: _has_active(carry[0]), several, carry)
-
-
-def _result(
-    rows: Rows, capacity: int, pad_token, stats: Stats, controller_state: PyTree, layout: Layout | None
-) -> Generation:
+def result(setup: Setup, carry: Carry, pad_token: Array | int) -> Generation:
+    """What the rows hold now."""
+    rows, capacity = carry.rows, setup.capacity
     # A bad prompt has generated nothing; its length is kept inside the buffer, whatever the caller passed.
     is_bad = rows.status == Status.BAD_PROMPT
     prompt_lengths = jnp.where(is_bad, rows.lengths, rows.prompt_lengths)
@@ -245,5 +200,9 @@ def _result(
     tokens = jnp.where(is_text, rows.tokens[:, :capacity], pad_token)
     is_new = is_text & (jnp.arange(capacity)[None] >= prompt_lengths[:, None])
     scored = LogProbs(*(jnp.where(is_new, x[:, :capacity], 0.0) for x in rows.log_probs))
-    out = Generation(tokens, rows.lengths, prompt_lengths, rows.status, scored, stats, controller_state)
-    return constrain(layout, out)  # whole on every device, so that each process of a pod can read it
+    learns = setup.drafter.learnt
+    out = Generation(
+        tokens, rows.lengths, prompt_lengths, rows.status, scored, carry.stats, carry.controller_state,
+        () if learns is None else learns(carry.drafter_state),
+    )  # fmt: skip
+    return constrain(setup.model.layout, out)  # whole on every device, so that each process of a pod can read it

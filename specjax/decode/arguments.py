@@ -17,7 +17,7 @@ from specjax import integers
 from specjax.noise import IMPLEMENTATION
 from specjax.sharding import check_batch
 from specjax.traced import known
-from specjax.types import Array, Model, Sampling
+from specjax.types import Array, Model, PyTree, Sampling
 
 _log = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ class Request(NamedTuple):
     sampling: Sampling
     stop_tokens: Array  # [B, n] int32
     seeds: Array  # [B] int32
+    inputs: PyTree = None  # [B, ...] each, what an encoder reads
 
 
 class Checked(NamedTuple):
@@ -57,6 +58,7 @@ def request(
     seeds: Any,
     capacity: int | None,
     max_draft_len: Any = None,
+    inputs: PyTree = None,
 ) -> Checked:
     """Checks and normalises the arguments that `generate`, `autoregressive` and `stream` share."""
     if jnp.result_type(float) == jnp.float64:
@@ -98,8 +100,22 @@ def request(
         sampling=_sampling(sampling, batch, model.vocab_size),
         stop_tokens=stops,
         seeds=jnp.asarray(integers.exact(seeds, "seeds")),
+        inputs=_inputs(model, inputs, batch),
     )
     return Checked(arrays, capacity)
+
+
+def _inputs(model: Model, inputs: PyTree, batch: int) -> PyTree:
+    if model.takes_inputs and inputs is None:
+        raise ValueError("this model reads inputs, as encoder-decoders do: pass inputs=, a pytree of arrays [B, ...].")
+    if inputs is not None and not model.takes_inputs:
+        raise ValueError("this model takes no inputs (its Model says takes_inputs=False): leave inputs out.")
+    inputs = jax.tree.map(jnp.asarray, inputs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(inputs):
+        if leaf.ndim == 0 or leaf.shape[0] != batch:
+            name = f"inputs{jax.tree_util.keystr(path)}"
+            raise ValueError(f"{name} must have shape [B, ...] with B = {batch}, got {leaf.shape}: one entry per row.")
+    return inputs
 
 
 def pad_token(token: Any) -> None:

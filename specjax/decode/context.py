@@ -8,7 +8,7 @@ from jax.tree_util import Partial
 from specjax import noise
 from specjax.noise import Role
 from specjax.sampling import processing
-from specjax.types import Array, Context, Processor, PyTree, Roles, Rows
+from specjax.types import Array, Context, Params, Processor, PyTree, Rows, Setup
 
 
 def make_context(
@@ -18,10 +18,12 @@ def make_context(
     vocab_size: int,
     processor: Processor | None = None,
     coupled: bool = False,
+    target_params: PyTree = None,
 ) -> Context:
     """The context of these rows; `coupled` as the verifier asks for (see `types.Verifier`)."""
     draft_keys = Partial(_coupled_keys if coupled else _own_keys, rows)
-    return Context(rows, target_cache, processing(rows, processor, vocab_size), draft_keys, vocab_size)
+    process = processing(rows, processor, vocab_size)
+    return Context(rows, target_params, target_cache, process, draft_keys, vocab_size)
 
 
 def _own_keys(rows: Rows, step: Array | int) -> Array:
@@ -33,12 +35,13 @@ def _coupled_keys(rows: Rows, step: Array | int) -> Array:
     return noise.derive(rows.keys, Role.TARGET, rows.lengths + step)
 
 
-def context_of(roles: Roles, rows: Rows, target_cache: PyTree) -> Context:
+def context_of(setup: Setup, params: Params, rows: Rows, target_cache: PyTree) -> Context:
     """What the drafter and the verifier of a generation see of these rows."""
     return make_context(
         rows,
         target_cache,
-        vocab_size=roles.model.vocab_size,
-        processor=roles.processor,
-        coupled=roles.verifier.coupled,
+        vocab_size=setup.model.vocab_size,
+        processor=setup.processor,
+        coupled=setup.verifier.coupled,
+        target_params=params.target,
     )

@@ -1,4 +1,4 @@
-"""The speculation loop: rounds with a draft and plain decoding steps, as the controller decides, in one program."""
+"""The loop: rounds with a draft and plain rounds, as the controller decides, in one program."""
 
 from __future__ import annotations
 
@@ -9,102 +9,64 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.decode import parts
-from specjax.decode.context import context_of
-from specjax.decode.round import Settled, settle, settle_plainly, widened
-from specjax.decode.run_if import at_most_once, zeros_like
-from specjax.decode.state import State, at_the_narrowest, count, draft_lengths, moved, plan_of
-from specjax.rows import is_active
-from specjax.types import Array, PyTree, Roles, Round, Rows
+from specjax.decode.round import Propose, draft, draft_nothing, play_round
+from specjax.decode.run_if import run_if
+from specjax.decode.state import Carry
+from specjax.decode.widths import empty_round
+from specjax.types import Array, Params, PyTree, Round, Rows, Setup
 
-# What to keep of a round: (kept so far, [B] bool whether a row took part, Round) -> kept.
-Note = Callable[[Any, Array, Round], Any]
-# Whether there is another round: (rows, kept so far) -> [] bool.
-GoesOn = Callable[[Rows, Any], Array]
+# What to record of a round: (record so far, [B] bool whether a row took part, Round) -> record.
+RecordFn = Callable[[Any, Array, Round], Any]
+# Whether there is another round: (rows, record so far) -> [] bool.
+ContinueFn = Callable[[Rows, Any], Array]
 
 
-class _Carry(NamedTuple):
-    state: State
-    lengths: Array  # [B] int32, tokens to draft for each row in the next round
-    kept: PyTree
+class _Run(NamedTuple):
+    carry: Carry
+    record: PyTree
 
 
 def run(
-    roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State, kept: PyTree, note: Note,
-    goes_on: GoesOn,
-) -> tuple[State, PyTree]:  # fmt: skip
-    """Rounds for as long as `goes_on` says: draft, verify in one target pass, accept, commit.
+    setup: Setup, params: Params, carry: Carry, record: PyTree, record_fn: RecordFn, continue_fn: ContinueFn
+) -> tuple[Carry, PyTree]:
+    """Rounds for as long as `continue_fn` says.
 
-    Where nobody has a draft the round is a plain decoding step, if the controller's buckets begin with 0. Such rounds
-    have a loop of their own inside the other, so that one after the other costs what plain decoding costs: what is for
-    drafts lies outside of it, and on a GPU, where the host waits for each loop's condition, some 20 us, there is one.
-
-    Rows that have ended stay as they are.
+    Where nobody has a draft the round is a plain one, if the controller's buckets begin with 0. Plain rounds have a
+    loop of their own inside the other, so that one after the other costs what plain decoding costs: what is for drafts
+    lies outside of it, and on a GPU, where the host waits for each loop's condition, some 20 us, there is one.
     """
-    drafter, controller = roles.drafter, roles.controller
-    given = (roles, capacity, params, drafter_params, state)
-    nothing: Any = nothing_of(*given) if len(controller.buckets) > 1 else None  # traces a draft and a pass
 
-    def after(carry: _Carry, rows: Rows, drafter_state: PyTree, settled: Settled, happened: Array | bool) -> _Carry:
-        before, info = carry.state, settled.info
-        took_part = is_active(before.rows)
-        # For drafters that read them; others leave them out of the program.
-        context = context_of(roles, rows, settled.cache)
-        learnt = controller.update(before.controller_state, info)
-        parts.updated(before.controller_state, learnt)
-        then = (learnt, count(before.stats, info, took_part), note(carry.kept, took_part, info))
-        if happened is not True:
-            now = (before.controller_state, before.stats, carry.kept)
-            then = jax.tree.map(lambda new, old: jnp.where(happened, new, old), then, now)
-        learnt, stats, kept = then
-        drafter_state = drafter.commit(drafter_params, drafter_state, context, info)
-        # The turn after a draft of nothing is a plain step.
-        lengths = jnp.where(happened, draft_lengths(controller, learnt, rows), 0)
-        return _Carry(State(rows, settled.cache, drafter_state, learnt, stats), lengths, kept)
+    def round_with(propose: Propose) -> Callable[[_Run], _Run]:
+        def body(so_far: _Run) -> _Run:
+            played = play_round(setup, params, so_far.carry, propose)
+            record = record_fn(so_far.record, played.took_part, played.round)
+            if played.happened is not True:
+                record = jax.tree.map(lambda new, old: jnp.where(played.happened, new, old), record, so_far.record)
+            return _Run(played.carry, record)
 
-    def drafting(carry: _Carry) -> _Carry:
-        state, plan = carry.state, plan_of(controller, carry.state.controller_state, carry.lengths)
-        context = context_of(roles, state.rows, state.target_cache)
-        draft, drafter_state = drafter.propose(drafter_params, state.drafter_state, context, plan)
-        found = Settled(state.target_cache, state.rows.status, nothing)
-        settled, happened = at_the_narrowest(roles, capacity, params, state.rows, found, draft)
-        return after(carry, moved(roles, state.rows, settled), drafter_state, settled, happened)
+        return body
 
-    def plainly(carry: _Carry) -> _Carry:
-        state = carry.state
-        settled = settle_plainly(roles, capacity, params, state.rows, state.target_cache)
-        rows = moved(roles, state.rows, settled)  # by one token: as wide as a draft's, it would cost as much
-        return after(carry, rows, state.drafter_state, widened(settled, nothing), True)
+    plainly, drafting = round_with(draft_nothing), round_with(draft)
 
-    def has_next(carry: _Carry) -> Array:
-        return goes_on(carry.state.rows, carry.kept)
+    def has_next(so_far: _Run) -> Array:
+        return continue_fn(so_far.carry.rows, so_far.record)
 
-    def turns(carry: _Carry) -> _Carry:
-        carry = lax.while_loop(lambda carry: has_next(carry) & (jnp.max(carry.lengths) == 0), plainly, carry)
-        return at_most_once(has_next(carry), drafting, carry)
+    def both(so_far: _Run) -> _Run:
+        so_far = lax.while_loop(lambda x: has_next(x) & (jnp.max(x.carry.draft_lengths) == 0), plainly, so_far)
+        return run_if(has_next(so_far), drafting, so_far)
 
-    carry = _Carry(state, draft_lengths(controller, state.controller_state, state.rows), kept)
-    carry = lax.while_loop(has_next, turns if min(controller.buckets) == 0 else drafting, carry)
-    return carry.state, carry.kept
+    has_plain_rounds = min(setup.controller.buckets) == 0
+    turn = plainly if setup.longest == 0 else both if has_plain_rounds else drafting
+    end = lax.while_loop(has_next, turn, _Run(carry, record))
+    return end.carry, end.record
 
 
-def speculate(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> tuple[State, Round]:
-    """One round."""
-    kept = (jnp.bool_(False), nothing_of(roles, capacity, params, drafter_params, state))
-    state, (_, info) = run(
-        roles, capacity, params, drafter_params, state, kept, lambda kept, took_part, info: (jnp.bool_(True), info),
-        lambda rows, kept: ~kept[0],
+def one_round(setup: Setup, params: Params, carry: Carry) -> tuple[Carry, Round]:
+    """One round, with a draft or plain. Where nobody found a draft, the plain round after it."""
+    record = (jnp.bool_(False), empty_round(setup, carry.rows.lengths.shape[0]))
+    carry, (_, info) = run(
+        setup, params, carry, record,
+        record_fn=lambda so_far, took_part, info: (jnp.bool_(True), info),
+        continue_fn=lambda rows, so_far: ~so_far[0],
     )  # fmt: skip
-    return state, info
-
-
-def nothing_of(roles: Roles, capacity: int, params: PyTree, drafter_params: PyTree, state: State) -> Round:
-    """A round at the widest in which nothing happened."""
-
-    def widest(state: State) -> Round:
-        plan = plan_of(roles.controller, state.controller_state, jnp.zeros_like(state.rows.lengths))
-        context = context_of(roles, state.rows, state.target_cache)
-        draft, _ = roles.drafter.propose(drafter_params, state.drafter_state, context, plan)
-        return settle(roles, capacity, draft.tokens.shape[1], params, state.rows, state.target_cache, draft).info
-
-    return zeros_like(widest, state)
+    return carry, info

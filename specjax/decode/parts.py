@@ -10,7 +10,12 @@ import jax
 from specjax.controllers.buckets import MOST
 from specjax.decode.arguments import Checked
 from specjax.traced import known
-from specjax.types import Controller, Drafter, Model, Sampling, Verifier
+from specjax.types import Controller, Draft, Drafter, Model, Sampling, Setup, Verifier
+
+_NO_TREES = (
+    "this drafter makes trees, and this target reads chains only (its Model says trees=False): use a drafter of "
+    "chains, such as drafters.draft_model(...)."
+)
 
 
 def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
@@ -44,10 +49,10 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
 def _buckets(buckets: Any) -> None:
     is_whole = isinstance(buckets, tuple) and all(isinstance(size, int) for size in buckets)
     ascends = is_whole and list(buckets) == sorted(set(buckets)) and buckets
-    if not ascends or buckets[0] < 0 or not 1 <= buckets[-1] <= MOST:
+    if not ascends or buckets[0] < 0 or buckets[-1] > MOST:
         raise ValueError(
             "a Controller's buckets must be a tuple of whole numbers that ascend, as in (0, 2, 5); the last is K, in "
-            f"1..{MOST}; got {buckets!r}."
+            f"0..{MOST} (0 never drafts); got {buckets!r}."
         )
 
 
@@ -59,6 +64,22 @@ def draft_lengths(lengths: Any, batch: int) -> None:
             f"a Controller's draft_len must return int32 {list(wanted)}, one number a row; got {given.dtype} "
             f"{list(given.shape)}."
         )
+
+
+def draft(setup: Setup, made: Any) -> None:
+    """Checks, while tracing, that a draft is what its drafter says that it makes."""
+    if not isinstance(made, Draft):
+        raise ValueError(f"a Drafter's propose must return (Draft, state), got a {type(made).__name__} for the draft.")
+    places, wanted = made.tokens.shape[1], setup.num_nodes
+    if places != wanted:
+        what = "longest draft K" if setup.drafter.num_nodes is None else "num_nodes(K)"
+        raise ValueError(
+            f"the drafter's tokens must be int32 [B, N] with N = {wanted}, its {what}; got {places} of a row."
+        )
+    if made.parents is not None and not setup.model.trees:
+        raise ValueError(_NO_TREES)
+    if made.probs_at is not None and made.parents is None:
+        raise ValueError("a Draft with probs_at needs parents: tokens of a chain have a distribution each.")
 
 
 def updated(before: Any, after: Any) -> None:
@@ -103,13 +124,16 @@ def processor(rule: Any) -> None:
         ) from None
 
 
-def fit(model: Model, drafter: Drafter, verifier: Verifier, sampling: Sampling) -> None:
+def fit(setup: Setup, sampling: Sampling) -> None:
     """Checks that the parts of a generation fit each other."""
+    model, drafter, verifier = setup.model, setup.drafter, setup.verifier
     if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
         raise ValueError(
             f"draft and target vocabularies differ: the drafter has {drafter.vocab_size} ids, the target "
             f"{model.vocab_size}. Use a draft model trained with the target's tokenizer."
         )
+    if drafter.num_nodes is not None and not model.trees:
+        raise ValueError(_NO_TREES)
     if drafter.hidden_layers and not model.hidden:
         raise ValueError(
             f"this drafter reads the target's hidden states of layers {drafter.hidden_layers}, and this target gives "

@@ -1,16 +1,20 @@
-"""The prompt: read in chunks, so that memory follows the chunk and not the square of the prompt."""
+"""Long texts: read in chunks, so that memory follows the chunk and not the square of the text."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from specjax.cache import after
-from specjax.types import Array, Model, PyTree
+from specjax.types import Array, Extended, Model, PyTree
 
 CHUNK = 512
+
+# Told of each chunk: (state, tokens [B, T], hidden [B, T, D] per layer, keep [B], the target's cache) -> state.
+Read = Callable[[PyTree, Array, tuple[Array, ...], Array, PyTree], PyTree]
 
 
 class Prefilled(NamedTuple):
@@ -18,7 +22,26 @@ class Prefilled(NamedTuple):
 
     cache: PyTree
     logits: Array  # [B, V] float32 after the last prompt token
-    hidden: tuple[Array, ...]  # [B, P, D] per layer asked for
+    state: PyTree  # what `read` made of the chunks
+
+
+def extend(
+    model: Model,
+    params: PyTree,
+    tokens: Array,
+    cache: PyTree,
+    keep: Array,
+    *,
+    logits_at: Array,
+    hidden_layers: tuple[int, ...] = (),
+) -> Extended:
+    """Reads tokens [B, T] into the cache, of which the first `keep` [B] stay; see `types.Extend`."""
+    if model.extend is not None:
+        return model.extend(params, tokens, cache, keep, logits_at=logits_at, hidden_layers=hidden_layers)
+    block = model.init_block(params, *tokens.shape)
+    out = model.apply(params, tokens, cache, block, logits_at=logits_at, hidden_layers=hidden_layers)
+    keep = after(keep, jnp.argmax(out.logits[:, 0], -1))
+    return Extended(model.commit(cache, out.block, keep, None), out.logits, out.hidden)
 
 
 def prefill(
@@ -27,40 +50,33 @@ def prefill(
     prompts: Array,
     lengths: Array,
     cache: PyTree,
+    *,
     hidden_layers: tuple[int, ...] = (),
+    read: Read = lambda state, *chunk: state,
+    state: PyTree = (),
 ) -> Prefilled:
-    """Commits the first `lengths` [B] tokens of the right-padded `prompts` [B, P] to an empty cache.
+    """Reads the first `lengths` [B] tokens of the right-padded `prompts` [B, P] into an empty cache.
 
-    Lengths of 0 are allowed and commit nothing; that row's logits mean nothing then.
+    Lengths of 0 are allowed and keep nothing; that row's logits mean nothing then.
     """
-    batch, width = prompts.shape
+    width = prompts.shape[1]
     chunk = min(width, CHUNK)
     num_chunks = -(-width // chunk)
     # The first chunk takes what full ones leave over, so that the last ends with the prompts: a commit writes its whole
     # block, and a cache need not have room for more than the prompts.
     first = width - (num_chunks - 1) * chunk
 
-    def read(start, size: int, cache: PyTree) -> tuple[PyTree, Array, tuple[Array, ...]]:
+    def one(start: Array | int, size: int, cache: PyTree, state: PyTree) -> Prefilled:
         tokens = lax.dynamic_slice_in_dim(prompts, start, size, 1)
-        last = jnp.clip(lengths - 1 - start, 0, size - 1)[:, None]
-        block = model.init_block(params, batch, size)
-        out = model.apply(params, tokens, cache, block, logits_at=last, hidden_layers=hidden_layers)
-        keep = after(jnp.clip(lengths - start, 0, size), jnp.argmax(out.logits[:, 0], -1))
-        return model.commit(cache, out.block, keep, None), out.logits[:, 0], out.hidden
+        last, keep = jnp.clip(lengths - 1 - start, 0, size - 1)[:, None], jnp.clip(lengths - start, 0, size)
+        out = extend(model, params, tokens, cache, keep, logits_at=last, hidden_layers=hidden_layers)
+        return Prefilled(out.cache, out.logits[:, 0], read(state, tokens, out.hidden, keep, out.cache))
 
-    cache, logits, hidden = read(0, first, cache)
-    if num_chunks == 1:
-        return Prefilled(cache, logits, hidden)
-
-    def step(carry, start):
-        cache, logits = carry
-        cache, chunk_logits, hidden = read(start, chunk, cache)
+    def turn(index: Array, done: Prefilled) -> Prefilled:
+        start = first + chunk * index
+        found = one(start, chunk, done.cache, done.state)
         reaches = lengths > start  # the last chunk that a row reaches holds its end
-        return (cache, jnp.where(reaches[:, None], chunk_logits, logits)), hidden
+        return found._replace(logits=jnp.where(reaches[:, None], found.logits, done.logits))
 
-    (cache, logits), more = lax.scan(step, (cache, logits), first + chunk * jnp.arange(num_chunks - 1))
-    hidden = tuple(
-        jnp.concatenate([start, jnp.moveaxis(rest, 0, 1).reshape(batch, -1, start.shape[-1])], 1)
-        for start, rest in zip(hidden, more, strict=True)
-    )
-    return Prefilled(cache, logits, hidden)
+    done = one(0, first, cache, state)
+    return done if num_chunks == 1 else lax.fori_loop(0, num_chunks - 1, turn, done)

@@ -1,11 +1,12 @@
-"""The target's half of a round, at one static width: its pass over the draft, the verdict, the commit.
+"""One round, top to bottom: plan, draft, score, verify, emit, commit.
 
-A round is compiled at a few widths (`Controller.buckets`) and takes the narrowest that holds its drafts, so that a
-shorter draft costs less. What each gives back is padded to the widest.
+The block of a round is the root, which is the row's last token, and the draft behind it. W is the draft's width in this
+program: N, less where a narrower width holds the draft, 0 in a plain round.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -13,112 +14,205 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax import noise, tree
-from specjax.decode import log_probs, plain
+from specjax.decode import log_probs, parts
+from specjax.decode.advance import Played, advance, append_emitted
 from specjax.decode.context import context_of
-from specjax.decode.plain import fault_of
+from specjax.decode.run_if import zeros_like
+from specjax.decode.state import Carry
+from specjax.decode.widths import RoundResult, at_narrowest_width, empty_round
 from specjax.noise import Role
+from specjax.processors import without_padding
 from specjax.rows import decide, is_active, last_tokens
 from specjax.sampling import sample
 from specjax.sharding import constrain
-from specjax.types import Array, Draft, LogProbs, PyTree, Roles, Round, Rows, Status, Target
-from specjax.verify.prefix import at_tokens, num_leading
+from specjax.types import (
+    Array,
+    Context,
+    Draft,
+    DraftPlan,
+    LogProbs,
+    Params,
+    PyTree,
+    Round,
+    Rows,
+    Setup,
+    Status,
+    Target,
+    Verdict,
+)
+from specjax.verify.prefix import at_tokens, by_token, num_leading
+
+# How a round makes its draft: (setup, params, carry, plan) -> (Draft, the drafter's state).
+Propose = Callable[[Setup, Params, Carry, DraftPlan], tuple[Draft, PyTree]]
 
 
-class Settled(NamedTuple):
-    """What the target made of a draft; the rows are as they were."""
+def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> Played:
+    """One round of all rows that are active; rows that have ended stay as they are.
 
-    cache: PyTree  # the target's
-    status: Array  # [B] int32, of each row after the round
-    info: Round
+    `propose` is `draft` in a round that drafts and `draft_nothing` in a plain round; all else is the same.
+    """
+    # plan: how many tokens each row drafts, [B] in 0..K
+    plan = plan_round(setup, carry)
+
+    # draft: tokens [B, N], and the probabilities that they were drawn from, [B, N, V]
+    drafted, drafter_state = propose(setup, params, carry, plan)
+
+    def judge(before: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
+        context = context_of(setup, params, rows, before.cache)
+
+        # score: one target pass over root and draft, logits [B, W+1, V]
+        scores = score(setup, params, context, draft)
+
+        # verify: how much stays, num_accepted [B], and the token after it, next_token [B]
+        verdict = verify(setup, context, draft, scores)
+
+        # emit: what each row gains, tokens [B, W+1] and status [B], after faults, stop tokens and limits
+        emitted = emit(setup, rows, draft, scores, verdict)
+
+        # commit: the target's cache keeps the root and the accepted path
+        return commit(setup, before.cache, scores, emitted)
+
+    # score to commit, compiled at a few widths W: the narrowest that holds the draft runs
+    result, happened = at_narrowest_width(setup, judge, _nothing_yet(setup, params, carry), carry.rows, drafted)
+
+    # rows, drafter, controller and statistics move on
+    return advance(setup, params, carry, drafter_state, result, happened)
 
 
-def settle(roles: Roles, capacity: int, width: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
-    """Verifies the first `width` places of the draft, which hold all of it."""
-    first = draft._replace(
-        tokens=draft.tokens[:, :width],
-        probs=None if draft.probs is None else draft.probs[:, :width],
-        parents=None if draft.parents is None else draft.parents[..., :width],
+def _nothing_yet(setup: Setup, params: Params, carry: Carry) -> RoundResult:
+    """The result before any: the caches as they are, and a round in which nothing happened."""
+    rows, batch, layers = carry.rows, carry.rows.lengths.shape[0], setup.drafter.hidden_layers
+
+    def hidden(context: Context) -> tuple[Array, ...]:
+        tokens = jnp.zeros((batch, setup.longest + 1), jnp.int32)
+        block = setup.model.init_block(params.target, batch, setup.longest + 1)
+        return setup.model.apply(params.target, tokens, context.target_cache, block, hidden_layers=layers).hidden
+
+    context = context_of(setup, params, rows, carry.target_cache)
+    return RoundResult(
+        carry.target_cache, rows.status, empty_round(setup, batch), zeros_like(hidden, context) if layers else ()
     )
-    return _verify(roles, capacity, params, rows, cache, first)
 
 
-def settle_plainly(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree) -> Settled:
-    """A plain decoding step, told as a round without places for draft tokens."""
-    model = roles.model
-    batch = rows.lengths.shape[0]
-    block = model.init_block(params, batch, 1)
-    out = model.apply(params, last_tokens(rows, 1), cache, block, hidden_layers=roles.drafter.hidden_layers)
-    new = plain.next_token(model, roles.processor, rows, out.logits[:, 0], capacity)
-    num_emitted = new.decision.num_emitted
-    nothing = jnp.zeros((batch, 0), jnp.float32)
-    info = Round(
-        tokens=jnp.where(num_emitted[:, None] > 0, new.tokens, -1),
-        num_emitted=num_emitted,
-        num_accepted=jnp.zeros_like(num_emitted),
-        draft_tokens=jnp.zeros((batch, 0), jnp.int32),
-        draft_lengths=jnp.zeros_like(num_emitted),
-        draft_probs=nothing,
-        target_log_probs=LogProbs(nothing, nothing),
-        log_probs=new.log_probs,
-        hidden=out.hidden,
+def plan_round(setup: Setup, carry: Carry) -> DraftPlan:
+    """What the drafter is told of a round."""
+    controller, state = setup.controller, carry.controller_state
+    buckets, rule = controller.buckets, controller.keep_drafting
+    steps = jnp.maximum(jnp.max(carry.draft_lengths), min(buckets)) if len(buckets) > 1 else setup.longest
+    keep_drafting = None if rule is None else lambda drawn, step: rule(state, drawn, step)
+    return DraftPlan(carry.draft_lengths, setup.longest, steps, min(buckets) == 0, keep_drafting)
+
+
+def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
+    """The drafter's draft, within the plan."""
+    context = context_of(setup, params, carry.rows, carry.target_cache)
+    made, state = setup.drafter.propose(params.drafter, carry.drafter_state, context, plan)
+    parts.draft(setup, made)
+    if made.parents is None:
+        lengths = jnp.minimum(made.lengths, plan.lengths)
+    else:
+        lengths = jnp.where(plan.lengths > 0, made.lengths, 0)
+    return made._replace(lengths=lengths), state
+
+
+def draft_nothing(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
+    """The empty draft of a plain round; the drafter is not asked."""
+    del setup, params, plan
+    return _nothing(carry.rows), carry.drafter_state
+
+
+def _nothing(rows: Rows) -> Draft:
+    return Draft(rows.tokens[:, :0], jnp.zeros_like(rows.lengths), None)
+
+
+class Scores(NamedTuple):
+    """What the target says of the root and each draft token."""
+
+    logits: Array  # [B, W+1, V] float32, the model's own
+    processed: Array  # [B, W+1, V] float32, after penalties, temperature and filters; -inf: probability zero
+    fault: Array  # [B, W+1] int32 `Status`: why a place has no distribution; ACTIVE where it has one
+    hidden: tuple[Array, ...] = ()  # [B, W+1, D] per layer the drafter asked for
+    block: PyTree = ()
+
+
+def score(setup: Setup, params: Params, context: Context, draft: Draft) -> Scores:
+    """The target's pass over the block."""
+    model, batch, width = setup.model, *draft.tokens.shape
+    places = {}
+    if draft.parents is not None:
+        shape = tree.layout(draft.parents)
+        places = {"depths": shape.depths, "visible": shape.visible}
+    tokens = jnp.concatenate([last_tokens(context.rows, 1), draft.tokens], 1)
+    block = model.init_block(params.target, batch, width + 1)
+    hidden_layers = setup.drafter.hidden_layers
+    out = model.apply(params.target, tokens, context.target_cache, block, **places, hidden_layers=hidden_layers)
+    return _scores(setup, context, draft, out.logits)._replace(hidden=out.hidden, block=out.block)
+
+
+def _scores(setup: Setup, context: Context, draft: Draft, logits: Array) -> Scores:
+    shape = tree.chain(draft.tokens.shape[1]) if draft.parents is None else tree.layout(draft.parents)
+    processed = context.process(logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
+    # NaN propagates through max; -inf alone is a mask, not a fault.
+    is_finite = jnp.isfinite(jnp.max(without_padding(logits, setup.model.vocab_size), -1))
+    has_choice = jnp.isfinite(jnp.max(processed, -1))
+    fault = jnp.where(is_finite, jnp.where(has_choice, Status.ACTIVE, Status.DEAD_END), Status.NON_FINITE)
+    return Scores(logits, processed, fault)
+
+
+def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verdict:
+    """The verifier's verdict; for rows without a draft, the token of plain decoding."""
+    rows = context.rows
+    if draft.tokens.shape[1] == 0:
+        return Verdict(jnp.zeros_like(draft.lengths), _plain_token(rows, scores))
+    draft = _in_columns(setup, draft, scores.processed.shape[-1])
+    # A chain ends before the first token that would stand where there is no distribution, and verifiers that compute
+    # with all places at once meet no NaN. The row ends at that place, whatever is drawn there.
+    is_sound = scores.fault == Status.ACTIVE
+    logits = jnp.where(is_sound[..., None], scores.processed, 0.0)
+    sound = draft
+    if draft.parents is None:
+        sound = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(is_sound)))
+    verdict = setup.verifier.verify(context, sound, Target(logits, jax.nn.softmax(logits, -1)))
+    # The distribution is the same. But whether others draft must not change the token, and if none does there is no
+    # verifier: so a row without a draft draws with the noise of plain decoding.
+    has_none = draft.lengths == 0
+    next_token = lax.cond(
+        jnp.any(has_none),
+        lambda: jnp.where(has_none, _plain_token(rows, scores), verdict.next_token),
+        lambda: verdict.next_token,
     )
-    return Settled(model.commit(cache, out.block, num_emitted, None), new.decision.status, info)
+    return verdict._replace(next_token=next_token)
 
 
-def widened(settled: Settled, like: Round) -> Settled:
-    """With as many places as `like` has; those that are new hold nothing."""
-
-    def pad(values: Array, wanted: Array, filler: float) -> Array:
-        widths = ((0, 0), (0, wanted.shape[1] - values.shape[1]), *((0, 0),) * (values.ndim - 2))
-        return jnp.pad(values, widths, constant_values=filler)
-
-    def both(values: LogProbs, wanted: LogProbs) -> LogProbs:
-        return LogProbs(pad(values.raw, wanted.raw, 0.0), pad(values.processed, wanted.processed, 0.0))
-
-    info = settled.info
-    wide = info._replace(
-        tokens=pad(info.tokens, like.tokens, -1),
-        draft_tokens=pad(info.draft_tokens, like.draft_tokens, -1),
-        draft_probs=pad(info.draft_probs, like.draft_probs, 1.0),
-        target_log_probs=both(info.target_log_probs, like.target_log_probs),
-        log_probs=both(info.log_probs, like.log_probs),
-        hidden=tuple(pad(x, wanted, 0) for x, wanted in zip(info.hidden, like.hidden, strict=True)),
-        path=like.path if info.path is None else info.path,
-    )
-    return settled._replace(info=wide)
+def _plain_token(rows: Rows, scores: Scores) -> Array:
+    """[B] int32 after the root. Its noise is addressed by position, so any verifier can find it again."""
+    return sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), scores.processed[:, 0], rows.sampling)
 
 
-def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTree, draft: Draft) -> Settled:
-    model, drafter, verifier = roles.model, roles.drafter, roles.verifier
-    width = draft.tokens.shape[1]
-    context = context_of(roles, rows, cache)
-    block_tokens = jnp.concatenate([last_tokens(rows, 1), draft.tokens], 1)
-    shape = tree.chain(width) if draft.parents is None else tree.layout(draft.parents)
-    is_tree = draft.parents is not None
-    out = model.apply(
-        params,
-        block_tokens,
-        cache,
-        model.init_block(params, rows.tokens.shape[0], width + 1),
-        depths=shape.depths if is_tree else None,
-        visible=shape.visible if is_tree else None,
-        hidden_layers=drafter.hidden_layers,
-    )
-    processed = context.process(out.logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
-    fault = fault_of(out.logits, processed, model.vocab_size)  # [B, W]
-    draft = _match_columns(draft, processed.shape[-1])
-    draft = draft._replace(probs=constrain(model.layout, draft.probs, "rows", None, "width"))
-    verdict = verifier.verify(context, *_without_faults(draft, processed, fault))
-    verdict = verdict._replace(next_token=_or_plain_token(rows, draft, processed[:, 0], verdict.next_token))
-    target_log_probs = _of_draft(draft, out.logits, processed, model.vocab_size)
+def _in_columns(setup: Setup, draft: Draft, width: int) -> Draft:
+    """The draft's probabilities over the target's columns: vocabularies are equal, but paddings may differ."""
+    if draft.probs is None:
+        return draft
+    probs = draft.probs[..., :width]
+    probs = jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1])))
+    return draft._replace(probs=constrain(setup.model.layout, probs, "rows", None, "width"))
 
-    path, drafted, logits = verdict.path, draft.tokens, out.logits
+
+class Emitted(NamedTuple):
+    """What the rows gain in a round."""
+
+    round: Round
+    status: Array  # [B] int32, a `Status`
+
+
+def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdict) -> Emitted:
+    """How many of the accepted tokens and the one after them each row emits, and what becomes of it."""
+    path, drafted, logits, processed, fault = verdict.path, draft.tokens, scores.logits, scores.processed, scores.fault
     if path is not None:
-        drafted = jnp.take_along_axis(drafted, path, 1)
-        places = jnp.pad(path + 1, ((0, 0), (1, 0)))[..., None]
-        logits, processed = (jnp.take_along_axis(x, places, 1) for x in (logits, processed))
-        fault = jnp.take_along_axis(fault, places[..., 0], 1)
-    # Nothing after a law that does not exist can be trusted: tokens before it stay, the row ends there.
+        drafted, places = jnp.take_along_axis(drafted, path, 1), block_places(path)
+        logits, processed = (jnp.take_along_axis(x, places[..., None], 1) for x in (logits, processed))
+        fault = jnp.take_along_axis(fault, places, 1)
+    # Nothing after a place without a distribution can be trusted: tokens before it stay, the row ends there.
     num_sound = num_leading(fault == Status.ACTIVE)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
     ends = num_sound <= num_accepted
@@ -127,66 +221,49 @@ def _verify(roles: Roles, capacity: int, params: PyTree, rows: Rows, cache: PyTr
         verdict.next_token[:, None],
         jnp.pad(drafted, ((0, 0), (0, 1))),
     )
-    scored = log_probs.of_tokens(logits, processed, candidates, model.vocab_size)
     decision = decide(
         rows,
         candidates,
         num_accepted + jnp.where(ends, 0, 1),
         jnp.where(ends, jnp.take_along_axis(fault, num_accepted[:, None], 1)[:, 0], Status.ACTIVE),
-        capacity=capacity,
+        capacity=setup.capacity,
     )
     num_emitted = decision.num_emitted
-
-    block_path = None if path is None else jnp.pad(path + 1, ((0, 0), (1, 0)))
-    lengths = jnp.where(is_active(rows), draft.lengths, 0)
+    is_drafted = jnp.arange(draft.tokens.shape[1])[None] < jnp.where(is_active(rows), draft.lengths, 0)[:, None]
     info = Round(
         tokens=jnp.where(jnp.arange(candidates.shape[1])[None] < num_emitted[:, None], candidates, -1),
         num_emitted=num_emitted,
         num_accepted=jnp.minimum(num_accepted, num_emitted),
-        draft_tokens=jnp.where(jnp.arange(width)[None] < lengths[:, None], draft.tokens, -1),
-        draft_lengths=lengths,
-        draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(draft.probs, draft.tokens),
-        target_log_probs=target_log_probs,
-        log_probs=scored,
-        hidden=out.hidden,
+        draft_tokens=jnp.where(is_drafted, draft.tokens, -1),
+        draft_lengths=_depth(draft, is_drafted),
+        draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(by_token(draft), draft.tokens),
+        target_log_probs=_of_draft(draft, scores, setup.model.vocab_size),
+        log_probs=log_probs.of_tokens(logits, processed, candidates, setup.model.vocab_size),
+        at_leaf=_at_leaf(draft, is_drafted, num_accepted, path),
         path=path,
     )
-    return Settled(model.commit(cache, out.block, num_emitted, block_path), decision.status, info)
+    return Emitted(info, decision.status)
 
 
-def _without_faults(draft: Draft, processed: Array, fault: Array) -> tuple[Draft, Target]:
-    """What the verifier judges: a chain ends before the first token that would stand where there is no law, and rules
-    that compute with all places at once meet no NaN. The row ends at that place, whatever is drawn there."""
-    target = jnp.where((fault == Status.ACTIVE)[..., None], processed, 0.0)
+def _depth(draft: Draft, is_drafted: Array) -> Array:
+    """[B]: how many draft tokens follow each other at most."""
     if draft.parents is None:
-        draft = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(fault == Status.ACTIVE)))
-    return draft, Target(target, jax.nn.softmax(target, -1))
+        return jnp.sum(is_drafted, -1, dtype=jnp.int32)
+    depths = tree.layout(draft.parents).depths[:, 1:]
+    return jnp.max(jnp.where(is_drafted, depths, 0), -1)
 
 
-def _or_plain_token(rows: Rows, draft: Draft, logits: Array, next_token: Array) -> Array:
-    """`next_token` [B], but that of plain decoding where a row has no draft, by the noise of plain decoding.
-
-    The law is the same. But whether others draft must not change the token, and if none does there is no verifier.
-    """
-    has_none = draft.lengths == 0
-
-    def plain_too() -> Array:
-        keys = noise.derive(rows.keys, Role.TARGET, rows.lengths)
-        return jnp.where(has_none, sample(keys, logits, rows.sampling), next_token)
-
-    return lax.cond(jnp.any(has_none), plain_too, lambda: next_token)
+def _at_leaf(draft: Draft, is_drafted: Array, num_accepted: Array, path: Array | None) -> Array:
+    """[B]: whether no draft token follows the accepted ones."""
+    if draft.parents is None or path is None:
+        return num_accepted >= jnp.sum(is_drafted, -1)
+    last = jnp.take_along_axis(block_places(path), num_accepted[:, None], 1) - 1  # -1: the root
+    return ~jnp.any(is_drafted & (draft.parents == last), -1)
 
 
-def _match_columns(draft: Draft, width: int) -> Draft:
-    """The draft's law over the target's columns: vocabularies are equal, but paddings may differ."""
-    if draft.probs is None or draft.probs.shape[-1] == width:
-        return draft
-    probs = draft.probs[..., :width]
-    return draft._replace(probs=jnp.pad(probs, ((0, 0), (0, 0), (0, width - probs.shape[-1]))))
-
-
-def _of_draft(draft: Draft, logits: Array, processed: Array, vocab_size: int) -> LogProbs:
-    """The target's log-probabilities [B, K] of the draft tokens, each at its parent's place."""
+def _of_draft(draft: Draft, scores: Scores, vocab_size: int) -> LogProbs:
+    """The target's log-probabilities [B, W] of the draft tokens, each at its parent's place."""
+    logits, processed = scores.logits, scores.processed
     if draft.parents is not None:
         parents = jnp.broadcast_to(jnp.atleast_2d(draft.parents), draft.tokens.shape)
         logits, processed = (jnp.take_along_axis(x, parents[..., None] + 1, 1) for x in (logits, processed))
@@ -194,3 +271,27 @@ def _of_draft(draft: Draft, logits: Array, processed: Array, vocab_size: int) ->
     # The last place holds no draft token; with it, these are the sums over the vocabulary that the emitted tokens need.
     scored = log_probs.of_tokens(logits, processed, jnp.pad(draft.tokens, ((0, 0), (0, 1))), vocab_size)
     return LogProbs(*(values[:, :-1] for values in scored))
+
+
+def block_places(path: Array) -> Array:
+    """[B, K+1] int32: places in the block of the root and of a path [B, K] of draft indices."""
+    return jnp.pad(path + 1, ((0, 0), (1, 0)))
+
+
+def commit(setup: Setup, cache: PyTree, scores: Scores, emitted: Emitted) -> RoundResult:
+    """The target's cache with the root and the accepted path; the token that was emitted last is the next root."""
+    path, hidden = emitted.round.path, scores.hidden
+    places = None if path is None else block_places(path)
+    if places is not None:
+        hidden = tuple(jnp.take_along_axis(x, places[..., None], 1) for x in hidden)
+    cache = setup.model.commit(cache, scores.block, emitted.round.num_emitted, places)
+    return RoundResult(cache, emitted.status, emitted.round, hidden)
+
+
+def first_token(setup: Setup, context: Context, logits: Array) -> Rows:
+    """The rows with the token after the prompt, from its logits [B, V]; it is part of no round."""
+    rows = context.rows
+    nothing = _nothing(rows)
+    scores = _scores(setup, context, nothing, logits[:, None])
+    emitted = emit(setup, rows, nothing, scores, verify(setup, context, nothing, scores))
+    return append_emitted(setup, rows, emitted.round, emitted.status)._replace(rounds=rows.rounds)

@@ -14,17 +14,20 @@ from specjax.types import Array
 _Carry = TypeVar("_Carry")
 
 
-def at_most_once(runs: Array | bool, body: Callable[..., _Carry], carry: _Carry, *given: Any) -> _Carry:
+def run_if(runs: Array | bool, body: Callable[..., _Carry], carry: _Carry, *given: Any) -> _Carry:
     """`body(carry, *given)` where `runs`, else `carry`; what does not run costs nothing, and nothing is copied.
 
+    XLA copies whole caches into `lax.cond` and `lax.switch` and out of them again, in every round. A loop that turns
+    once or never leaves them in place.
+
     Args:
-      runs: [] bool; a Python bool settles it while tracing.
+      runs: [] bool; a Python bool decides while tracing.
       body: keeps the structure, shapes and dtypes of its first argument.
       carry: any pytree of arrays.
-      given: what else it reads that is new in this round. What it closes over, XLA may compute with ahead of the
-        loop, needed or not: good for parameters, a waste for anything else.
+      given: what else it reads that is new in this round. XLA may compute with what it closes over ahead of the loop,
+        needed or not: good for parameters, a waste for anything else.
 
-    >>> at_most_once(jnp.bool_(False), lambda x, y: x + y, jnp.int32(1), jnp.int32(1)).tolist()
+    >>> run_if(jnp.bool_(False), lambda x, y: x + y, jnp.int32(1), jnp.int32(1)).tolist()
     1
     """
     if runs is True or runs is False:

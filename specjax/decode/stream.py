@@ -14,26 +14,28 @@ import numpy as np
 from jax import lax
 from jax.typing import ArrayLike
 
-from specjax import controllers, integers, logs, verify
-from specjax.decode import arguments, parts
+from specjax import integers, logs
+from specjax.decode.by_hand import start_once
+from specjax.decode.call import Call, prepare
 from specjax.decode.calls import names_sampling
-from specjax.decode.loop import nothing_of, run
-from specjax.decode.state import State, start
+from specjax.decode.loop import run
+from specjax.decode.state import Carry
+from specjax.decode.widths import empty_round
 from specjax.rows import is_active
-from specjax.sharding import Layout, constrain, globally
+from specjax.sharding import Layout, constrain
 from specjax.traced import is_traced
 from specjax.types import (
     Array,
     Controller,
     Drafter,
-    LogProbs,
     Model,
+    Params,
     Processor,
     PyTree,
-    Roles,
     Round,
     Rows,
     Sampling,
+    Setup,
     Stats,
     Status,
     Verifier,
@@ -82,18 +84,10 @@ class Chunk(NamedTuple):
 
 
 class _Log(NamedTuple):
-    """The rounds of one dispatch, [n, B, ...]: whether the row took part, then fields of `Round`."""
+    """The rounds of one dispatch, [n, B, ...]."""
 
-    took_part: Array
-    tokens: Array
-    num_emitted: Array
-    num_accepted: Array
-    log_probs: LogProbs
-    draft_tokens: Array
-    draft_lengths: Array
-    draft_probs: Array
-    target_log_probs: LogProbs
-    path: Array | None
+    took_part: Array  # whether the row did
+    round: Round
 
 
 @names_sampling
@@ -112,9 +106,11 @@ def stream(
     verifier: Verifier | None = None,
     controller: Controller | None = None,
     controller_state: PyTree | None = None,
+    drafter_state: PyTree | None = None,
     max_draft_len: ArrayLike | None = None,
     stop_tokens: ArrayLike | Sequence[int] = (),
     seeds: ArrayLike | None = None,
+    inputs: PyTree | None = None,
     capacity: int | None = None,
     rounds_per_dispatch: int = 1,
 ) -> Iterator[Chunk]:
@@ -134,26 +130,22 @@ def stream(
     5
     """
     integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=_MOST_ROUNDS)
-    parts.kinds(model, drafter, verifier, controller)
-    parts.processor(processor)
-    roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
-    request = arguments.request(
-        model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
-        max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
+    call = prepare(
+        model, params, drafter, drafter_params, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
+        sampling=sampling, processor=processor, verifier=verifier, controller=controller,
+        controller_state=controller_state, drafter_state=drafter_state, max_draft_len=max_draft_len,
+        stop_tokens=stop_tokens, seeds=seeds, inputs=inputs, capacity=capacity,
     )  # fmt: skip
-    parts.fit(model, drafter, roles.verifier, request.arrays.sampling)
-    parts.controller_state(roles.controller, controller_state, request)
-    if is_traced((params, drafter_params, request.arrays)):
+    if is_traced((call.params, call.request)):
         raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
-    request = request._replace(arrays=globally(model.layout, request.arrays))
-    return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)
+    return _chunks(call, rounds_per_dispatch)
 
 
-def _chunks(roles, request, params, drafter_params, controller_state, num_rounds) -> Iterator[Chunk]:
-    capacity = request.capacity
-    state = _start(roles, capacity, params, drafter_params, request.arrays, controller_state)
-    layout = roles.model.layout
-    first = (state.rows._replace(keys=None), state.stats, state.controller_state)
+def _chunks(call: Call, num_rounds: int) -> Iterator[Chunk]:
+    setup, params = call.setup, call.params
+    carry = start_once(setup, params, call.request, call.learnt)
+    layout = setup.model.layout
+    first = (carry.rows._replace(keys=None), carry.stats, carry.controller_state)
     rows, stats, learnt = jax.device_get(_copies(layout, first))
     spans = [slice(start, end) for start, end in zip(rows.prompt_lengths, rows.lengths, strict=True)]
     head = [row[span].tolist() for row, span in zip(rows.tokens, spans, strict=True)]
@@ -167,8 +159,8 @@ def _chunks(roles, request, params, drafter_params, controller_state, num_rounds
 
     pending = None
     while (status == Status.ACTIVE).any():
-        state, log = dispatch(roles, capacity, num_rounds, params, drafter_params, state)
-        sent = _copies(layout, (log, state.rows.status, state.stats, state.controller_state))
+        carry, log = dispatch(setup, num_rounds, params, carry)
+        sent = _copies(layout, (log, carry.rows.status, carry.stats, carry.controller_state))
         if pending is not None:
             status, chunk = _read(pending)
             yield chunk
@@ -190,17 +182,16 @@ def warn_of_troubles(status: np.ndarray) -> None:
 def _read(sent) -> tuple[np.ndarray, Chunk]:
     log, status, stats, learnt = jax.device_get(sent)
     tokens, origins, scores, rounds = ([[] for _ in status] for _ in range(4))
-    for index in range(len(log.took_part)):
-        entry: Any = jax.tree.map(lambda leaf: leaf[index].tolist(), log)  # a _Log of lists  # noqa: B023
-        for row in (row for row, took_part in enumerate(entry.took_part) if took_part):
-            count, accepted, drafted = (
-                values[row] for values in (entry.num_emitted, entry.num_accepted, entry.draft_lengths)
-            )
+    for index, took_part in enumerate(log.took_part):
+        entry: Any = jax.tree.map(lambda leaf: leaf[index].tolist(), log.round)  # a Round of lists  # noqa: B023
+        for row in np.flatnonzero(took_part):
+            count, accepted = entry.num_emitted[row], entry.num_accepted[row]
             tokens[row] += entry.tokens[row][:count]
             scores[row] += _pairs(*(values[row][:count] for values in entry.log_probs))
             origins[row] += [Origin.ACCEPTED] * accepted
             if count > accepted:
-                origins[row].append(Origin.CORRECTED if accepted < drafted else Origin.BONUS)
+                origins[row].append(Origin.BONUS if entry.at_leaf[row] else Origin.CORRECTED)
+            drafted = sum(token >= 0 for token in entry.draft_tokens[row])
             rounds[row].append(
                 Drafted(
                     tokens=entry.draft_tokens[row][:drafted],
@@ -217,40 +208,29 @@ def _pairs(raw: list[float], processed: list[float]) -> list[LogProb]:
     return [LogProb(*both) for both in zip(raw, processed, strict=True)]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _start(roles, capacity, params, drafter_params, request, controller_state) -> State:
-    batch, width = request.prompts.shape
-    longest = roles.controller.longest
-    logs.tracing("stream's prompts", rows=batch, prompt_width=width, capacity=capacity, draft_len=longest)
-    return start(roles, capacity, params, drafter_params, request, controller_state)
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
     """What the host reads: the state's own buffers are donated to the next dispatch, and may lie on other hosts."""
     return constrain(layout, jax.tree.map(jnp.copy, tree))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=5)
-def dispatch(roles, capacity, num_rounds, params, drafter_params, state) -> tuple[State, _Log]:
-    """Rounds in one loop on the device until all rows end, `num_rounds` at most; the state is donated."""
-    batch, longest = state.rows.status.shape[0], roles.controller.longest
-    logs.tracing("stream's rounds", rows=batch, capacity=capacity, draft_len=longest, rounds_per_dispatch=num_rounds)
-
-    entry = _entry(nothing_of(roles, capacity, params, drafter_params, state), jnp.zeros((batch,), bool))
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def dispatch(setup: Setup, num_rounds: int, params: Params, carry: Carry) -> tuple[Carry, _Log]:
+    """Rounds in one loop on the device until all rows end, `num_rounds` at most; the carry is donated."""
+    batch = carry.rows.status.shape[0]
+    logs.tracing(
+        "stream's rounds", rows=batch, capacity=setup.capacity, draft_len=setup.longest, rounds_per_dispatch=num_rounds
+    )
+    entry = _Log(jnp.zeros((batch,), bool), empty_round(setup, batch))
     log = jax.tree.map(lambda leaf: jnp.zeros((num_rounds, *leaf.shape), leaf.dtype), entry)
 
-    def note(kept, took_part: Array, info: Round):
-        index, log = kept
-        entry = _entry(info, took_part)
-        return index + 1, jax.tree.map(lambda all, one: lax.dynamic_update_index_in_dim(all, one, index, 0), log, entry)
+    def record_fn(record, took_part: Array, info: Round):
+        index, log = record
+        put = functools.partial(lax.dynamic_update_index_in_dim, index=index, axis=0)
+        return index + 1, jax.tree.map(put, log, _Log(took_part, info))
 
-    def goes_on(rows: Rows, kept) -> Array:
-        return (kept[0] < num_rounds) & jnp.any(is_active(rows))
+    def continue_fn(rows: Rows, record) -> Array:
+        return (record[0] < num_rounds) & jnp.any(is_active(rows))
 
-    state, (_, log) = run(roles, capacity, params, drafter_params, state, (jnp.int32(0), log), note, goes_on)
-    return state, log
-
-
-def _entry(info: Round, took_part: Array) -> _Log:
-    return _Log(took_part, *(getattr(info, name) for name in _Log._fields[1:]))
+    carry, (_, log) = run(setup, params, carry, (jnp.int32(0), log), record_fn, continue_fn)
+    return carry, log

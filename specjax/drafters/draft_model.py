@@ -6,11 +6,11 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
-from specjax.cache import after
-from specjax.decode.prefill import prefill
+from specjax.decode.prefill import extend
 from specjax.drafters.draw import draw
 from specjax.rows import is_active, last_tokens
 from specjax.sharding import constrain
@@ -23,7 +23,6 @@ from specjax.types import (
     Model,
     Output,
     PyTree,
-    Round,
     Rows,
 )
 
@@ -31,11 +30,13 @@ _WIDE = 32  # tokens of a pass that catches up with a long way
 
 
 class DraftModelState(NamedTuple):
-    """Invariant between rounds: the cache holds a row's first `seen` tokens, all but the last two or fewer."""
+    """Invariant between rounds that follow each other: of `read` tokens the cache holds all but the last, and `read` is
+    all of the row but its last token. Rounds without a draft leave the cache behind."""
 
     cache: PyTree
-    seen: Array  # [B] int32
-    laws: Array  # [B, K, V] float32, of the last draft: kept, as making room for them anew would cost every round
+    read: Array  # [B] int32, tokens that came by `read`
+    cached: Array  # [B] int32, how many of them the cache holds
+    probs: Array  # [B, K, V] float32 of the last draft: kept, as making room for them anew would cost every round
     block: PyTree | None = None  # of a draft under way only; its first slot is the last but one token
 
 
@@ -61,15 +62,30 @@ def draft_model(model: Model) -> Drafter:
 
 @functools.cache
 def _draft_model(model: Model) -> Drafter:
-    def init(params, context: Context, prompts: Array, hidden, *, slots: int, longest: int) -> DraftModelState:
+    def init(params, batch: int, *, slots: int, longest: int, inputs, learnt) -> DraftModelState:
+        del learnt
+        cache = model.init_cache(params, batch, slots, *((inputs,) if model.takes_inputs else ()))
+
+        def columns(params, cache) -> Array:
+            block = model.init_block(params, batch, 1)
+            return model.apply(params, jnp.zeros((batch, 1), jnp.int32), cache, block).logits
+
+        width = jax.eval_shape(columns, params, cache).shape[-1]
+        probs = constrain(model.layout, jnp.zeros((batch, longest, width), jnp.float32), "rows", None, "width")
+        none = jnp.zeros((batch,), jnp.int32)
+        return DraftModelState(cache, none, none, probs)
+
+    def read(params, state: DraftModelState, context: Context, tokens, hidden, keep) -> DraftModelState:
         del hidden
-        cache = model.init_cache(params, prompts.shape[0], slots)
-        # The prompt's last token is the last but one when the first round begins.
-        seen = jnp.maximum(context.rows.prompt_lengths - 1, 0)
-        filled = prefill(model, params, prompts, seen, cache)
-        laws = jnp.zeros((len(seen), longest, filled.logits.shape[-1]), jnp.float32)
-        laws = constrain(model.layout, laws, "rows", None, "width")
-        return DraftModelState(filled.cache, seen, laws)
+        state = state._replace(read=state.read + keep)
+        if state.block is not None:
+            # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
+            # leaves out exactly the last two of the new text.
+            cache = model.commit(state.cache, state.block, keep, None)
+            return state._replace(cache=cache, cached=state.cached + keep, block=None)
+        if tokens.shape[1] == 1:  # a plain round's token waits for the next draft
+            return state
+        return _read_on(model, params, state, context.rows, tokens.shape[1])
 
     def propose(params, state: DraftModelState, context: Context, plan: DraftPlan) -> tuple[Draft, DraftModelState]:
         rows = context.rows
@@ -81,7 +97,7 @@ def _draft_model(model: Model) -> Drafter:
             drawn = draw(context, out.logits[:, 0], drafted.tokens, index)
             return _Drafted(
                 lax.dynamic_update_slice_in_dim(drafted.tokens, drawn.token[:, None], index, 1),
-                lax.dynamic_update_slice_in_dim(drafted.laws, drawn.law[:, None], index, 1),
+                lax.dynamic_update_slice_in_dim(drafted.probs, drawn.probs[:, None], index, 1),
                 out.block,
                 drafted.goes_on if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
             )
@@ -92,7 +108,7 @@ def _draft_model(model: Model) -> Drafter:
 
         drafted = _Drafted(
             jnp.zeros((batch, plan.longest), jnp.int32),
-            state.laws,
+            state.probs,
             model.init_block(params, batch, plan.longest + 1),
             jnp.ones((batch,), bool),
         )
@@ -103,26 +119,17 @@ def _draft_model(model: Model) -> Drafter:
             drafted = lax.fori_loop(1, plan.steps, step, drafted)
         else:
             drafted, lengths = _while_it_goes_on(plan, step, drafted)
-        draft = Draft(drafted.tokens, lengths, drafted.laws)
-        return draft, state._replace(laws=drafted.laws, block=drafted.block)
+        draft = Draft(drafted.tokens, lengths, drafted.probs)
+        return draft, state._replace(probs=drafted.probs, block=drafted.block)
 
-    def commit(params, state: DraftModelState, context: Context, info: Round) -> DraftModelState:
-        del params, context
-        if state.block is None:  # a round without a draft
-            return state
-        # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
-        # leaves out exactly the last two of the new text.
-        cache = model.commit(state.cache, state.block, info.num_emitted, None)
-        return DraftModelState(cache, state.seen + info.num_emitted, state.laws)
-
-    return Drafter(init=init, propose=propose, commit=commit, vocab_size=model.vocab_size)
+    return Drafter(propose, init, read, vocab_size=model.vocab_size)
 
 
 class _Drafted(NamedTuple):
     """A draft under way."""
 
     tokens: Array  # [B, K] int32
-    laws: Array  # [B, K, V] float32
+    probs: Array  # [B, K, V] float32
     block: PyTree
     goes_on: Array  # [B] bool, what `plan.keep_drafting` said of the last token
 
@@ -147,34 +154,37 @@ def _while_it_goes_on(
     return drafted, lengths
 
 
-def _catch_up(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
-    """Before a draft, reads what was emitted without one: all but a row's last two tokens.
+def _behind(state: DraftModelState) -> Array:
+    """[B]: tokens that the cache lacks."""
+    return jnp.maximum(state.read - 1 - state.cached, 0)
 
-    Many of them in wide passes, the rest `width` at a time: a cache has room for a round, K + 1 tokens, past its live
+
+def _read_on(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
+    """One pass over the next `width` tokens of each row's text, of which the cache keeps those that it lacks."""
+    place = jnp.minimum(state.cached[:, None] + jnp.arange(width)[None], rows.tokens.shape[1] - 1)
+    tokens, last = jnp.take_along_axis(rows.tokens, place, 1), jnp.full((len(place), 1), width - 1)
+    keep = jnp.minimum(_behind(state), width)
+    out = extend(model, params, tokens, state.cache, keep, logits_at=last)
+    return state._replace(cache=out.cache, cached=state.cached + keep)
+
+
+def _catch_up(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
+    """Before a draft, reads what was emitted without one.
+
+    Many tokens in wide passes, the rest `width` at a time: a cache has room for a round, K + 1 tokens, past its live
     part, and for a wide pass only where that ends early enough.
     """
     slots = rows.tokens.shape[1]
 
-    def behind(seen: Array) -> Array:
-        return jnp.where(is_active(rows), rows.lengths - 2 - seen, 0)
+    def missing(state: DraftModelState) -> Array:
+        return jnp.where(is_active(rows), _behind(state), 0)
 
-    def read(width: int, carry):
-        cache, seen = carry
-        place = jnp.minimum(seen[:, None] + jnp.arange(width)[None], slots - 1)
-        block = model.init_block(params, len(seen), width)
-        tokens, last = jnp.take_along_axis(rows.tokens, place, 1), jnp.full((len(seen), 1), width - 1)
-        out = model.apply(params, tokens, cache, block, logits_at=last)
-        count = jnp.clip(behind(seen), 0, width)
-        return model.commit(cache, out.block, after(count, jnp.argmax(out.logits[:, 0], -1)), None), seen + count
+    def is_far(state: DraftModelState) -> Array:
+        return jnp.any(missing(state) > width) & (jnp.max(state.cached) + _WIDE <= slots)
 
-    def is_far(carry) -> Array:
-        return jnp.any(behind(carry[1]) > width) & (jnp.max(carry[1]) + _WIDE <= slots)
+    def is_behind(state: DraftModelState) -> Array:
+        return jnp.any(missing(state) > 0)
 
-    def is_behind(carry) -> Array:
-        return jnp.any(behind(carry[1]) > 0)
-
-    carry = (state.cache, state.seen)
     if width < _WIDE:
-        carry = lax.while_loop(is_far, functools.partial(read, _WIDE), carry)
-    cache, seen = lax.while_loop(is_behind, functools.partial(read, width), carry)
-    return state._replace(cache=cache, seen=seen)
+        state = lax.while_loop(is_far, lambda state: _read_on(model, params, state, rows, _WIDE), state)
+    return lax.while_loop(is_behind, lambda state: _read_on(model, params, state, rows, width), state)

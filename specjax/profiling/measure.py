@@ -21,7 +21,7 @@ from specjax.costs import Costs, Profile
 from specjax.decode import parts
 from specjax.profiling.timed_loops import Bench, forced
 from specjax.traced import is_traced
-from specjax.types import Drafter, Model, PyTree, Roles, Sampling, Verifier
+from specjax.types import Drafter, Model, Params, PyTree, Sampling, Setup, Verifier
 
 _log = logging.getLogger(__name__)
 
@@ -94,11 +94,11 @@ def profile(
             f"contexts go up to {max(contexts)}, and with drafts of {longest} the target has places for {most} tokens: "
             "name shorter ones."
         )
-    roles = Roles(model, drafter, verifier or verify.rejection(), forced(chosen))
-    parts.fit(model, drafter, roles.verifier, sampling)
+    setup = Setup(model, drafter, verifier or verify.rejection(), forced(chosen), max(contexts))
+    parts.fit(setup, sampling)
     setting = {
         "batch_sizes": list(batch_sizes), "contexts": list(contexts), "buckets": list(chosen),
-        "sampling": str(sampling), "verifier": _name(roles.verifier.verify), "drafter": _name(drafter.propose),
+        "sampling": str(sampling), "verifier": _name(setup.verifier.verify), "drafter": _name(drafter.propose),
         "repeats": repeats,
     }  # fmt: skip
     versions = {"specjax": specjax.__version__, "jax": jax.__version__, "format": str(costs.FORMAT)}
@@ -112,7 +112,7 @@ def profile(
     found: list[Costs] = []
     busy = busy or (lambda what: nullcontext())
     for batch in sorted(set(batch_sizes)):
-        bench = Bench(roles, params, drafter_params, sampling, batch, max(contexts))
+        bench = Bench(setup, Params(params, drafter_params), sampling, batch)
         with busy(f"compiling the loops to time, batch {batch}"):
             bench.compile(min(contexts))
         for context in sorted(set(contexts)):

@@ -15,11 +15,15 @@ from jax import lax
 
 from specjax.controllers.buckets import holding
 from specjax.costs import Costs
-from specjax.decode import arguments, plain
-from specjax.decode.context import context_of
+from specjax.decode import arguments
+from specjax.decode.advance import next_draft_lengths
+from specjax.decode.by_hand import start_once
 from specjax.decode.loop import run
-from specjax.decode.state import State, draft_lengths, plan_of, start
-from specjax.types import Array, Controller, PyTree, Roles, Rows, Sampling
+from specjax.decode.plain import plain_setup
+from specjax.decode.round import draft, plan_round
+from specjax.decode.start import no_counts
+from specjax.decode.state import Carry, Learnt
+from specjax.types import Array, Controller, Params, Rows, Sampling, Setup
 
 _TOKENS = 96  # emitted at most in a timed loop: the context stays near the one that is asked for
 _FEWEST, _MOST = 8, 32  # rounds of such a loop
@@ -57,52 +61,54 @@ def _orders(size: int, without: int = 0, drafts: int = 1) -> _Orders:
     return _Orders(*(jnp.int32(value) for value in (size, without, without + drafts, 0)))
 
 
-def _told(state: State, *orders: int) -> State:
-    return state._replace(controller_state=_orders(*orders))
+def _told(carry: Carry, *orders: int) -> Carry:
+    return carry._replace(controller_state=_orders(*orders))
 
 
 class _Job(NamedTuple):
     run: Callable[..., Any]  # one of those below
-    state: State
+    carry: Carry
     turns: int  # rounds, drafts or steps
 
 
 class Bench:
     """The loops to time, for one number of rows."""
 
-    def __init__(self, roles: Roles, params, drafter_params, sampling: Sampling, batch: int, widest: int):
-        self.roles, self.params, self.drafter_params = roles, params, drafter_params
-        self.sampling, self.batch = sampling, batch
-        longest = roles.controller.longest
+    def __init__(self, setup: Setup, params: Params, sampling: Sampling, batch: int):
+        """`setup.capacity` is the longest text in the cache that will be asked for."""
+        self.params, self.sampling, self.batch = params, sampling, batch
+        longest = setup.longest
         grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
         self.middling = (longest + 1) // 2  # to draft between rounds without
         mixed = _BREAKS * (_BREAK + _AFTER * (self.middling + 1))
-        self.capacity = widest + 2 + max(*grown, _IDLE + longest, mixed)
-        if roles.model.max_positions is not None:
-            self.capacity = min(self.capacity, roles.model.max_positions)
+        capacity = setup.capacity + 2 + max(*grown, _IDLE + longest, mixed)
+        if setup.model.max_positions is not None:
+            capacity = min(capacity, setup.model.max_positions)
+        self.setup = setup._replace(capacity=capacity)
 
     @staticmethod
     def _rounds(draft_len: int) -> int:
         return min(max(_TOKENS // (draft_len + 1), _FEWEST), _MOST)
 
-    def _state(self, context: int) -> State:
-        prompts = jax.random.randint(jax.random.key(0), (self.batch, context), 0, self.roles.model.vocab_size)
+    def _opened(self, context: int) -> Carry:
+        model, capacity = self.setup.model, self.setup.capacity
+        prompts = jax.random.randint(jax.random.key(0), (self.batch, context), 0, model.vocab_size)
         request = arguments.request(
-            self.roles.model, prompts, None, key=None, max_new_tokens=self.capacity - context, sampling=self.sampling,
-            stop_tokens=(), seeds=None, capacity=self.capacity,
+            model, prompts, None, key=None, max_new_tokens=capacity - context, sampling=self.sampling, stop_tokens=(),
+            seeds=None, capacity=capacity,
         )  # fmt: skip
-        return _start(self.roles, self.capacity, self.params, self.drafter_params, request.arrays)
+        return start_once(self.setup, self.params, request.arrays, Learnt())
 
     def compile(self, context: int) -> None:
-        state = self._state(context)
+        carry = self._opened(context)
         for loop in (_rounds, _drafts, _steps):
-            jax.block_until_ready(self._call(loop, state, 1))
+            jax.block_until_ready(self._call(loop, carry, 1))
 
     def time(self, context: int, repeats: int) -> Costs:
         """Medians over `repeats` turns of what each job takes in plain steps of the same turn."""
-        buckets, longest = self.roles.controller.buckets, self.roles.controller.longest
-        state = self._state(context)
-        plain, times = self._turns(_Job(_steps, state, _MOST), self._jobs(state), repeats)
+        buckets, longest = self.setup.controller.buckets, self.setup.longest
+        carry = self._opened(context)
+        plain, times = self._turns(_Job(_steps, carry, _MOST), self._jobs(carry), repeats)
         middle = {name: statistics.median(values) for name, values in times.items()}
         # A wider round costs no less: where noise says so, both cost their mean. And none costs less than a plain step.
         widths = _never_falling([middle["round", k] for k in buckets])
@@ -122,16 +128,16 @@ class Bench:
         rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
         return Costs(self.batch, context, plain, rounds, drafts, (plain * change, plain * each))
 
-    def _jobs(self, state: State) -> dict[tuple[str, int], _Job]:
-        buckets, longest = self.roles.controller.buckets, self.roles.controller.longest
-        jobs = {("round", k): _Job(_rounds, _told(state, k), self._rounds(k)) for k in buckets}
-        jobs |= {("draft", k): _Job(_drafts, _told(state, k), _MOST) for k in {1, longest}}
+    def _jobs(self, carry: Carry) -> dict[tuple[str, int], _Job]:
+        buckets, longest = self.setup.controller.buckets, self.setup.longest
+        jobs = {("round", k): _Job(_rounds, _told(carry, k), self._rounds(k)) for k in buckets}
+        jobs |= {("draft", k): _Job(_drafts, _told(carry, k), _MOST) for k in {1, longest}}
         for idle in (1, _IDLE):
-            jobs["late", idle] = _Job(_drafts, _told(self._call(_rounds, _told(state, 0), idle), 1), _MOST)
+            jobs["late", idle] = _Job(_drafts, _told(self._call(_rounds, _told(carry, 0), idle), 1), _MOST)
         # The same rounds in two orders, with many changes and with one.
         for breaks in (_BREAKS, 1):
             orders = (self.middling, _BREAKS * _BREAK // breaks, _BREAKS * _AFTER // breaks)
-            jobs["breaks", breaks] = _Job(_rounds, _told(state, *orders), _BREAKS * (_BREAK + _AFTER))
+            jobs["breaks", breaks] = _Job(_rounds, _told(carry, *orders), _BREAKS * (_BREAK + _AFTER))
         return jobs
 
     def _turns(
@@ -155,26 +161,26 @@ class Bench:
                 values[-1] /= plain[-1]
         return statistics.median(plain), times
 
-    def _seconds(self, run: Callable[..., Any], state: State, count: int) -> float:
+    def _seconds(self, run: Callable[..., Any], carry: Carry, count: int) -> float:
         """Of one turn: what loops of so many take longer than loops of one, after one that brings their data near.
 
-        The first turn of a call costs one to two plain steps more than a later one (LOG.md, sixteenth session). Loops
+        The first turn of a call costs one to two plain steps more than a later one (docs/notes). Loops
         are repeated until they last as long as a generation does: a machine runs faster for a moment.
         """
         few = max(count // 4, 1)
-        once = self._time(run, state, few, 1) * count / few
+        once = self._time(run, carry, few, 1) * count / few
         calls = min(max(round(_SUSTAINED / max(once, 1e-6)), 1), _MOST_CALLS)
-        one, all_of_them = (self._time(run, state, turns, calls) for turns in (1, count))
+        one, all_of_them = (self._time(run, carry, turns, calls) for turns in (1, count))
         return max(all_of_them - one, 1e-9) / (calls * (count - 1))
 
-    def _time(self, run: Callable[..., Any], state: State, count: int, calls: int) -> float:
+    def _time(self, run: Callable[..., Any], carry: Carry, count: int, calls: int) -> float:
         begin = time.perf_counter()
         for _ in range(calls):
-            jax.block_until_ready(self._call(run, state, count))
+            jax.block_until_ready(self._call(run, carry, count))
         return time.perf_counter() - begin
 
-    def _call(self, run: Callable[..., Any], state: State, count: int) -> Any:
-        return run(self.roles, self.capacity, self.params, self.drafter_params, state, jnp.int32(count))
+    def _call(self, run: Callable[..., Any], carry: Carry, count: int) -> Any:
+        return run(self.setup, self.params, carry, jnp.int32(count))
 
 
 def _never_falling(values: list[float]) -> list[float]:
@@ -191,41 +197,31 @@ def _never_falling(values: list[float]) -> list[float]:
     return [statistics.mean(pool) for pool in pools for _ in pool]
 
 
-_start = jax.jit(start, static_argnums=(0, 1))
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _rounds(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> State:
+@functools.partial(jax.jit, static_argnums=0)
+def _rounds(setup: Setup, params: Params, carry: Carry, count: Array) -> Carry:
     """`count` rounds, as `generate` runs them."""
-    return run(
-        roles, capacity, params, drafter_params, state, jnp.int32(0), lambda done, took_part, info: done + 1,
-        lambda rows, done: done < count,
-    )[0]  # fmt: skip
+    done = jnp.int32(0)
+    return run(setup, params, carry, done, lambda done, *_: done + 1, lambda rows, done: done < count)[0]
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _drafts(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+@functools.partial(jax.jit, static_argnums=0)
+def _drafts(setup: Setup, params: Params, carry: Carry, count: Array) -> Rows:
     """`count` times the drafting of a round, each after the draft of the one before."""
-    del capacity
 
     def body(_, rows: Rows) -> Rows:
-        lengths = draft_lengths(roles.controller, state.controller_state, rows)
-        plan = plan_of(roles.controller, state.controller_state, lengths)
-        context = context_of(roles, rows, state.target_cache)
-        draft, _ = roles.drafter.propose(drafter_params, state.drafter_state, context, plan)
+        lengths = next_draft_lengths(setup, carry.controller_state, rows)
+        here = carry._replace(rows=rows, draft_lengths=lengths)
+        made, _ = draft(setup, params, here, plan_round(setup, here))
         # So that no draft can be left out: the next one begins with what this one drafted last.
-        last = jnp.take_along_axis(draft.tokens, jnp.maximum(draft.lengths - 1, 0)[:, None], 1)
+        last = jnp.take_along_axis(made.tokens, jnp.maximum(made.lengths - 1, 0)[:, None], 1)
         return rows._replace(tokens=rows.tokens.at[jnp.arange(len(last)), rows.lengths - 1].set(last[:, 0]))
 
-    return lax.fori_loop(0, count, body, state.rows)
+    return lax.fori_loop(0, count, body, carry.rows)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _steps(roles: Roles, capacity: int, params, drafter_params, state: State, count: Array) -> Rows:
+@functools.partial(jax.jit, static_argnums=0)
+def _steps(setup: Setup, params: Params, carry: Carry, count: Array) -> Carry:
     """`count` steps of plain decoding, as `autoregressive` runs them."""
-    del drafter_params
-
-    def body(_, carry: tuple[Rows, PyTree]) -> tuple[Rows, PyTree]:
-        return plain.step(roles.model, roles.processor, capacity, params, *carry)
-
-    return lax.fori_loop(0, count, body, (state.rows, state.target_cache))[0]
+    plainly = plain_setup(setup.model, setup.capacity, setup.processor)
+    carry = carry._replace(drafter_state=(), controller_state=(), stats=no_counts(carry.rows.lengths.shape[0], 0))
+    return _rounds(plainly, params, carry, count)

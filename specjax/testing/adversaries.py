@@ -68,7 +68,7 @@ def time_varying_drafter(vocab_size: int) -> Drafter:
             laws.append(jax.nn.softmax(processed, -1))
         return Draft(tokens, plan.lengths, jnp.stack(laws, 1)), state
 
-    return _stateless(propose, vocab_size)
+    return Drafter(propose, vocab_size=vocab_size)
 
 
 @functools.cache
@@ -79,13 +79,4 @@ def constant_drafter(token: int) -> Drafter:
         batch = context.rows.tokens.shape[0]
         return Draft(jnp.full((batch, plan.longest), token, jnp.int32), plan.lengths, None), state
 
-    return _stateless(propose, None)
-
-
-def _stateless(propose, vocab_size: int | None) -> Drafter:
-    return Drafter(
-        init=lambda params, context, prompts, hidden, *, slots, longest: (),
-        propose=propose,
-        commit=lambda params, state, context, info: state,
-        vocab_size=vocab_size,
-    )
+    return Drafter(propose)

@@ -12,9 +12,10 @@ import numpy as np
 from specjax import controllers
 from specjax.decode import arguments
 from specjax.decode.api import autoregressive, generate
-from specjax.decode.state import Roles, context_of, draft_lengths, plan_of, start
+from specjax.decode.round import draft, plan_round
+from specjax.decode.start import start
 from specjax.testing.tables import random_table, table_model
-from specjax.types import Array, Controller, Draft, Drafter, Model, PyTree, Sampling
+from specjax.types import Array, Controller, Draft, Drafter, Model, Params, PyTree, Sampling, Setup
 from specjax.verify import rejection
 
 _LONGEST = 3
@@ -78,14 +79,10 @@ def check_drafter(
 class _Bench:
     def __init__(self, drafter: Drafter, params: PyTree, target: Model, target_params: PyTree):
         self.drafter, self.params, self.target, self.target_params = drafter, params, target, target_params
-        self.roles = roles = Roles(target, drafter, rejection(), controllers.fixed(_LONGEST))
 
-        def first_draft(capacity: int, target_params: PyTree, params: PyTree, arrays: arguments.Request) -> Draft:
-            state = start(roles, capacity, target_params, params, arrays)
-            context = context_of(roles, state.rows, state.target_cache)
-            lengths = draft_lengths(roles.controller, state.controller_state, state.rows)
-            plan = plan_of(roles.controller, state.controller_state, lengths)
-            return drafter.propose(params, state.drafter_state, context, plan)[0]
+        def first_draft(setup: Setup, params: Params, arrays: arguments.Request) -> Draft:
+            carry = start(setup, params, arrays)
+            return draft(setup, params, carry, plan_round(setup, carry))[0]
 
         self.first_draft = jax.jit(first_draft, static_argnums=0)
 
@@ -98,7 +95,8 @@ class _Bench:
             self.target, prompts, lengths, key=jax.random.key(5), max_new_tokens=8, sampling=sampling, stop_tokens=(),
             seeds=seeds, capacity=None,
         )  # fmt: skip
-        return self.first_draft(request.capacity, self.target_params, self.params, request.arrays)
+        setup = Setup(self.target, self.drafter, rejection(), controllers.fixed(_LONGEST), request.capacity)
+        return self.first_draft(setup, Params(self.target_params, self.params), request.arrays)
 
 
 def _check_shapes(bench: _Bench) -> None:

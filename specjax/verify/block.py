@@ -10,7 +10,7 @@ from specjax import noise
 from specjax.noise import Role
 from specjax.sampling import sample
 from specjax.types import Array, Context, Draft, Target, Verdict, Verifier
-from specjax.verify.prefix import at_place, at_tokens, drafted, laws
+from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted
 
 
 @functools.cache
@@ -39,13 +39,13 @@ def block() -> Verifier:
 def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     rows = context.rows
     longest, width = draft.tokens.shape[1], target.probs.shape[-1]
-    draft_laws = laws(draft, width)  # [B, K, V]
-    draft_prob, target_prob = (at_tokens(probs, draft.tokens) for probs in (draft_laws, target.probs[:, :longest]))
+    drafted_from = draft_probs(draft, width)  # [B, K, V]
+    draft_prob, target_prob = (at_tokens(probs, draft.tokens) for probs in (drafted_from, target.probs[:, :longest]))
     joint = _joint(draft_prob, target_prob)  # [B, K+1]
 
     # Past the draft's end its law is zero: the residual there is the target's own law, times joint.
     no_law = jnp.zeros_like(target.probs[:, :1])
-    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([draft_laws, no_law], 1), 0.0)
+    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([drafted_from, no_law], 1), 0.0)
     mass = jnp.sum(residual, -1)
     rest = mass + 1 - joint
     inside = jnp.where(rest > 0, mass / jnp.where(rest > 0, rest, 1.0), 0.0)

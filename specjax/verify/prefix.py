@@ -1,4 +1,4 @@
-"""The longest accepted prefix of a draft, and what verifiers read of its laws."""
+"""The longest accepted prefix of a draft, and what verifiers read of its probabilities."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from specjax.types import Array, Draft, Verdict
 
 
 def drafted(draft: Draft) -> Array:
-    """[B, K] bool: the places that hold a draft token."""
+    """[B, N] bool: the places that hold a draft token."""
     return jnp.arange(draft.tokens.shape[1])[None] < draft.lengths[:, None]
 
 
@@ -25,10 +25,19 @@ def matching(draft: Draft, wanted: Array) -> Verdict:
     return Verdict(num_accepted, jnp.take_along_axis(wanted, num_accepted[:, None], 1)[:, 0])
 
 
-def laws(draft: Draft, width: int) -> Array:
-    """[B, K, V]: the law each draft token was drawn from; zero where none was."""
-    probs = jax.nn.one_hot(draft.tokens, width) if draft.probs is None else draft.probs
+def draft_probs(draft: Draft, width: int) -> Array:
+    """[B, N, V]: what each draft token was drawn from; zero where none was."""
+    probs = jax.nn.one_hot(draft.tokens, width) if draft.probs is None else by_token(draft)
     return jnp.where(drafted(draft)[..., None], probs, 0.0)
+
+
+def by_token(draft: Draft) -> Array:
+    """[B, N, V]: `draft.probs`, of which siblings may share one, for each token."""
+    assert draft.probs is not None, "a one-hot distribution is kept nowhere"
+    if draft.probs_at is None:
+        return draft.probs
+    at = jnp.broadcast_to(jnp.atleast_2d(draft.probs_at), draft.tokens.shape)
+    return jnp.take_along_axis(draft.probs, at[..., None], 1)
 
 
 def at_tokens(probs: Array, tokens: Array) -> Array:

@@ -11,7 +11,7 @@ from specjax import noise
 from specjax.noise import Role
 from specjax.sampling import sample
 from specjax.types import Array, Context, Draft, Target, Verdict, Verifier
-from specjax.verify.prefix import at_place, at_tokens, drafted, laws, num_leading
+from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted, num_leading
 
 
 @functools.cache
@@ -38,8 +38,8 @@ def keep_or_resample(
     """The rule; `also_kept` [B, K] bool are draft tokens that stay whatever it says, which makes it lossy."""
     rows = context.rows
     longest, width = draft.tokens.shape[1], target.probs.shape[-1]
-    draft_laws = laws(draft, width)
-    draft_prob, target_prob = (at_tokens(probs, draft.tokens) for probs in (draft_laws, target.probs[:, :longest]))
+    drafted_from = draft_probs(draft, width)
+    draft_prob, target_prob = (at_tokens(probs, draft.tokens) for probs in (drafted_from, target.probs[:, :longest]))
 
     accept_keys = noise.derive(rows.keys, Role.ACCEPT, rows.rounds)
     # Strictly less: a token of target probability 0 never stays, as u may be 0.
@@ -48,7 +48,7 @@ def keep_or_resample(
 
     target_law = at_place(target.probs, num_accepted)  # [B, V]
     # Past the draft's end its law is zero, and the residual is the target's own law: the bonus token's.
-    rejected_law = at_place(draft_laws, jnp.minimum(num_accepted, longest - 1))
+    rejected_law = at_place(drafted_from, jnp.minimum(num_accepted, longest - 1))
     rejected_law = jnp.where((num_accepted < draft.lengths)[:, None], rejected_law, 0.0)
     residual = jnp.maximum(target_law - rejected_law, 0.0)
     # No mass is left only where both laws agree up to rounding; then either of them is right.

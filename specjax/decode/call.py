@@ -1,0 +1,48 @@
+"""A call of `generate`, `stream` or `init`: its arguments checked and put together."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from specjax import controllers, verify
+from specjax.decode import arguments, parts
+from specjax.decode.arguments import Request
+from specjax.decode.state import Learnt
+from specjax.sharding import globally
+from specjax.types import Controller, Drafter, Model, Params, Processor, PyTree, Setup, Verifier
+
+
+class Call(NamedTuple):
+    """What a program is made of, and what it is given."""
+
+    setup: Setup
+    params: Params
+    request: Request
+    learnt: Learnt
+
+
+def prepare(
+    model: Model,
+    params: PyTree,
+    drafter: Drafter,
+    drafter_params: PyTree,
+    prompts: Any,
+    prompt_lengths: Any,
+    *,
+    processor: Processor | None = None,
+    verifier: Verifier | None = None,
+    controller: Controller | None = None,
+    controller_state: PyTree | None = None,
+    drafter_state: PyTree | None = None,
+    **options: Any,
+) -> Call:
+    """The call; see `generate` for the arguments. Raises ValueError for what can be seen to be wrong."""
+    parts.kinds(model, drafter, verifier, controller)
+    parts.processor(processor)
+    verifier, controller = verifier or verify.rejection(), controller or controllers.fixed(5)
+    request = arguments.request(model, prompts, prompt_lengths, **options)
+    setup = Setup(model, drafter, verifier, controller, request.capacity, processor)
+    parts.fit(setup, request.arrays.sampling)
+    parts.controller_state(controller, controller_state, request)
+    arrays = globally(model.layout, request.arrays)
+    return Call(setup, Params(params, drafter_params), arrays, Learnt(controller_state, drafter_state))

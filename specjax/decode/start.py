@@ -1,0 +1,77 @@
+"""Where a generation begins: rows opened, prompts read by target and drafter, first tokens emitted."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from specjax.decode.advance import next_draft_lengths
+from specjax.decode.arguments import Request
+from specjax.decode.context import context_of
+from specjax.decode.prefill import prefill
+from specjax.decode.round import first_token
+from specjax.decode.state import Carry, Learnt
+from specjax.rows import open_rows
+from specjax.sharding import constrain
+from specjax.types import Array, Model, Params, PyTree, Rows, Setup, Stats, Status
+
+
+def open_request(model: Model, request: Request, slots: int) -> Rows:
+    """Fresh rows for a checked request, with room for `slots` tokens each."""
+    rows = open_rows(
+        request.prompts, request.prompt_lengths, key=request.key, seeds=request.seeds,
+        limits=request.prompt_lengths + request.limits, draft_limits=request.draft_limits, sampling=request.sampling,
+        stop_tokens=request.stop_tokens, slots=slots, vocab_size=model.vocab_size,
+    )  # fmt: skip
+    return constrain(model.layout, rows, "rows")
+
+
+def open_cache(model: Model, params: PyTree, request: Request, slots: int) -> PyTree:
+    """The target's empty cache; an encoder reads its inputs here."""
+    more = (request.inputs,) if model.takes_inputs else ()
+    return model.init_cache(params, request.prompts.shape[0], slots, *more)
+
+
+def open_slots(setup: Setup, params: Params, request: Request, learnt: Learnt = Learnt()) -> Carry:
+    """Rows that hold their prompts, have ended, and of which target and drafter have read nothing."""
+    batch = request.prompts.shape[0]
+    rows = open_request(setup.model, request, setup.slots)
+    rows = rows._replace(
+        lengths=jnp.zeros_like(rows.lengths), prompt_lengths=jnp.zeros_like(rows.lengths),
+        status=jnp.full_like(rows.status, Status.LENGTH),
+    )  # fmt: skip
+    cache = open_cache(setup.model, params.target, request, setup.slots)
+    drafter_state = setup.drafter.init(
+        params.drafter, batch, slots=setup.slots, longest=setup.longest, inputs=request.inputs, learnt=learnt.drafter
+    )
+    state = _begin(setup, batch, learnt.controller)
+    return Carry(rows, cache, drafter_state, state, jnp.zeros_like(rows.lengths), no_counts(batch, setup.longest))
+
+
+def start(setup: Setup, params: Params, request: Request, learnt: Learnt = Learnt()) -> Carry:
+    """Reads the prompts with target and drafter, chunk by chunk, and emits each row's first token."""
+    model, drafter, empty = setup.model, setup.drafter, open_slots(setup, params, request, learnt)
+    rows = open_request(model, request, setup.slots)
+
+    def read(state: PyTree, tokens: Array, hidden: tuple[Array, ...], keep: Array, cache: PyTree) -> PyTree:
+        return drafter.read(params.drafter, state, context_of(setup, params, rows, cache), tokens, hidden, keep)
+
+    prompt = prefill(
+        model, params.target, rows.tokens[:, : request.prompts.shape[1]], rows.lengths, empty.target_cache,
+        hidden_layers=drafter.hidden_layers, read=read, state=empty.drafter_state,
+    )  # fmt: skip
+    rows = first_token(setup, context_of(setup, params, rows, prompt.cache), prompt.logits)
+    lengths = next_draft_lengths(setup, empty.controller_state, rows)
+    return empty._replace(rows=rows, target_cache=prompt.cache, drafter_state=prompt.state, draft_lengths=lengths)
+
+
+def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
+    controller = setup.controller
+    if learnt is None:
+        return controller.init(batch)
+    return learnt if controller.begin is None else controller.begin(learnt)
+
+
+def no_counts(batch: int, longest: int) -> Stats:
+    """Of rows that have done nothing."""
+    none, by_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, longest), jnp.int32)
+    return Stats(none, none, by_depth, by_depth, by_depth, jnp.zeros((batch, longest + 1), jnp.int32), none, none)
