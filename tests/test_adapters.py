@@ -5,6 +5,7 @@ from __future__ import annotations
 import foreign
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import optax
 import pytest
@@ -15,8 +16,7 @@ from jax._src import test_util as jtu
 import specjax
 from specjax import adapters, testing
 from specjax.aot import hlo
-from specjax.decode import api, prefill, state
-from specjax.decode import arguments as validate
+from specjax.decode import prefill
 from specjax.types import Drafter
 
 VOCAB = foreign.VOCAB
@@ -315,7 +315,7 @@ def test_parameters_of_another_module(adapt):
 def test_drafters_that_read_hidden_states_are_refused(adapt):
     """Catches a feature-level drafter that would get no features."""
     adapted = adapt(foreign.Stack)
-    drafter = Drafter(init=lambda: None, propose=lambda: None, commit=lambda: None, hidden_layers=(1,))
+    drafter = Drafter(propose=lambda: None, hidden_layers=(1,))
     with pytest.raises(ValueError, match="reads the target's hidden states"):
         specjax.generate(adapted.model, adapted.params, drafter, (), PROMPTS)
 
@@ -327,15 +327,13 @@ def test_no_cache_is_copied_in_the_compiled_loop(kind, adapt):
     """Catches a write that may run before the last read: XLA would copy the module's cache in every round."""
     adapted = adapt(kind)
     draft = specjax.drafters.draft_model(testing.table_model(1, VOCAB))
-    roles = state.Roles(adapted.model, draft, specjax.verify.rejection(), specjax.controllers.fixed(3))
-    request = validate.request(
-        adapted.model, PROMPTS, LENGTHS, key=None, max_new_tokens=400, sampling=specjax.Sampling(), stop_tokens=(),
-        seeds=None, capacity=None,
-    )  # fmt: skip
     table = testing.random_table(jax.random.key(4), order=1, vocab_size=VOCAB)
-    lowered = api._generate.lower(roles, request.capacity, 1, adapted.params, table, request.arrays, None, 0)
+    controller = specjax.controllers.fixed(3)
+    lowered = lowering.lowered(
+        adapted.model, adapted.params, draft, table, PROMPTS, LENGTHS, 400, controller=controller
+    )
     looped = [step.instruction for step in hlo.parse(lowered.compile().as_text()).walk() if step.loops]
-    slots = request.capacity + 4  # the draft's table keeps no cache, so this is the module's
+    slots = PROMPTS.shape[1] + 400 + 4  # the draft's table keeps no cache, so this is the module's
     held = [item for item in looped if any(len(shape.dims) >= 4 and slots in shape.dims for shape in item.shapes)]
     assert any("dynamic-update-slice" in item.text or "scatter" in item.text for item in held)
     assert not [item.text for item in held if item.op == "copy"]

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import re
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 import tiny
@@ -16,10 +16,8 @@ from made_up import by_plan, profile, round_of
 import specjax
 from specjax import controllers, stats, testing, verify
 from specjax.aot import hlo
-from specjax.decode import api, arguments, loop
-from specjax.decode import round as settle
-from specjax.decode import state as rounds
-from specjax.decode.state import Roles
+from specjax.decode import round as rounds
+from specjax.decode.context import context_of
 
 VOCAB = 13
 PROMPTS = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
@@ -120,18 +118,13 @@ def test_the_draft_model_catches_up(controller, most, turns):
     in wide ones, but for those after which the cache has no room for a wide one: `SELDOM` needs 4 + 120 + 4 slots,
     all that a cache of 128 has, and a pass that went beyond them would be written over what was read before."""
     model, params = tiny.model("llama", 0)
-    roles = Roles(model, specjax.drafters.draft_model(model), verify.rejection(), controller)
-    request = arguments.request(
-        model, PROMPTS, LENGTHS, key=None, max_new_tokens=most, sampling=specjax.Sampling(), stop_tokens=(), seeds=None,
-        capacity=None,
-    )  # fmt: skip
-    state = rounds.start(roles, request.capacity, params, params, request.arrays)
-    step = jax.jit(loop.speculate, static_argnums=(0, 1))
+    drafter = specjax.drafters.draft_model(model)
+    state = specjax.init(model, params, drafter, params, PROMPTS, LENGTHS, max_new_tokens=most, controller=controller)
     for _ in range(turns):
-        state, info = step(roles, request.capacity, params, params, state)
+        state, info = specjax.step(state)
         assert (info.num_accepted == info.draft_lengths).all()
         if info.draft_lengths.max() > 0:
-            assert (state.drafter_state.cache.lengths == state.rows.lengths - 2).all()
+            assert (state.carry.drafter_state.cache.lengths == state.rows.lengths - 2).all()
     assert int(state.stats.by_longest[0, 0]) >= turns // 2
     assert int(state.stats.by_longest[0, 3]) >= 2
 
@@ -193,7 +186,7 @@ def test_a_draft_of_nothing_is_a_plain_step():
         found = jnp.where(context.rows.lengths % 4 == 0, plan.lengths, 0)
         return specjax.Draft(jnp.zeros((batch, plan.longest), jnp.int32), found, None), state
 
-    seldom = specjax.Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
+    seldom = specjax.Drafter(propose)
     options = {"max_new_tokens": 24, "sampling": specjax.Sampling(1.0), "key": jax.random.key(3)}
     out = specjax.generate(
         model._replace(apply=apply), params, seldom, None, PROMPTS[:1], LENGTHS[:1],
@@ -286,12 +279,8 @@ def test_a_narrow_round_does_less_work():
     model, params = tiny.model("llama", 0)
     draft, draft_params = tiny.model("llama", 1, num_hidden_layers=1)
     controller = controllers.throughput(profile((1.0, 1.1, 1.2, 1.3), buckets=(0, 1, 3)))
-    roles = Roles(model, specjax.drafters.draft_model(draft), verify.rejection(), controller)
-    request = arguments.request(
-        model, jnp.ones((2, 5), jnp.int32), None, key=None, max_new_tokens=400, sampling=specjax.Sampling(),
-        stop_tokens=(), seeds=None, capacity=None,
-    )  # fmt: skip
-    lowered = api._generate.lower(roles, request.capacity, 1, params, draft_params, request.arrays, None, 0)
+    drafter, prompts = specjax.drafters.draft_model(draft), jnp.ones((2, 5), jnp.int32)
+    lowered = lowering.lowered(model, params, drafter, draft_params, prompts, None, 400, controller=controller)
     assert not hlo.host_calls(lowered.as_text())
     program = hlo.parse(lowered.compile().as_text())
     cache = (2, 2, 512, 4)
@@ -299,22 +288,22 @@ def test_a_narrow_round_does_less_work():
     shaped = [item for item in looped if any(shape.dims == cache for shape in item.shapes)]
     assert any("dynamic-update-slice" in item.text for item in shaped)
     assert not [item.text for item in shaped if item.op == "copy"]
-    state = jax.eval_shape(lambda: rounds.start(roles, request.capacity, params, draft_params, request.arrays))
-    draft = specjax.Draft(
-        jax.ShapeDtypeStruct((2, 3), jnp.int32), jax.ShapeDtypeStruct((2,), jnp.int32),
-        jax.ShapeDtypeStruct((2, 3, VOCAB), jnp.float32),
-    )  # fmt: skip
+    state = specjax.init(model, params, drafter, draft_params, prompts, max_new_tokens=400, controller=controller)
 
-    def settled(width, rows, cache, draft):
-        return settle.settle(roles, request.capacity, width, params, rows, cache, draft)
+    def judged(rows, cache, draft):
+        context = context_of(state.setup, state.params, rows, cache)
+        scores = rounds.score(state.setup, state.params, context, draft)
+        verdict = rounds.verify(state.setup, context, draft, scores)
+        return rounds.commit(state.setup, cache, scores, rounds.emit(state.setup, rows, draft, scores, verdict))
 
-    def plainly(rows, cache, draft):
-        return settle.settle_plainly(roles, request.capacity, params, rows, cache)
+    def flops(width):
+        draft = specjax.Draft(
+            jnp.zeros((2, width), jnp.int32), jnp.full((2,), width, jnp.int32), jnp.ones((2, width, VOCAB)) / VOCAB
+        )
+        compiled = jax.jit(judged).lower(state.rows, state.carry.target_cache, draft).compile()
+        return compiled.cost_analysis()["flops"]
 
-    ways = (plainly, functools.partial(settled, 1), functools.partial(settled, 3))
-    work = [
-        jax.jit(way).lower(state.rows, state.target_cache, draft).compile().cost_analysis()["flops"] for way in ways
-    ]
+    work = [flops(width) for width in (0, 1, 3)]
     assert work[0] < 0.75 * work[1] < 0.75 * 0.75 * work[2]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 import tiny
@@ -12,8 +13,7 @@ from jax._src import test_util as jtu
 import specjax
 from specjax import testing
 from specjax.aot import hlo
-from specjax.decode import api, arguments, loop, prefill
-from specjax.decode import state as rounds
+from specjax.decode import arguments, prefill
 from specjax.types import Controller, Status
 
 VOCAB = 13
@@ -92,19 +92,17 @@ def test_caches_hold_verified_tokens_only():
     """Known bug 5: lengths that count unverified drafts. After every round: all tokens but the last (target), all but
     the last two (draft)."""
     model, params, draft, draft_params = PAIRS["llama"]
-    roles = rounds.Roles(
-        model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
-    )
-    request = _request(model, PROMPTS, LENGTHS, 12)
-    state = rounds.start(roles, request.capacity, params, draft_params, request.arrays)
-    step = jax.jit(loop.speculate, static_argnums=(0, 1))
+    state = specjax.init(
+        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=12,
+        controller=specjax.controllers.fixed(3),
+    )  # fmt: skip
     for _ in range(4):
-        before = state.rows.lengths
-        state, info = step(roles, request.capacity, params, draft_params, state)
+        before = np.asarray(state.rows.lengths)
+        state, info = specjax.step(state)
         assert (state.rows.lengths == before + info.num_emitted).all()
         assert (info.num_accepted <= info.draft_lengths).all()
-        assert (state.target_cache.lengths == state.rows.lengths - 1).all()
-        assert (state.drafter_state.cache.lengths == state.rows.lengths - 2).all()
+        assert (state.carry.target_cache.lengths == state.rows.lengths - 1).all()
+        assert (state.carry.drafter_state.cache.lengths == state.rows.lengths - 2).all()
 
 
 @pytest.mark.parametrize(
@@ -277,15 +275,11 @@ def test_no_host_in_the_compiled_loop_and_no_cache_copied(rows, monkeypatch):
     model, params, draft, draft_params = PAIRS["llama"]
     monkeypatch.setattr(prefill, "CHUNK", 8)  # a prompt of several chunks
     jax.clear_caches()
-    roles = rounds.Roles(
-        model, specjax.drafters.draft_model(draft), specjax.verify.rejection(), specjax.controllers.fixed(3)
-    )
-    prompts = jnp.ones((rows, 30), jnp.int32)
-    request = _request(model, prompts, None, 400)
-    arrays = request.arrays
+    prompts, drafter = jnp.ones((rows, 30), jnp.int32), specjax.drafters.draft_model(draft)
+    controller = specjax.controllers.fixed(3)
     for lowered in (
-        api._generate.lower(roles, request.capacity, 1, params, draft_params, arrays, None, 0),
-        api._autoregressive.lower(model, None, request.capacity, 1, params, arrays, 0),
+        lowering.lowered(model, params, drafter, draft_params, prompts, None, 400, controller=controller),
+        lowering.lowered_plainly(model, params, prompts, None, 400),
     ):
         assert not hlo.host_calls(lowered.as_text())
         program = hlo.parse(lowered.compile().as_text())
@@ -341,7 +335,7 @@ def test_drafting_may_stop_early():
         draft_len=lambda state, rows: state + 6,
         update=lambda state, info: state,
         buckets=(0, 2, 6),
-        keep_drafting=lambda state, drawn, step: jnp.max(drawn.law, -1) > 0.25,
+        keep_drafting=lambda state, drawn, step: jnp.max(drawn.probs, -1) > 0.25,
     )
     options = {"max_new_tokens": 40, "sampling": specjax.Sampling(1.0)}
     out = specjax.generate(model, params, drafter, draft_params, PROMPTS, LENGTHS, controller=unsure, **options)

@@ -122,12 +122,18 @@ def test_bug_5_lengths_that_count_unverified_tokens():
 
     takes_as_many_rounds_as_it_should(drafter)
 
-    def keep_all(params, state, context, info):
-        width = jnp.full_like(info.num_emitted, info.draft_tokens.shape[1] + 1)
-        return state._replace(cache=model.commit(state.cache, state.block, width), block=None)
+    def keep_all(params, state, context, tokens, hidden, keep):
+        if state.block is None:
+            return drafter.read(params, state, context, tokens, hidden, keep)
+        cache = model.commit(state.cache, state.block, jnp.full_like(keep, tokens.shape[1]))
+        return state._replace(cache=cache, read=state.read + keep, cached=state.cached + keep, block=None)
 
-    behind = drafter._replace(commit=lambda params, state, context, info: state._replace(block=None))
-    for wrong in (drafter._replace(commit=keep_all), behind):
+    def behind(params, state, context, tokens, hidden, keep):
+        if state.block is None:
+            return drafter.read(params, state, context, tokens, hidden, keep)
+        return state._replace(read=state.read + keep, cached=state.cached + keep, block=None)
+
+    for wrong in (drafter._replace(read=keep_all), drafter._replace(read=behind)):
         with pytest.raises(AssertionError, match="rounds"):
             takes_as_many_rounds_as_it_should(wrong)
     counting = MODEL._replace(commit=lambda cache, block, keep, path=None: MODEL.commit(

@@ -17,10 +17,10 @@ from mutants import DRAFTER, MODEL, TABLE, VOCAB
 
 import specjax
 from specjax import Sampling, controllers, drafters, noise, sampling, testing, verify
-from specjax.decode import context, log_probs, loop, round
+from specjax.decode import advance, context, log_probs, round
 from specjax.noise import Role
 from specjax.types import Verifier
-from specjax.verify.prefix import at_place, laws
+from specjax.verify.prefix import at_place, draft_probs
 
 pytestmark = pytest.mark.usefixtures("fresh_programs")
 Edit = tuple[Any, str, Callable, str]  # a module, a function of it, what to put in its place, what the check then says
@@ -50,7 +50,7 @@ def test_edits_that_cost_acceptance_are_caught(monkeypatch):
     """Noise of the next position, a draft that does not see itself, and a token drafted that has no room."""
     _drafting_for_itself_all_stay()
     draft_model = importlib.import_module("specjax.drafters.draft_model")
-    draw, lengths = draft_model.draw, loop.draft_lengths
+    draw, lengths = draft_model.draw, advance.next_draft_lengths
 
     def blind(seen, logits, tokens, step):
         return draw(seen._replace(process=lambda x, ids, see: seen.process(x, ids, see & False)), logits, tokens, step)
@@ -58,7 +58,12 @@ def test_edits_that_cost_acceptance_are_caught(monkeypatch):
     edits: list[Edit] = [
         (context, "_coupled_keys", lambda rows, at: noise.derive(rows.keys, Role.TARGET, rows.lengths + at + 1), "rej"),
         (draft_model, "draw", blind, "rejected"),
-        (loop, "draft_lengths", lambda x, y, rows: lengths(x, y, rows._replace(limits=rows.limits + 1)), "drafted"),
+        (
+            advance,
+            "next_draft_lengths",
+            lambda x, y, rows: lengths(x, y, rows._replace(limits=rows.limits + 1)),
+            "drafted",
+        ),
     ]
     _all_caught(monkeypatch, _drafting_for_itself_all_stay, edits)
 
@@ -79,9 +84,9 @@ def _scores_and_tokens_are_plain_ones():
 def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     """Noise of the position before, used a second time; and logits of padding columns in the raw law."""
     _scores_and_tokens_are_plain_ones()
-    right = round._or_plain_token
+    right = round._plain_token
     edits: list[Edit] = [
-        (round, "_or_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
+        (round, "_plain_token", lambda rows, *x: right(rows._replace(lengths=rows.lengths - 1), *x), "tokens"),
         (log_probs, "without_padding", lambda logits, vocab_size: logits, "scores"),
     ]
     _all_caught(monkeypatch, _scores_and_tokens_are_plain_ones, edits)
@@ -97,7 +102,7 @@ def test_a_small_residual_that_is_left_out_is_caught(rule):
     def wrong(seen, draft, target):
         verdict = right.verify(seen, draft, target)
         law = at_place(target.probs, verdict.num_accepted)
-        own = jnp.pad(laws(draft, law.shape[-1]), ((0, 0), (0, 1), (0, 0)))
+        own = jnp.pad(draft_probs(draft, law.shape[-1]), ((0, 0), (0, 1), (0, 0)))
         residual = jnp.maximum(law - at_place(own, verdict.num_accepted), 0.0)
         keys = noise.derive(seen.rows.keys, Role.RESIDUAL, seen.rows.rounds)
         anew = sampling.sample(keys, jnp.log(law), seen.rows.sampling)

@@ -108,7 +108,7 @@ def test_rounds_without_a_draft_do_not_count_for_others(rule):
         tokens = jnp.repeat(rows.lengths[:, None] % size, plan.longest, 1)
         return specjax.Draft(tokens, found, None), state
 
-    seldom = specjax.Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
+    seldom = specjax.Drafter(propose)
     controller = controllers.fixed(2)._replace(buckets=(0, 2))
     prompts, seeds = jnp.array([[1, 2, 3, 4, 5, 6]]).repeat(12, 0), jnp.arange(12)
     lengths, limits = jnp.array([1, 2, 3, 4, 5, 6] * 2), jnp.array([20] * 11 + [5])

@@ -25,14 +25,31 @@ def test_long_prompts_are_read_in_chunks(monkeypatch):
         model, params, specjax.drafters.draft_model(draft), draft_params, prompts, lengths, max_new_tokens=10
     )
     assert out.new_tokens() == wanted
-    asked = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 5, 40), (0, 2))
+    asked, chunks = _read(model, params, prompts, lengths)
     monkeypatch.undo()
-    whole = prefill.prefill(model, params, prompts, lengths, model.init_cache(params, 5, 40), (0, 2))
+    whole, (one,) = _read(model, params, prompts, lengths)
+    assert [len(tokens[0]) for tokens, *_ in chunks] == [7, 8, 8]
     np.testing.assert_allclose(asked.logits, whole.logits, atol=1e-4)
     for row, length in enumerate(lengths.tolist()):
-        for chunked, one in zip(asked.hidden, whole.hidden, strict=True):
-            np.testing.assert_allclose(chunked[row, :length], one[row, :length], atol=1e-4)
+        assert sum(int(keep[row]) for *_, keep in chunks) == int(one[2][row]) == length
+        for layer in range(2):
+            told = np.concatenate([hidden[layer][row, : keep[row]] for _, hidden, keep in chunks])
+            np.testing.assert_allclose(told, one[1][layer][row, :length], atol=1e-4)
     jax.clear_caches()
+
+
+def _read(model, params, prompts, lengths):
+    """The prompts read, and what each chunk came with: tokens, hidden states of two layers, how many count."""
+    chunks: list[tuple] = []
+
+    def read(state, tokens, hidden, keep, cache):
+        jax.debug.callback(lambda *chunk: chunks.append(chunk), tokens, hidden, keep, ordered=True)
+        return state
+
+    cache = model.init_cache(params, 5, 40)
+    done = prefill.prefill(model, params, prompts, lengths, cache, hidden_layers=(0, 2), read=read)
+    jax.effects_barrier()
+    return done, jax.tree.map(np.asarray, chunks)
 
 
 @pytest.mark.parametrize("width", [600, 1024])

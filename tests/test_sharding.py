@@ -7,6 +7,7 @@ from unittest import mock
 
 import jax
 import jax.numpy as jnp
+import lowering
 import numpy as np
 import pytest
 import tiny
@@ -16,8 +17,6 @@ from made_up import profile
 import specjax
 from specjax import Sampling, controllers, drafters, models, sharding, testing, verify
 from specjax.aot import hlo
-from specjax.decode import api, arguments
-from specjax.decode.state import Roles
 from specjax.testing import constant_drafter, time_varying_drafter
 from specjax.types import Verdict, Verifier
 
@@ -157,17 +156,13 @@ def _programs():
     have the form for TPUs and GPUs."""
     layout = _layout(data=2, model=4)
     (model, params), (draft, draft_params) = _model("llama", layout), _model("llama", layout, seed=1)
-    roles = Roles(model, drafters.draft_model(draft), verify.block(), controllers.fixed(3))
-    request = arguments.request(
-        model, PROMPTS, LENGTHS, key=None, max_new_tokens=LIMITS, sampling=Sampling(0.8, top_p=0.9), stop_tokens=[3],
-        seeds=None, capacity=30,
-    )  # fmt: skip
-    arrays = sharding.globally(layout, request.arrays)
-    adaptive = roles._replace(controller=controllers.throughput(profile(batch=len(LIMITS), buckets=(0, 1, 3))))
+    given = (model, params, drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, LIMITS)
+    options = {"sampling": Sampling(0.8, top_p=0.9), "stop_tokens": [3], "capacity": 30}
+    adaptive = controllers.throughput(profile(batch=len(LIMITS), buckets=(0, 1, 3)))
     lowered = [
-        api._generate.lower(roles, 30, 1, params, draft_params, arrays, None, 0),
-        api._autoregressive.lower(model, None, 30, 1, params, arrays, 0),
-        api._generate.lower(adaptive, 30, 1, params, draft_params, arrays, None, 0),
+        lowering.lowered(*given, **options, verifier=verify.block(), controller=controllers.fixed(3)),
+        lowering.lowered_plainly(model, params, PROMPTS, LENGTHS, LIMITS, **options),
+        lowering.lowered(*given, **options, verifier=verify.block(), controller=adaptive),
     ]
     return [hlo.parse(one.compile().as_text()) for one in lowered]
 

@@ -12,13 +12,13 @@ import pytest
 
 import specjax
 from specjax import models, stats, testing, text, tree
-from specjax.types import Draft, Drafter
+from specjax.types import Draft
 
 PACKAGE = Path(specjax.__file__).resolve().parent
 
 VOCABULARY = {
-    "batch", "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding", "stats",
-    "status", "traced", "types",
+    "batch", "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding",
+    "stats", "status", "traced", "types",
 }  # fmt: skip
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
@@ -110,7 +110,7 @@ def test_a_chain_is_a_tree_with_one_child_each(order):
         draft, state = chain.propose(params, state, context, plan)
         return Draft(draft.tokens, draft.lengths, draft.probs, jnp.arange(plan.longest) - 1), state
 
-    treed = Drafter(chain.init, propose, chain.commit, chain.vocab_size)
+    treed = chain._replace(propose=propose)
     prompts = jnp.array([[1, 2, 3], [4, 5, 6]])
     for temperature in (0.0, 1.0):
         one, other = (

@@ -26,12 +26,12 @@ def loop():
     work = workload(shaped("llama-8b", layers=LAYERS), shaped("llama-1b", layers=LAYERS), "v5e:2x2")
     given = programs.arguments(work)
     table = profile((1.0, 1.02, 1.05, 1.1, 1.2), batch=BATCH, buckets=(0, 1, 4), context=CAPACITY // 2)
-    given = given._replace(roles=given.roles._replace(controller=controllers.throughput(table)))
+    given = given._replace(setup=given.setup._replace(controller=controllers.throughput(table)))
     state = programs.rounds_state(work, given)
     sizes = [
         bytes_per_chip(leaf) for leaf in jax.tree.leaves([*state.target_cache[:2], *state.drafter_state.cache[:2]])
     ]
-    return programs.compiled("rounds", programs.lower_rounds(work, given, state)), sizes
+    return programs.compiled("rounds", programs.lower_rounds(given, state)), sizes
 
 
 def test_caches_stay_where_they_are(loop):

@@ -18,6 +18,7 @@ from specjax.aot.placement import bytes_per_chip
 from specjax.aot.shapes import shaped
 from specjax.aot.topology import bytes_per_cycle, hbm_bytes
 from specjax.decode import api
+from specjax.decode.state import Learnt
 from specjax.kernels import attention
 from specjax.profiling import roofline
 
@@ -63,9 +64,9 @@ def loop() -> Loop:
     sizes = [bytes_per_chip(leaf) for leaf in buffers]
 
     traces.clear()
-    lowered = programs.lower_rounds(work, given, state)
+    lowered = programs.lower_rounds(given, state)
     first = len(traces)
-    programs.lower_rounds(work, given, state)
+    programs.lower_rounds(given, state)
     later = len(traces) - first
     return Loop(programs.compiled("rounds", lowered), work, given, first, later, sum(sizes), min(sizes))
 
@@ -87,9 +88,7 @@ def test_no_host_transfer(loop):
 def test_generate_calls_no_host(loop):
     """Catches the same in what surrounds the loop in `generate`: opening the rows, prefill, the first token."""
     given, pad_token = loop.given, jax.ShapeDtypeStruct((), jnp.int32)
-    lowered = api._generate.lower(
-        given.roles, CAPACITY, 1, given.params, given.drafter_params, given.request, None, pad_token
-    )
+    lowered = api._generate.lower(given.setup, 1, given.params, given.request, Learnt(), pad_token)
     assert hlo.host_calls(lowered.as_text()) == []
 
 
@@ -154,7 +153,7 @@ def test_what_a_round_costs_by_part(loop):
     """Catches parts that the report no longer finds in the program, a cache write that takes over, and logits that come
     in another layout than laws are taken of: 7.7 million cycles of laws and bookkeeping then, 6.4 without."""
     rate = bytes_per_cycle(TOPOLOGY)
-    model, params = loop.given.roles.model, loop.given.params
+    model, params = loop.given.setup.model, loop.given.params.target
     count = roofline.count(model, params, batch=BATCH, tokens=DRAFT_LEN + 1, live=CAPACITY)
     least = {"target": costs.least_cycles(loop.work, [count], rate)}
     full, eighth = (costs.turn(loop.program, halvings, rate, least) for halvings in (0, 3))

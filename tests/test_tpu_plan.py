@@ -107,9 +107,7 @@ def test_70b_fits_16_chips(large):
     whole = workload(shaped("llama-70b"), shaped("llama-1b"), "v5e:4x4")
     given = programs.arguments(whole)
     state = programs.rounds_state(whole, given)
-    arguments = bytes_per_chip(
-        (given.params, given.drafter_params, state._replace(rows=state.rows._replace(keys=None)))
-    )
+    arguments = bytes_per_chip((given.params, state._replace(rows=state.rows._replace(keys=None))))
     assert ready.memory is not None
     assert 9.8 * GIB < arguments < 10 * GIB
     assert ready.memory.temporaries < 0.25 * GIB
@@ -141,7 +139,8 @@ def test_int8_matrices_are_read_as_int8():
         target.places(),
     )
     work = work._replace(target=target)
-    ready = programs.compile_plain(work, programs.arguments(work)._replace(params=params))
+    given = programs.arguments(work)
+    ready = programs.compile_plain(work, given._replace(params=given.params._replace(target=params)))
     assert ready.program is not None
     assert ready.memory is not None
     half = bytes_per_chip(params)

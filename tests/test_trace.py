@@ -126,13 +126,13 @@ def test_a_drafter_without_a_law_drafts_with_certainty():
 
 EVERY_OTHER = specjax.Controller(
     init=lambda batch: jnp.int32(0),
-    draft_len=lambda state, rows: jnp.full((rows.lengths.shape[0],), jnp.where(state % 2 == 0, 5, 0)),
+    draft_len=lambda state, rows: jnp.full((rows.lengths.shape[0],), jnp.where(state % 2 == 0, 3, 0)),
     update=lambda state, info: state + 1,
-    buckets=(0, 5),
+    buckets=(0, 3),
 )
 
 
-@pytest.mark.parametrize("controller", [specjax.controllers.fixed(5), EVERY_OTHER], ids=["fixed", "every other round"])
+@pytest.mark.parametrize("controller", [specjax.controllers.fixed(3), EVERY_OTHER], ids=["fixed", "every other round"])
 def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
     """Catches places of a tree read as those of a chain, and accepted tokens read off the draft instead of its path;
     and plain steps between trees that are told in another form."""
@@ -144,7 +144,7 @@ def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
         second = jnp.argmax(params[first], -1)
         third = jnp.argmax(params[second[:, 1:]], -1)
         tokens = jnp.concatenate([first[:, ::-1], second[:, ::-1], third], 1).astype(jnp.int32)
-        return Draft(tokens, jnp.full((3,), plan.longest), None, parents), state
+        return Draft(tokens, jnp.full((3,), len(parents)), None, parents), state
 
     def walk(context, draft, target):
         wanted = jnp.argmax(target.logits, -1).astype(jnp.int32)  # [B, N+1], after each node
@@ -160,7 +160,7 @@ def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
             node = jnp.where(going, place + 1, node)
         return Verdict(kept, jnp.take_along_axis(wanted, node[:, None], 1)[:, 0], jnp.stack(path, 1))
 
-    drafter = Drafter(lambda *args, **options: (), propose, lambda params, state, context, info: state)
+    drafter = Drafter(propose, num_nodes=lambda depth: 5)
     given = (MODEL, TABLE, drafter, TABLE, PROMPTS, LENGTHS)
     options = {"max_new_tokens": 20, "controller": controller, "verifier": Verifier(walk)}
     chunks = list(specjax.stream(*given, **options, sampling=specjax.Sampling(0.0)))
@@ -187,7 +187,7 @@ def test_generate_pays_nothing(monkeypatch, buckets):
     """Catches what only a trace needs staying in the program of `generate`."""
 
     def program():
-        drafter = DRAFTER._replace(commit=lambda *args: DRAFTER.commit(*args))  # another one, to be traced anew
+        drafter = DRAFTER._replace(read=lambda *args: DRAFTER.read(*args))  # another one, to be traced anew
         controller = specjax.controllers.fixed(5)._replace(buckets=buckets)
         options = {"max_new_tokens": 8, "sampling": specjax.Sampling(0.8, top_p=0.9), "controller": controller}
         run = jax.jit(

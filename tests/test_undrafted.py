@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 import specjax
 from specjax import models, text
 from specjax.cli import main
-from specjax.drafters import no_draft
+from specjax.decode import plain as plainly
 from specjax.types import Status
 
 TEXTS = ["w1 w2 w3", "w4"]
@@ -105,8 +105,8 @@ def test_every_round_is_a_plain_step():
     """Catches a controller that lets the drafter draft, whose tokens would all be rejected, at full cost."""
     model, params = tiny.model("llama", 2)
     prompts = np.array([[1, 2], [3, 0]])
-    roles = (model, params, no_draft.DRAFTER, ())
-    out = specjax.generate(*roles, prompts, max_new_tokens=7, controller=no_draft.CONTROLLER)
+    roles = (model, params, plainly.DRAFTER, ())
+    out = specjax.generate(*roles, prompts, max_new_tokens=7, controller=plainly.CONTROLLER)
     plain = specjax.autoregressive(model, params, prompts, max_new_tokens=7)
     assert out.new_tokens() == plain.new_tokens()
     assert out.status.tolist() == [Status.LENGTH] * 2

@@ -21,10 +21,8 @@ import jax
 import jax.numpy as jnp
 
 import specjax
-from specjax import controllers, models, stats, text, verify
+from specjax import controllers, models, stats, text
 from specjax.aot import shapes
-from specjax.decode import arguments, loop
-from specjax.decode import state as rounds
 from specjax.profiling import roofline
 from specjax.profiling.machine import Machine, known
 
@@ -109,17 +107,13 @@ def _from_its_page() -> Any:
 
 def _one_round(target: Any, draft: Any, drafter: Any, tokenizer: Any) -> dict[str, Any]:
     """The first greedy round that accepts some of its draft, and not all."""
-    request = arguments.request(
-        target.model, *text.encode(tokenizer, [SHOWN]), key=None, max_new_tokens=64, sampling=specjax.Sampling(),
-        stop_tokens=(), seeds=None, capacity=None,
+    state = specjax.init(
+        target.model, target.params, drafter, draft.params, *text.encode(tokenizer, [SHOWN]), max_new_tokens=64,
+        controller=controllers.fixed(SHOWN_LONGEST),
     )  # fmt: skip
-    roles = rounds.Roles(target.model, drafter, verify.rejection(), controllers.fixed(SHOWN_LONGEST))
-    start = jax.jit(rounds.start, static_argnums=(0, 1))
-    speculate = jax.jit(loop.speculate, static_argnums=(0, 1))
-    state = start(roles, request.capacity, target.params, draft.params, request.arrays)
     for _ in range(64):
-        before = state.rows.tokens[0, : int(state.rows.lengths[0])]
-        state, info = speculate(roles, request.capacity, target.params, draft.params, state)
+        before = jnp.copy(state.rows.tokens[0, : int(state.rows.lengths[0])])
+        state, info = specjax.step(state)
         if 1 < int(info.num_accepted[0]) < SHOWN_LONGEST:
             break
     whole = jnp.concatenate([before, info.draft_tokens[0]])[None]

@@ -258,7 +258,7 @@ def _at_leaf(draft: Draft, is_drafted: Array, num_accepted: Array, path: Array |
     if draft.parents is None or path is None:
         return num_accepted >= jnp.sum(is_drafted, -1)
     last = jnp.take_along_axis(block_places(path), num_accepted[:, None], 1) - 1  # -1: the root
-    return ~jnp.any(is_drafted & (draft.parents == last), -1)
+    return ~jnp.any(is_drafted & (jnp.atleast_2d(draft.parents) == last), -1)
 
 
 def _of_draft(draft: Draft, scores: Scores, vocab_size: int) -> LogProbs:
