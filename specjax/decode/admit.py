@@ -135,7 +135,11 @@ def admit(
         seeds=jnp.asarray(seed)[None], inputs=inputs, capacity=setup.capacity,
     )  # fmt: skip
     row = integers.exact(integers.whole(row, "row", "[]"), "row", least=0, most=batch - 1)
-    carry = _admit(setup, state.params, state.carry, request.arrays, jnp.asarray(row))
+    arrays = request.arrays
+    if arrays.sampling.logit_bias is not None:  # one for all rows would be no row's own
+        bias = jnp.atleast_2d(arrays.sampling.logit_bias)
+        arrays = arrays._replace(sampling=arrays.sampling._replace(logit_bias=bias))
+    carry = _admit(setup, state.params, state.carry, arrays, jnp.asarray(row))
     return dataclasses.replace(state, carry=carry)
 
 
@@ -153,7 +157,7 @@ def _admit(setup: Setup, params: Params, carry: Carry, request: Request, row: Ar
     def put(old: Array, new: Array, axis: int) -> Array:
         if axis < 0:
             return old
-        return lax.dynamic_update_slice_in_dim(old, new.astype(old.dtype), row, axis)
+        return lax.dynamic_update_slice_in_dim(old, new, row, axis)
 
     return jax.tree.map(put, carry, one, axes)
 
@@ -173,6 +177,7 @@ def row_axes(setup: Setup, params: Params, carry: Carry, request: Request) -> An
         )
         return start(setup, params, repeated._replace(key=request.key))
 
+    batch = carry.rows.lengths.shape[0]
     one, two = (jax.eval_shape(functools.partial(opened, rows)) for rows in (1, 2))
     if jax.tree.structure(one) != jax.tree.structure(carry):
         raise ValueError(
@@ -189,7 +194,7 @@ def row_axes(setup: Setup, params: Params, carry: Carry, request: Request) -> An
         if not found:
             return -1
         place = found[0]
-        if small.shape[:place] + small.shape[place + 1 :] != whole.shape[:place] + whole.shape[place + 1 :]:
+        if whole.shape != (*small.shape[:place], batch, *small.shape[place + 1 :]):
             raise ValueError(
                 f"this request does not fit the state: {jax.tree_util.keystr(path)} is {whole.shape} in it, and "
                 f"{small.shape} for the request's one row."

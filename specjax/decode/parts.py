@@ -10,7 +10,7 @@ import jax
 from specjax.controllers.buckets import MOST
 from specjax.decode.arguments import Checked
 from specjax.traced import known
-from specjax.types import Controller, Draft, Drafter, Model, Sampling, Setup, Verifier
+from specjax.types import Controller, Draft, Drafter, Model, Params, Sampling, Setup, Verifier
 
 _NO_TREES = (
     "this drafter makes trees, and this target reads chains only (its Model says trees=False): use a drafter of "
@@ -82,6 +82,15 @@ def draft(setup: Setup, made: Any) -> None:
         raise ValueError("a Draft with probs_at needs parents: tokens of a chain have a distribution each.")
 
 
+def verdict(setup: Setup, made: Any) -> None:
+    """Checks, while tracing, the path that a verifier of trees gives."""
+    if made.path is not None and (setup.drafter.num_nodes is None or made.path.shape[1] != setup.longest):
+        raise ValueError(
+            f"a Verdict's path must be int32 [B, K] with K = {setup.longest}, for a drafter that says its num_nodes; got "
+            f"{list(made.path.shape)}."
+        )
+
+
 def updated(before: Any, after: Any) -> None:
     """Checks, while tracing, that a controller's state keeps its form."""
     was, now = _form(lambda: before), _form(lambda: after)
@@ -144,6 +153,28 @@ def fit(setup: Setup, sampling: Sampling) -> None:
         raise ValueError(
             f"this verifier is for temperature 0 only, got temperature {temperature.max()}. "
             "Use specjax.verify.rejection() (--verifier rejection), which is exact at every temperature."
+        )
+
+
+def drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: Any) -> None:
+    """Checks what the caller passes on of an earlier call's drafter."""
+    if state is None:
+        return
+    drafter = setup.drafter
+    learnt = drafter.learnt
+    if learnt is None:
+        raise ValueError("this drafter learns nothing that outlives a call: leave drafter_state out.")
+
+    def fresh() -> Any:
+        sizes = {"slots": setup.slots, "longest": setup.longest}
+        return learnt(drafter.init(params.drafter, batch, **sizes, inputs=inputs, learnt=None))
+
+    wanted, given = _form(fresh), _form(lambda: state)
+    if wanted != given:
+        where, wanted, given = _first_difference(wanted, given)
+        raise ValueError(
+            f"drafter_state does not fit: this drafter's is {wanted}{where}, got {given}. Pass the field drafter_state "
+            "of a Generation by the same drafter, or None to start afresh."
         )
 
 

@@ -173,6 +173,7 @@ def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verd
     if draft.parents is None:
         sound = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(is_sound)))
     verdict = setup.verifier.verify(context, sound, Target(logits, jax.nn.softmax(logits, -1)))
+    parts.verdict(setup, verdict)
     # The distribution is the same. But whether others draft must not change the token, and if none does there is no
     # verifier: so a row without a draft draws with the noise of plain decoding.
     has_none = draft.lengths == 0

@@ -13,7 +13,9 @@ from specjax.types import Array, Model, PyTree
 _ROWS, _WIDTH, _SLOTS = 3, 7, 64
 
 
-def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: Array | None = None) -> list[str]:
+def check_model(
+    model: Model, params: PyTree, *, tolerance: float = 1e-3, key: Array | None = None, inputs: PyTree = None
+) -> list[str]:
     """Checks that `model` does what the loop relies on; tokens are random ids of its vocabulary.
 
     Args:
@@ -21,6 +23,7 @@ def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: A
       params: its parameters. Better float32: the comparisons are of logits.
       tolerance: most difference of two logits that should be the same, relative to the largest of them.
       key: for the ids.
+      inputs: of three rows, [3, ...], for a model that takes them.
 
     Returns:
       What was checked, one line each.
@@ -40,8 +43,12 @@ def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: A
     key = jax.random.key(0) if key is None else key
     tokens = jax.random.randint(key, (_ROWS, _WIDTH), 0, model.vocab_size)
     other = jax.random.randint(jax.random.fold_in(key, 1), (_ROWS, _WIDTH), 0, model.vocab_size)
-    bench = _Bench(model, params, tolerance)
+    if model.takes_inputs and inputs is None:
+        raise ValueError("this model takes inputs: pass inputs=, a pytree of arrays [3, ...].")
+    bench = _Bench(model, params, tolerance, inputs)
     checks = [_shapes, _steps, _appended, _rejected, _rows, _capacity]
+    if model.extend is not None:
+        checks.append(_extended)
     if model.trees:
         checks.append(_tree)
     for check in checks:
@@ -50,15 +57,16 @@ def check_model(model: Model, params: PyTree, *, tolerance: float = 1e-3, key: A
 
 
 class _Bench:
-    def __init__(self, model: Model, params: PyTree, tolerance: float):
-        self.model, self.params, self.tolerance = model, params, tolerance
+    def __init__(self, model: Model, params: PyTree, tolerance: float, inputs: PyTree):
+        self.model, self.params, self.tolerance, self.inputs = model, params, tolerance, inputs
         self.apply = jax.jit(model.apply, static_argnames=("hidden_layers",))
         self.commit = jax.jit(model.commit)
 
-    def cache(self, rows: int = _ROWS, slots: int = _SLOTS) -> PyTree:
-        """An empty cache, no longer than the architecture's last position allows."""
+    def cache(self, rows: slice = slice(_ROWS), slots: int = _SLOTS) -> PyTree:
+        """An empty cache of these rows, no longer than the architecture's last position allows."""
         slots = min(slots, self.model.max_positions or slots)
-        return self.model.init_cache(self.params, rows, slots)
+        more = (jax.tree.map(lambda leaf: leaf[rows], self.inputs),) if self.model.takes_inputs else ()
+        return self.model.init_cache(self.params, len(range(_ROWS)[rows]), slots, *more)
 
     def block(self, size: int, rows: int = _ROWS) -> PyTree:
         return self.model.init_block(self.params, rows, size)
@@ -129,7 +137,7 @@ def _rejected(bench: _Bench, tokens: Array, other: Array) -> None:
     follow, _ = bench.read(cache, other[:, :2])
     for row, kept in enumerate(keep):
         text = jnp.concatenate([tokens[row, : 3 + kept], other[row, :2]])[None]
-        clean, _ = bench.read(bench.cache(1), text)
+        clean, _ = bench.read(bench.cache(slice(row, row + 1)), text)
         bench.same(follow[row], clean[0, -2:], f"row {row} kept {kept} of 4 tokens and still knows of the others")
 
 
@@ -146,6 +154,19 @@ def _capacity(bench: _Bench, tokens: Array, other: Array) -> None:
     _, small = bench.read(small, tokens)
     _, large = bench.read(large, tokens)
     bench.same(bench.read(small, other)[0], bench.read(large, other)[0], "a larger cache gives other logits")
+
+
+def _extended(bench: _Bench, tokens: Array, other: Array) -> None:
+    """extend reads as apply and commit do, row by row, and goes on from what was read before"""
+    keep, places = jnp.array([4, 1, 0]), jnp.array([[3], [0], [0]])
+    _, cache = bench.read(bench.cache(), tokens[:, :3])
+    logits, wanted = bench.read(cache, tokens[:, 3:], keep)
+    assert bench.model.extend is not None
+    out = bench.model.extend(bench.params, tokens[:, 3:], cache, keep, logits_at=places)
+    chosen = jnp.take_along_axis(logits, places[..., None], 1)
+    bench.same(out.logits, chosen, "extend gives other logits than apply")
+    follow, _ = bench.read(out.cache, other[:, :2])
+    bench.same(follow, bench.read(wanted, other[:, :2])[0], "extend keeps another text than apply and commit")
 
 
 def _tree(bench: _Bench, tokens: Array, other: Array) -> None:
