@@ -86,8 +86,8 @@ def verdict(setup: Setup, made: Any) -> None:
     """Checks, while tracing, the path that a verifier of trees gives."""
     if made.path is not None and (setup.drafter.num_nodes is None or made.path.shape[1] != setup.longest):
         raise ValueError(
-            f"a Verdict's path must be int32 [B, K] with K = {setup.longest}, for a drafter that says its num_nodes; got "
-            f"{list(made.path.shape)}."
+            f"a Verdict's path must be int32 [B, K] with K = {setup.longest}, for a drafter that says its num_nodes; "
+            f"got {list(made.path.shape)}."
         )
 
 
