@@ -25,7 +25,7 @@ def _write_with(**fields):
 
 def test_any_kind_of_number_is_a_share():
     """Catches NumPy's numbers taken for nonsense."""
-    assert controllers.throughput(CHEAP, prior=np.float32(0.5), exploration=0) is not None
+    assert controllers.throughput(CHEAP, prior=np.float32(0.5)) is not None
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ def test_any_kind_of_number_is_a_share():
         (lambda: controllers.additive(4, 5), "1 <= start <= longest"),
         (lambda: controllers.throughput(CHEAP, prior=2.0), "prior must be a share in 0..1, got 2.0"),
         (lambda: controllers.throughput(CHEAP, prior=None), "prior must be a share in 0..1"),
-        (lambda: controllers.throughput(CHEAP, exploration=float("nan")), "exploration must be a share"),
+        (lambda: controllers.throughput(CHEAP, prior=float("nan")), "prior must be a share"),
         (lambda: controllers.throughput(None), "must be a specjax.costs.Profile, .* got NoneType"),
         (lambda: controllers.throughput("profile.json"), r"costs.load\(path\) returns; got str"),
         (lambda: controllers.throughput(CHEAP._replace(buckets=[0, 1])), "are tuples"),

@@ -1,10 +1,9 @@
-"""As many draft tokens as pay: expected tokens a second, from what was accepted so far and what rounds cost here."""
+"""As many draft tokens as pay: the length that is expected to end the batch soonest, by what rounds cost here."""
 
 from __future__ import annotations
 
 import functools
 import logging
-import math
 import numbers
 from typing import NamedTuple
 
@@ -14,88 +13,56 @@ import numpy as np
 from jax import lax
 
 from specjax import costs
-from specjax.controllers import acceptance
-from specjax.controllers.acceptance import KINDS
-from specjax.controllers.buckets import holding
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
 
 _log = logging.getLogger(__name__)
 
-_LONG = 256.0  # rounds with a draft, over which what is known of the pair fades to 1/e
-_PRIOR, _HOPE = 8.0, 8.0  # rounds that the prior counts for, and easy ones added where it is asked whether drafts pay
-_EAGER = 16.0  # times the share of exploration: the most that is put aside for tries
-_OF_GAIN = 0.35  # of what drafts usually gain: what is put aside after drafts, within those bounds
-_CREDIT = 8.0  # tries that successes may run ahead of what was put aside, by full trust
-# Of trust in tries that give hope: the least, and factors for hope that came to nothing and for drafts that pay.
-_LEAST_TRUST, _DISTRUST, _TRUST = 1 / 16, 0.7, 1.4
-_WITH_HOPE, _WITHOUT = 2.0, 0.7  # factors for the share, after a try
-# Rounds without a draft from one decision to the next, where no row ended and no try is due: nothing was learnt in
-# them, and deciding takes a tenth of a step of a small model at one row.
-_LOOK = 32
-_STAKE, _RESERVE = 24.0, 64.0  # plain steps that drafts may lose on the whole, and that savings may pay for on top
-# Of what drafts after rounds without one cost on top: what drafts of another width do. (Measured: nothing to a third of
-# it at sixteen and one rows, a tenth to a half at four.)
-_WIDTH = 0.5
-_SPREAD = 0.1  # of a step for each token of a stretch: how much of it is not foreseen, as the kinds of text differ
+# Simulated over the cases of benchmarks/simulate.py, each may be half or twice as large for less than 2% on average.
+_FADE = 24.0  # tokens: how long a row's acceptance is remembered, as texts are easy or hard in stretches
+_PAIR = 256.0  # tested tokens a row: how long the pair's mean is remembered, some texts
+_SHRINK = 2.0  # tested tokens: what the pair's mean counts for in a row's estimate, and the prior in the mean
+_WAIT = 24  # rounds: the least from one probe to the next; on two cores a probe costs two to three plain steps
+_LOSS = 24.0  # plain steps: the most that drafts may lose; as many may earlier gains pay for on top
 
 
 class ThroughputState(NamedTuple):
-    """What was learnt. S is the number of kinds of text, `acceptance.KINDS`."""
+    """What was learnt."""
 
-    ease: Array  # [B, S] float32, what is believed of each row's text: chances of the kinds
-    usual: Array  # [S] float32, rounds of each kind that the pair has seen; they fade
-    idle: Array  # [] int32, rounds since the last draft, or since the text began
-    took_part: Array  # [] int32, rows in the last round; 0 where a text begins
-    last: Array  # [] int32, tokens drafted for a row in that round, at most
-    saved: Array  # [] float32, plain steps put aside for the next try; less than 0 is owed for earlier ones
-    hot: Array  # [] bool, whether the last draft was a try that gives hope: the next may be on credit
-    trust: Array  # [] float32, up to 1: in tries that give hope, as drafts came of them or not
-    share: Array  # [] float32, of a plain step that each round without a draft adds to them
+    tested: Array  # [B] float32, draft tokens that were tested lately
+    accepted: Array  # [B] float32, how many of them were accepted
+    pair_tested: Array  # [] float32, likewise of all rows and earlier texts
+    pair_accepted: Array  # [] float32
+    wait: Array  # [] int32, n: rounds without a draft before the next probe
+    waited: Array  # [] int32, rounds since the last draft, over texts
+    behind: Array  # [] int32, of these, rounds of this text: what the drafter has to catch up with
+    last: Array  # [] int32, the longest draft of the last round
+    active: Array  # [] int32, rows in the last round; 0 where a text begins
     emitted: Array  # [B] int32, tokens since the text began
-    account: Array  # [] float32, plain steps: what earlier texts saved, less what this one took until now
+    spent: Array  # [] float32, plain steps that this text took
+    ledger: Array  # [] float32, plain steps that drafts gained over earlier texts; less than 0: lost
 
 
-def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.01) -> Controller:
-    """Drafts the number of tokens, 0 to K, by which the batch as a whole is expected to be done soonest.
+def throughput(profile: Profile, *, prior: float = 0.7) -> Controller:
+    """Drafts the number of tokens, 0 to K, that is expected to end the batch soonest.
 
-    Each row's text is taken to be of one of nine kinds, from hopeless to easy, and to turn to another now and then.
-    What is accepted tells the kind within a few rounds, and so what a draft of each length would emit. Where little is
-    known of a row, it is as usual for the pair; where little is known of the pair, as the prior says.
+    Each row keeps a decayed acceptance estimate, shrunk to the pair's mean. Of all draft lengths, 0 included, it takes
+    the one that minimises the expected time until the batch's last row ends, by the profile. While that is 0, it drafts
+    one token every n rounds; n doubles after such a probe that does not pay, and starts over after one that does. A
+    ledger holds the plain steps that drafts gained or lost: below -24 only probes are allowed. The mean, n and the
+    ledger are what the next call starts from.
 
-    Every round (while nothing is drafted when a row ends, or every 32nd, as deciding takes time too) it takes, for each
-    draft length, the rounds that each row would still need, and what such a round costs for so many rows and so long a
-    text; and of these the best. 0 is a plain decoding step. Rows share a round, so they share its draft length, and the
-    slower rows count for more, as a batch ends with its last row. A row's own limit (`max_draft_len`) is counted in, so
-    is what going back to plain steps costs (`Costs.catch_up`), and half of that for going to another width.
-
-    While nothing is drafted nothing is learnt, so now and then one token is. Every round without a draft puts a share
-    of its time aside, and when that pays for a try, catching up with the text included, there is one. The share is the
-    larger the more drafts gain on the whole, by all that is known of the pair, up to sixteen times `exploration`. A try
-    that gives hope doubles it, others cut it to seven tenths, down to `exploration` over the square root of the rows,
-    as one try tells of all of them. Hope is where drafts would gain if the rows that the try was right for went on as
-    the pair usually does; then the next try is at once, on credit, up to eight tries': this text may have turned easy
-    again. A new call owes nothing. Where such credit is used up in vain again and again, credit and share shrink, until
-    drafts pay. Where catching up alone takes more than the share, tries are left to the beginning of the next text,
-    which drafters have read. Where even a perfect draft could not pay there never is one.
-
-    All this rests on expectations, and it keeps accounts as well: the steps that plain decoding would have taken, less
-    those that rounds took by the profile. Drafts may lose 24 plain steps on the whole, of texts before this one too,
-    and what earlier drafts saved, up to 64. A pair that has lost so much decodes plainly, except for tries, and from
-    there on no more than that least share of its steps may be lost.
-
-    What was learnt is the state, in `Generation.controller_state`: hand it to the next call. The law of the output is
-    the target's, as with any controller. But as rows decide together, the tokens of a row that is *sampled* may be
-    others in other company; with `verify.coupled()`, and at temperature 0, they are not.
+    The state is `Generation.controller_state`: hand it to the next call. The output's distribution is the target's, as
+    with any controller. But rows decide together, so the tokens of a row that is *sampled* may be others in other
+    company; with `verify.coupled()`, and at temperature 0, they are not.
 
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
       prior: mean acceptance of a draft token before any was tested, in 0..1.
-      exploration: in 0..1, of the time, for one row; at 0 nothing is tried.
 
     Raises:
-      ValueError: no usable profile, or a share that is none.
+      ValueError: no usable profile, or a prior that is no share.
 
     >>> from specjax.costs import Costs, Profile
     >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), (0.0, 0.0))
@@ -103,196 +70,109 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     2
     """
     costs.check(profile)
-    for name, share in (("prior", prior), ("exploration", exploration)):
-        if not (isinstance(share, numbers.Real) and 0 <= share <= 1):
-            raise ValueError(f"{name} must be a share in 0..1, got {share}.")
-    return _throughput(profile, prior, exploration)
+    if not (isinstance(prior, numbers.Real) and 0 <= prior <= 1):
+        raise ValueError(f"prior must be a share in 0..1, got {prior}.")
+    return _throughput(profile, float(prior))
 
 
 @functools.cache
-def _throughput(profile: Profile, prior: float, exploration: float) -> Controller:
-    longest, eager = profile.longest, _EAGER * exploration
-    easy = np.eye(len(KINDS), dtype=np.float32)[-1]
-
-    def usual(state: ThroughputState, more: np.ndarray | float = 0.0) -> Array:
-        """[S], chances of the kinds by all that is known of the pair."""
-        counts = jnp.asarray(_PRIOR * acceptance.expected(prior) + more) + state.usual
-        return counts / jnp.sum(counts)
-
-    def least(state: ThroughputState) -> float:
-        """The share for tries that lead nowhere, of the time."""
-        return exploration / math.sqrt(len(state.ease))
+def _throughput(profile: Profile, prior: float) -> Controller:
+    longest, sizes = profile.longest, np.arange(profile.longest + 1)
 
     def init(batch: int) -> ThroughputState:
         _warn(profile, batch)
-        ease = jnp.broadcast_to(acceptance.expected(prior), (batch, len(KINDS)))
-        tries = (jnp.float32(0), jnp.bool_(False), jnp.float32(1), jnp.float32(eager / 2))
-        balance = (jnp.zeros((batch,), jnp.int32), jnp.float32(0))
-        rounds = (jnp.int32(0), jnp.int32(0), jnp.int32(0))
-        return ThroughputState(ease, jnp.zeros((len(KINDS),), jnp.float32), *rounds, *tries, *balance)
+        none, zero = jnp.zeros((batch,), jnp.float32), jnp.int32(0)
+        mean = (jnp.float32(_SHRINK), jnp.float32(_SHRINK * prior))
+        counts = (jnp.int32(_WAIT), zero, zero, zero, zero, jnp.zeros((batch,), jnp.int32))
+        return ThroughputState(none, none, *mean, *counts, jnp.float32(0), jnp.float32(0))
 
     def begin(state: ThroughputState) -> ThroughputState:
-        # How the last text went says nothing of the next one, but that it is of the same pair.
-        return init(len(state.ease))._replace(
-            ease=jnp.broadcast_to(usual(state)[None], state.ease.shape),
-            usual=state.usual,
-            saved=jnp.maximum(state.saved, 0),
-            trust=state.trust,
-            share=state.share,
-            account=jnp.clip(_balance(state, jnp.zeros_like(state.emitted)), -2 * _STAKE, _RESERVE),
+        gained = state.ledger + jnp.max(state.emitted).astype(jnp.float32) - state.spent
+        return init(len(state.tested))._replace(
+            pair_tested=state.pair_tested,
+            pair_accepted=state.pair_accepted,
+            wait=state.wait,
+            waited=state.waited,
+            ledger=jnp.clip(gained, -2 * _LOSS, 2 * _LOSS),
         )
-
-    def usual_costs(batch: int) -> tuple[Array, Array]:
-        # Of the shortest text that was measured: constants, and good enough for when to try.
-        found = profile.at(batch, profile.contexts()[0])
-        return jnp.asarray(found.rounds, jnp.float32), jnp.asarray(found.catch_up, jnp.float32)
 
     def draft_len(state: ThroughputState, rows: Rows) -> Array:
-        batch = rows.lengths.shape[0]
-        if not _can_pay(profile, batch):
-            return jnp.zeros((batch,), jnp.int32)
-        price = _price(state, *usual_costs(batch))
-        tries = (state.saved >= price) | (state.hot & (state.saved > (0.5 - _CREDIT * state.trust) * price))
         active = is_active(rows)
+        left = jnp.where(active, rows.limits - rows.lengths, 0)
+        is_due = state.waited >= state.wait
 
         def decide() -> Array:
-            seconds, catch_up = _costs(profile, batch, jnp.max(jnp.where(active, rows.lengths, 0)))
-            room = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
-            remaining = jnp.where(active, rows.limits - rows.lengths, 0)
-            left = remaining[:, None].astype(jnp.float32)
-            once = changes(state, catch_up)
-            # What is believed of a row holds for this stretch of its text; after it the text is as usual.
-            near = acceptance.stretch(left)  # [B, 1] tokens
-            rest = (left - near) * jnp.min(seconds / acceptance.tokens(usual(state), longest))
-            rounds = near / _within(acceptance.tokens(state.ease, longest), room)
-            needed = _last_row(rounds * seconds[None] + rest, left, seconds[0]) + once  # [K+1]
-            # What is expected may be wrong for long, as where one row of many is hopeless; the balance is not.
-            best = jnp.where(_balance(state, remaining) > -_STAKE, jnp.argmin(needed), 0).astype(jnp.int32)
-            # A row that may draft nothing holds the batch up whatever the others do.
-            perfect = 1 + jnp.minimum(jnp.arange(longest + 1)[None], jnp.maximum(room, 0)[:, None]).astype(jnp.float32)
-            plain = jnp.max(left) * seconds[0] + once[0]
-            could_pay = jnp.min((jnp.max(left / perfect, 0) * seconds + once)[1:]) < plain
-            wanted = (tries & (best == 0) & (exploration > 0)) | _is_new(state)
-            return jnp.where(could_pay, jnp.where(wanted, 1, best), 0)
+            room = jnp.maximum(jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits), 0)
+            steps, late = in_steps(len(left), jnp.max(jnp.where(active, rows.lengths, 0)))
+            drafts = jnp.minimum(jnp.asarray(sizes)[None], room[:, None])  # [B, K+1]
 
-        is_due = tries | (state.idle % _LOOK == 0) | (_count(active) != state.took_part)
-        return jnp.broadcast_to(lax.cond(is_due, decide, lambda: jnp.int32(0)), (batch,))
+            def needed(emitted: Array) -> Array:  # [K+1] plain steps until the last row ends
+                return jnp.max(
+                    left[:, None].astype(jnp.float32) / jnp.take_along_axis(emitted, drafts, 1) * steps[None], 0
+                )
+
+            best = jnp.argmin(needed(tokens(state)) + change(state, late)).astype(jnp.int32)
+            # A perfect draft would emit 1 + K: where not even that pays, nothing is tried.
+            perfect = needed(jnp.broadcast_to(jnp.asarray(1 + sizes, jnp.float32), drafts.shape)) + change(state, late)
+            # What the batch would have gained were there no more drafts.
+            gained = jnp.max(left + state.emitted) - jnp.max(left)
+            best = jnp.where(state.ledger + gained.astype(jnp.float32) - state.spent > -_LOSS, best, 0)
+            tried = jnp.where(jnp.min(perfect[1:]) < perfect[0], 1, 0)
+            return jnp.where((best == 0) & is_due, tried, best)
+
+        # Between probes nothing is learnt, so there is nothing to decide unless a row has ended.
+        is_new = jnp.sum(active, dtype=jnp.int32) != state.active
+        size = lax.cond((state.last > 0) | is_due | is_new, decide, lambda: jnp.int32(0))
+        return jnp.broadcast_to(size, left.shape)
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
-        seen = (info.draft_lengths, info.num_accepted, info.num_emitted)
-        size = jnp.max(info.draft_lengths)
-        after = lax.cond(size > 0, lambda: learn(state, *seen), lambda: wait(state))
-        seconds, catch_up = usual_costs(len(state.ease))
-        steps = (seconds + changes(state, catch_up))[size] / seconds[0]
-        return after._replace(
-            took_part=_count(info.num_emitted > 0),
+        size, batch = jnp.max(info.draft_lengths), len(state.tested)
+        steps, late = in_steps(batch, jnp.int32(profile.contexts()[0]))
+        # The token whose turn came is tested, whether it was accepted or replaced.
+        tested = jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)
+        tested, accepted = (x.astype(jnp.float32) for x in (tested, jnp.minimum(info.num_accepted, tested)))
+        fade = (1 - 1 / _FADE) ** info.num_emitted.astype(jnp.float32)
+        pair_fade = jnp.exp(-jnp.sum(tested) / (_PAIR * batch))
+        seen = state._replace(
+            tested=state.tested * fade + tested,
+            accepted=state.accepted * fade + accepted,
+            pair_tested=state.pair_tested * pair_fade + jnp.sum(tested),
+            pair_accepted=state.pair_accepted * pair_fade + jnp.sum(accepted),
+            waited=jnp.where(size > 0, 0, state.waited + 1),
+            behind=jnp.where(size > 0, 0, state.behind + 1),
             last=size,
+            active=jnp.sum(info.num_emitted > 0, dtype=jnp.int32),
             emitted=state.emitted + info.num_emitted,
-            # Rounds without a draft pay in what may be spent on drafts that do not pay.
-            account=state.account - steps + jnp.where(size > 0, 0.0, least(state)),
+            spent=state.spent + (steps + change(state, late))[size],
         )
+        slowest = jnp.min(jnp.where((info.num_emitted > 0)[:, None], tokens(seen), jnp.inf), 0)
+        pays = jnp.max((slowest / steps)[1:]) * steps[0] > 1
+        # A probe that was right, and is not yet enough to draft on, is no failure.
+        failed = jnp.min(jnp.where(info.num_emitted > 0, info.num_accepted, 1)) == 0
+        wait = jnp.where(pays, _WAIT, jnp.where(failed, jnp.minimum(2 * state.wait, 2**20), state.wait))
+        return seen._replace(wait=jnp.where((size > 0) & (state.last == 0), wait, state.wait))
 
-    def changes(state: ThroughputState, catch_up: Array) -> Array:
-        """[K+1] seconds that a round of each draft length takes on top after the last one.
+    def tokens(state: ThroughputState) -> Array:
+        """[B, K+1] float32: what a round of each draft length is expected to emit: 1 + a + ... + a^K, acceptance a."""
+        mean = state.pair_accepted / state.pair_tested
+        acceptance = (state.accepted + _SHRINK * mean) / (state.tested + _SHRINK)
+        return jnp.cumsum(acceptance[:, None] ** jnp.asarray(sizes, jnp.float32)[None], 1)
 
-        Who drafts pays for the change where it goes back to plain steps; who does not yet, in the price of tries.
-        """
-        width = jnp.asarray([holding(profile.buckets, k) for k in range(longest + 1)])
-        other = jnp.where(width == width[state.last], 0.0, _WIDTH * catch_up[0])
-        drafts = jnp.where(state.last > 0, other, catch_up[1] * state.idle.astype(jnp.float32))
-        return drafts.at[0].set(jnp.where(state.last > 0, catch_up[0], 0.0))
+    def in_steps(batch: int, live: Array) -> tuple[Array, Array]:
+        """Plain steps: rounds of each draft length with `live` [] tokens in the longest row, and catching up."""
+        contexts = profile.contexts()
+        table = jnp.asarray([(c.plain, *c.rounds, *c.catch_up) for c in (profile.at(batch, x) for x in contexts)])
+        at = functools.partial(jnp.interp, live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32))
+        plain, *rest = jax.vmap(at, 1)(table.astype(jnp.float32))
+        return jnp.stack(rest[: longest + 1]) / plain, jnp.stack(rest[longest + 1 :]) / plain
 
-    def wait(state: ThroughputState) -> ThroughputState:
-        """A round without a draft."""
-        in_vain = (state.idle == 0) & (state.saved < -0.5 * _price(state, *usual_costs(len(state.ease))))
-        return state._replace(
-            idle=state.idle + 1,
-            saved=state.saved + state.share,
-            hot=jnp.bool_(False),
-            trust=jnp.maximum(jnp.where(in_vain, _DISTRUST, 1.0) * state.trust, _LEAST_TRUST),
-        )
-
-    def learn(state: ThroughputState, lengths: Array, accepted: Array, emitted: Array) -> ThroughputState:
-        """A round with a draft, [B] tokens of each row."""
-        seconds, catch_up = usual_costs(len(lengths))
-        took_part = lengths > 0
-        tested = jnp.minimum(jnp.minimum(accepted + 1, emitted), lengths)
-        missed = jnp.broadcast_to(state.idle, lengths.shape)
-        before = acceptance.later(state.ease, usual(state), missed)
-        now = acceptance.seen(before, jnp.minimum(accepted, tested), tested)
-        counts = jnp.sum(jnp.where(took_part[:, None], now, 0.0), 0)
-        seen = state._replace(usual=math.exp(-1 / _LONG) * state.usual + counts, idle=jnp.int32(0))
-        after = acceptance.later(now, usual(seen), emitted)
-        seen = seen._replace(ease=jnp.where(took_part[:, None], after, state.ease))
-        hoped = acceptance.tokens(usual(seen, _HOPE * easy), longest)
-        tried = (jnp.max(lengths) == 1) & ((state.last == 0) | state.hot)
-        own = acceptance.tokens(seen.ease, longest)
-        again = _gain(_mean(jnp.where((accepted > 0)[:, None], hoped[None], own), took_part), seconds) > 0
-        price = _price(state, seconds, catch_up)
-        owed = jnp.minimum(state.saved - price, 0.0)
-        # Who drafts on when credit is used up does so because it pays: these were no tries.
-        pays = ~tried | (owed < -(_CREDIT * state.trust + 0.5) * price)
-        trust = jnp.minimum(jnp.where(pays, _TRUST, 1.0) * state.trust, 1.0)
-        most = jnp.clip(trust * _OF_GAIN * _gain(hoped, seconds), least(state), eager)
-        share = jnp.clip(jnp.where(again, _WITH_HOPE, _WITHOUT) * state.share, least(state), most)
-        return seen._replace(
-            saved=jnp.where(pays | _is_new(state), 0.0, owed),  # a pair's first try is free
-            hot=tried & again,
-            trust=trust,
-            share=jnp.where(tried, share, most),
-        )
+    def change(state: ThroughputState, late: Array) -> Array:
+        """[K+1] plain steps on top: going back to plain rounds; drafting, where the drafter has to catch up."""
+        is_draft = jnp.asarray(sizes > 0)
+        catching_up = late[1] * state.behind.astype(jnp.float32)
+        return jnp.where(state.last > 0, jnp.where(is_draft, 0.0, late[0]), jnp.where(is_draft, catching_up, 0.0))
 
     return Controller(init, draft_len, update, profile.buckets, begin=begin)
-
-
-def _within(tokens: Array, room: Array) -> Array:
-    """[B, K+1]: with drafts cut to [B] `room`."""
-    place = jnp.minimum(jnp.arange(tokens.shape[1])[None], jnp.maximum(room, 0)[:, None])
-    return jnp.take_along_axis(tokens, place, 1)
-
-
-def _count(which: Array) -> Array:
-    return jnp.sum(which, dtype=jnp.int32)
-
-
-def _is_new(state: ThroughputState) -> Array:
-    """Whether nothing is known: the first draft is a try, and one token tells as much as many."""
-    return jnp.sum(state.usual) == 0
-
-
-def _balance(state: ThroughputState, remaining: Array) -> Array:
-    """[] float32, plain steps: how much sooner the batch is done than by plain decoding if there are no more drafts,
-    with [B] int32 tokens to come; what earlier texts saved included."""
-    by_plain_decoding = jnp.max(remaining + state.emitted)
-    return state.account + (by_plain_decoding - jnp.max(remaining)).astype(jnp.float32)
-
-
-def _last_row(seconds: Array, left: Array, step: Array) -> Array:
-    """Seconds until the last row is expected to be done, [K+1], of those that each row is expected to need, [B, K+1],
-    for the [B, 1] tokens left to it.
-
-    Which row is the last is not known before: stretches to come are easy or hard. This is the mean of the last when
-    each row errs by a Gumbel law, the more the more stretches there are.
-    """
-    spread = _SPREAD * step * jnp.sqrt(jnp.maximum(jnp.max(left), 1.0) * acceptance.STRETCH)
-    return spread * jax.nn.logsumexp(jnp.where(left > 0, seconds / spread, -jnp.inf), axis=0)
-
-
-def _mean(tokens: Array, rows: Array) -> Array:
-    """[K+1]: tokens a round of those [B] rows, by the rounds that they need for a token each."""
-    count = jnp.maximum(jnp.sum(rows), 1).astype(jnp.float32)
-    return count / jnp.maximum(jnp.sum(jnp.where(rows[:, None], 1 / tokens, 0.0), 0), 1e-6)
-
-
-def _gain(tokens: Array, seconds: Array) -> Array:
-    """[]: by how much the best draft length is faster than none, with `tokens` [K+1] a round; 0.1 is a tenth."""
-    return jnp.max(tokens[1:] * seconds[0] / seconds[1:]) - 1
-
-
-def _price(state: ThroughputState, seconds: Array, catch_up: Array) -> Array:
-    """[] float32: what a draft of one token costs now on top of a plain step, in plain steps."""
-    late = jnp.where(state.last == 0, catch_up[0] + catch_up[1] * state.idle.astype(jnp.float32), 0.0)
-    return (seconds[1] - seconds[0] + late) / seconds[0]
 
 
 def _warn(profile: Profile, batch: int) -> None:
@@ -306,21 +186,3 @@ def _warn(profile: Profile, batch: int) -> None:
             "%d rows, and the profile is of %d to %d: costs are those of the nearest; profile with batch_sizes=(%d,)",
             batch, measured[0], measured[-1], batch,
         )  # fmt: skip
-
-
-def _costs(profile: Profile, batch: int, live: Array) -> tuple[Array, Array]:
-    """What a round of each draft length costs with `live` [] tokens in the longest row, and catching up: [K+1], [2]."""
-    contexts = profile.contexts()
-    measured = [profile.at(batch, context) for context in contexts]
-    table = jnp.asarray([(*found.rounds, *found.catch_up) for found in measured], jnp.float32)  # [contexts, K+3]
-    at, places = live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32)
-    costs = jax.vmap(lambda times: jnp.interp(at, places, times), 1)(table)
-    return costs[:-2], costs[-2:]
-
-
-def _can_pay(profile: Profile, batch: int) -> bool:
-    """Whether any draft length would be faster than none if all of it were accepted."""
-    return any(
-        max((place + 1) / cost for place, cost in enumerate(found.rounds)) > 1 / found.rounds[0]
-        for found in (profile.at(batch, context) for context in profile.contexts())
-    )
