@@ -144,7 +144,7 @@ def test_the_gpu_benchmark_rehearses(tmp_path, monkeypatch):
 
     def measured(pair, setting, busy):
         asked.append(setting)
-        line = gpu.speed.Line(
+        line = gpu.bench.Line(
             None,
             None,
             1,
@@ -165,9 +165,9 @@ def test_the_gpu_benchmark_rehearses(tmp_path, monkeypatch):
             None,
             None,
         )
-        return gpu.speed.Speed([line], setting, gpu.this_machine("float32"), 1.0, "float32")
+        return gpu.bench.Speed([line], setting, gpu.this_machine("float32"), 1.0, "float32")
 
-    monkeypatch.setattr(gpu.speed, "measure", measured)
+    monkeypatch.setattr(gpu.bench, "measure", measured)
     gpu.main(size=["1b"], draft_len=3, rehearse=True, json_file=tmp_path / "out.json")
     said = json.loads((tmp_path / "out.json").read_text())
     part = said["parts"]["1b"]
