@@ -18,7 +18,7 @@ PACKAGE = Path(specjax.__file__).resolve().parent
 
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
-    {"logs", "traced"},
+    {"logs", "traced", "dtypes"},
     {"integers"},
     {"sharding"},
     {"status", "results"},
@@ -78,7 +78,7 @@ def test_imports_point_down():
         for name in _imports(file) & rank.keys() if own != "models" else ():
             assert rank[name] <= rank[own], f"{own} imports {name}, which lies above it"
         if own == "models":
-            assert _imports(file) <= {"types", "cache", "sharding", "logs", "models"}, file
+            assert _imports(file) <= {"types", "cache", "sharding", "logs", "dtypes", "models"}, file
         elif own not in ("pair", "shapes", "text", "cli"):
             assert "models" not in _imports(file), f"{own} must not know an architecture"
 

@@ -11,7 +11,7 @@ from specjax.aot import programs
 from specjax.aot.costs import Cost, costs, part_of
 from specjax.aot.programs import Arguments, Compiled, Workload
 from specjax.aot.topology import bytes_per_cycle, default_axes, hbm_bytes, make_mesh
-from specjax.pair import floating
+from specjax.dtypes import floating
 from specjax.shapes import Shaped
 from specjax.sharding import Layout, layout
 
