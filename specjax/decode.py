@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from specjax import controllers, integers, logs, parts, validate, verify
 from specjax.calls import names_sampling, without_gradient
-from specjax.loop import run
+from specjax.loop import MOST_ROUNDS, run
 from specjax.plain import first_token, step
 from specjax.prefill import prefill
 from specjax.rounds import State, open_request, start
@@ -92,8 +92,8 @@ def generate(
       capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens), at most the
         model's positions. Keep it the same from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
-      rounds_per_test: rounds between two tests whether all rows have ended. On a mesh each test is an all-reduce; at
-        the end up to as many rounds, less one, do nothing.
+      rounds_per_test: rounds between two tests whether all rows have ended, 65536 at most. On a mesh each test is an
+        all-reduce; at the end up to as many rounds, less one, do nothing.
 
     Returns:
       A Generation. Rows with bad data end with a `Status` of their own; the others go on untouched.
@@ -116,18 +116,18 @@ def generate(
     """
     parts.kinds(model, drafter, verifier, controller)
     parts.processor(processor)
-    validate.pad_token(pad_token)
+    filler = validate.pad_token(pad_token)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         max_draft_len=max_draft_len, stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
     parts.fit(roles.model, roles.drafter, roles.verifier, request.arrays.sampling)
-    integers.static(rounds_per_test, "rounds_per_test")
+    rounds_per_test = integers.static(rounds_per_test, "rounds_per_test", most=MOST_ROUNDS)
     parts.controller_state(roles.controller, controller_state, request)
     arrays = globally(model.layout, request.arrays)
     program = functools.partial(_generate, roles, request.capacity, rounds_per_test)
-    return without_gradient(program, params, drafter_params, arrays, controller_state, pad_token)
+    return without_gradient(program, params, drafter_params, arrays, controller_state, filler)
 
 
 @names_sampling
@@ -153,15 +153,15 @@ def autoregressive(
     """
     parts.kinds(model)
     parts.processor(processor)
-    validate.pad_token(pad_token)
+    filler = validate.pad_token(pad_token)
     request = validate.request(
         model, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens, sampling=sampling,
         stop_tokens=stop_tokens, seeds=seeds, capacity=capacity,
     )  # fmt: skip
-    integers.static(rounds_per_test, "rounds_per_test")
+    rounds_per_test = integers.static(rounds_per_test, "rounds_per_test", most=MOST_ROUNDS)
     arrays = globally(model.layout, request.arrays)
     program = functools.partial(_autoregressive, model, processor, request.capacity, rounds_per_test)
-    return without_gradient(program, params, arrays, pad_token)
+    return without_gradient(program, params, arrays, filler)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

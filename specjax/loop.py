@@ -17,6 +17,8 @@ from specjax.rows import is_active
 from specjax.settle import Settled, settle, settle_plainly, widened
 from specjax.types import Array, PyTree, Roles, Round, Rows
 
+MOST_ROUNDS = 2**16  # from one look at the rows to the next: a dispatch of a stream keeps a record of each
+
 # What to keep of a round: (kept so far, [B] bool whether a row took part, Round) -> kept.
 Note = Callable[[Any, Array, Round], Any]
 # Whether there is another round: (rows, kept so far) -> [] bool.

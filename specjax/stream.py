@@ -16,7 +16,7 @@ from jax.typing import ArrayLike
 
 from specjax import controllers, integers, logs, parts, validate, verify
 from specjax.calls import names_sampling
-from specjax.loop import nothing_of, run
+from specjax.loop import MOST_ROUNDS, nothing_of, run
 from specjax.rounds import State, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
@@ -39,7 +39,6 @@ from specjax.types import (
 )
 
 _log = logging.getLogger(__name__)
-_MOST_ROUNDS = 2**16  # of a dispatch, which keeps a record of each
 
 
 class Origin(enum.IntEnum):
@@ -132,7 +131,7 @@ def stream(
     >>> sum(len(chunk.tokens[0]) for chunk in chunks)
     5
     """
-    integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=_MOST_ROUNDS)
+    rounds_per_dispatch = integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=MOST_ROUNDS)
     parts.kinds(model, drafter, verifier, controller)
     parts.processor(processor)
     roles = Roles(model, drafter, verifier or verify.rejection(), controller or controllers.fixed(5), processor)

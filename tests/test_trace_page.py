@@ -100,7 +100,9 @@ def test_the_command_writes_what_it_says(command, tmp_path):
 
 def test_a_bad_path_is_told_before_anything_is_loaded(command):
     """Catches minutes of generation thrown away."""
-    process = command("x", "--trace", "/proc/nowhere/trace.html", "--model", "/proc/no/model", "--draft", "/proc/no/model")
+    process = command(
+        "x", "--trace", "/proc/nowhere/trace.html", "--model", "/proc/no/model", "--draft", "/proc/no/model"
+    )
     _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "there is no folder /proc/nowhere" in err

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 import math
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -13,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from specjax import costs
+from specjax import costs, integers
 from specjax.controllers import acceptance
 from specjax.controllers.acceptance import KINDS
 from specjax.controllers.buckets import holding
@@ -103,9 +102,10 @@ def throughput(profile: Profile, *, prior: float = 0.7, exploration: float = 0.0
     2
     """
     costs.check(profile)
-    for name, share in (("prior", prior), ("exploration", exploration)):
-        if not (isinstance(share, numbers.Real) and 0 <= share <= 1):
-            raise ValueError(f"{name} must be a share in 0..1, got {share}.")
+    prior, exploration = (
+        integers.real(share, name, lambda x: 0 <= x <= 1, "a share in 0..1")
+        for name, share in (("prior", prior), ("exploration", exploration))
+    )
     return _throughput(profile, prior, exploration)
 
 

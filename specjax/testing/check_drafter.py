@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import controllers, validate
+from specjax import controllers, integers, validate
 from specjax.decode import autoregressive, generate
 from specjax.rounds import Roles, context_of, draft_lengths, plan_of, start
 from specjax.testing.tables import random_table, table_model
@@ -53,8 +53,8 @@ def check_drafter(
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a specjax.Drafter, got {type(drafter).__name__}: call its maker.")
-    if samples < 100:
-        raise ValueError(f"samples must be 100 or more, got {samples}: fewer can tell nothing.")
+    samples = integers.static(samples, "samples", least=100)  # fewer can tell nothing
+    false_alarm = integers.real(false_alarm, "false_alarm", lambda x: 0 < x < 1, "between 0 and 1")
     if target is None:
         vocab_size = drafter.vocab_size or 5
         if vocab_size > _MOST_TABLE:
