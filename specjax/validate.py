@@ -210,8 +210,8 @@ def _key(key: Any) -> Array:
     given = integers.array(key, "key", "of one PRNG key")
     if not isinstance(given, jax.Array) and given.dtype.kind in "USO":
         raise ValueError(
-            f"key must be one PRNG key, got {type(key).__name__}: pass jax.random.key(seed); rows get keys of their own "
-            "from it (see seeds)."
+            f"key must be one PRNG key, got {type(key).__name__}: pass jax.random.key(seed); rows get keys of their "
+            "own from it (see seeds)."
         )
     key = jnp.asarray(given)
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
@@ -308,6 +308,6 @@ def _logit_bias(bias: Any, batch: int, vocab_size: int) -> None:
     held = _in_float32(host)
     if (np.isnan(held) | (held == np.inf)).any() or (np.isinf(held) & np.isfinite(host)).any():
         raise ValueError(
-            "sampling.logit_bias holds NaN, +inf or a number that float32 does not hold: use finite numbers, or -inf to "
-            "forbid a token."
+            "sampling.logit_bias holds NaN, +inf or a number that float32 does not hold: use finite numbers, or -inf "
+            "to forbid a token."
         )

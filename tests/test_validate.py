@@ -134,7 +134,7 @@ def test_a_traced_limit_needs_a_capacity():
 
 
 def test_numbers_are_taken_as_arrays_hold_them():
-    """Catches an int of NumPy's or JAX's that is refused or cannot be hashed, and a traced filler that must be known."""
+    """Catches NumPy's and JAX's integers refused or without a hash, and a traced filler that must be known."""
     wanted = _texts(capacity=9, rounds_per_test=2, pad_token=7, controller=specjax.controllers.fixed(2))
     for kind in (np.array, jnp.int32):
         assert specjax.controllers.fixed(kind(2)) is specjax.controllers.fixed(2)
