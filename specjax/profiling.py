@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import specjax
@@ -19,7 +18,7 @@ from specjax import costs, integers, parts, verify
 from specjax.controllers.buckets import longest_draft, up_to
 from specjax.costs import Costs, Profile
 from specjax.timing import Bench, forced
-from specjax.traced import is_traced
+from specjax.traced import refuse_traced
 from specjax.types import Drafter, Model, PyTree, Roles, Sampling, Verifier
 
 _log = logging.getLogger(__name__)
@@ -79,9 +78,7 @@ def profile(
     parts.kinds(model, drafter, verifier)
     integers.static(repeats, "repeats")
     longest_draft(longest, "longest")
-    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
-    if is_traced((params, drafter_params, jnp.zeros(()))):
-        raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
+    refuse_traced("profile runs", "call it outside jit.", (params, drafter_params))
     chosen = tuple(buckets) if buckets is not None else up_to(longest)
     if not chosen or chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:
         raise ValueError(f"buckets must ascend from 0 to longest={longest}, got {chosen}.")

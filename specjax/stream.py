@@ -20,7 +20,7 @@ from specjax.loop import MOST_ROUNDS, nothing_of, run
 from specjax.rounds import State, start
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain, globally
-from specjax.traced import is_traced
+from specjax.traced import refuse_traced
 from specjax.types import (
     Array,
     Controller,
@@ -141,8 +141,7 @@ def stream(
     )  # fmt: skip
     parts.fit(model, drafter, roles.verifier, request.arrays.sampling)
     parts.controller_state(roles.controller, controller_state, request)
-    if is_traced((params, drafter_params, request.arrays)):
-        raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
+    refuse_traced("stream runs", "inside jit call specjax.generate.", (params, drafter_params, request.arrays))
     request = request._replace(arrays=globally(model.layout, request.arrays))
     return _chunks(roles, request, params, drafter_params, controller_state, rounds_per_dispatch)
 

@@ -16,7 +16,8 @@ def is_traced(tree: Any) -> bool:
 
 
 def refuse_traced(what: str, instead: str, tree: Any = ()) -> None:
-    """Raises ValueError inside a trace: where a leaf belongs to one, or all that is made would."""
+    """Raises ValueError inside a trace: where a leaf belongs to one, or whatever is made would."""
+    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
     if is_traced((tree, jnp.zeros(()))):
         raise ValueError(f"{what} on the host and cannot be traced: {instead}")
 
