@@ -14,6 +14,7 @@ import numpy as np
 from specjax import drafters, text, trace, undrafted, verify
 from specjax.decode import autoregressive, generate
 from specjax.detokenize import codec
+from specjax.noise import IMPLEMENTATION
 from specjax.pair import Pair
 from specjax.policy import Policy
 from specjax.stream import Chunk, stream
@@ -57,7 +58,7 @@ class Batch:
         self.count = min(size, len(prompts.lengths) - start)
         self.options = {
             "sampling": task.sampling,
-            "key": jax.random.key(task.seed),
+            "key": jax.random.key(task.seed, impl=IMPLEMENTATION),  # whatever JAX_DEFAULT_PRNG_IMPL says
             "seeds": np.arange(start, start + size, dtype=np.int32),
             "stop_tokens": pair.stop_tokens(),
             "capacity": _capacity(prompts.tokens.shape[1] + task.max_new_tokens, pair.target.model.max_positions),

@@ -87,7 +87,7 @@ def static(value: Any, name: str, *, least: int = 1, most: int = MOST) -> int:
     3
     """
     number = _scalar(value, name)
-    is_whole = isinstance(number, (int, np.integer)) and not isinstance(number, bool)
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
     if not is_whole or not least <= number <= most:
         is_small = not is_whole or number < least
         wanted = f"{least} or more" if most == MOST and is_small else f"in {least}..{most}"
@@ -102,14 +102,14 @@ def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) 
     0.5
     """
     number = _scalar(value, name)
-    is_number = isinstance(number, (int, float, np.integer, np.floating)) and not isinstance(number, bool)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
     if not is_number or not is_valid(number):
         raise ValueError(f"{name} must be {'' if is_number else 'a number, '}{wanted}, got {number!r}.")
     return float(number)
 
 
 def _scalar(value: Any, name: str) -> Any:
-    """The number in an array without axes; anything else as it is. Raises ValueError for a traced value."""
+    """The number in an array without axes, as one of Python's; anything else as it is. Raises ValueError for a traced value."""
     if is_traced(value):
         raise ValueError(f"{name} must be known while tracing, and it is traced: pass a number of Python's.")
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)

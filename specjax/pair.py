@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +78,7 @@ def _refuse_empty(model: str | None, draft: str | None, tokenizer: str | None, d
     for name, given in (("--model", model), ("--draft", draft), ("--tokenizer", tokenizer)):
         if given == "":
             raise ValueError(f"{name} is empty: give a folder, a file or a hub id, or leave the option out.")
+        os.fsencode(given or "")  # pathlib takes a name that the locale cannot spell for one that is not there
     if dtype == "":
         raise ValueError("--dtype is empty: give float32, bfloat16 or float16, or leave the option out.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,6 +86,9 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     """The contents of a config.json, or the like of it for a name; see `shaped`."""
     from specjax.models import PRETRAINED, checkpoint
 
+    if name_or_path == "":
+        raise ValueError("a model's name is empty: give a known shape, a folder, a config.json or a hub id.")
+    os.fsencode(name_or_path)  # pathlib takes a name that the locale cannot spell for one that is not there
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
     path = PRETRAINED / name_or_path if name_or_path in ("target", "draft") else Path(name_or_path)
@@ -97,7 +101,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 
 def _fetch(name: str) -> Path:
     known = f"a known shape ({', '.join(CONFIGS)}), target or draft (the shipped pair), a folder or a config.json"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ValueError(f"{name} is neither {known}, nor a hub id of the form owner/name.")
     try:
         from huggingface_hub import hf_hub_download
