@@ -109,7 +109,8 @@ def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) 
 
 
 def _scalar(value: Any, name: str) -> Any:
-    """The number in an array without axes, as one of Python's; anything else as it is. Raises ValueError for a traced value."""
+    """The number in an array without axes, as one of Python's; anything else as it is. Raises ValueError where it is
+    traced."""
     if is_traced(value):
         raise ValueError(f"{name} must be known while tracing, and it is traced: pass a number of Python's.")
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
