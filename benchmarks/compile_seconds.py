@@ -20,7 +20,8 @@ from rich.console import Console
 from rich.table import Table
 
 from specjax.aot import programs
-from specjax.aot.shapes import floating, shaped
+from specjax.aot.shapes import shaped
+from specjax.dtypes import floating
 from specjax.sharding import layout, make_mesh
 
 _PAIRS = ["llama-100m,llama-100m", "llama-1b,llama-100m", "llama-8b,llama-1b", "llama-70b,llama-1b"]

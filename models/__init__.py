@@ -15,6 +15,7 @@ if __name__ != "specjax.models":
     # A second copy under another name would define every pytree class twice, and nothing would fit together.
     raise ImportError(f"import this package as specjax.models, not as {__name__}.")
 
+from specjax.dtypes import floating
 from specjax.models import checkpoint, fields, gpt2, int8, llama, llama2c
 from specjax.models.checkpoint import Loaded, save
 from specjax.models.family import Architecture, init, shardings
@@ -83,7 +84,7 @@ def random(
 ) -> Loaded:
     """A model of this config with random parameters; `layout` and `rules` as for `build`."""
     built = build(config, layout=layout, rules=rules)
-    return checkpoint.with_stop_tokens(Loaded(built.model, init(built, key, dtype), config, None))
+    return checkpoint.with_stop_tokens(Loaded(built.model, init(built, key, floating(dtype)), config, None))
 
 
 def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
@@ -102,6 +103,7 @@ def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
     >>> [sum(leaf.nbytes for leaf in jax.tree.leaves(each.params)) // 1000 for each in (draft, small)]
     [3147, 1589]
     """
+    checkpoint.check_loaded(loaded)
     model = loaded.model
     built = build(loaded.config, vocab_size=model.vocab_size, layout=model.layout, rules=rules, kinds=INT8)
     config = {**loaded.config, "quantization_config": {"quant_method": "specjax-int8"}}
@@ -133,13 +135,19 @@ def load(
       rules: how parameters are cut over it, by path; default the family's own (`specjax.models.llama.RULES`, say).
 
     Raises:
-      ValueError: an unknown architecture, a missing, extra or misshapen tensor, a damaged file; named.
+      ValueError: an unknown architecture or dtype, a missing, extra or misshapen tensor, a damaged file; named.
       FileNotFoundError: no such path, and no hub to ask.
 
     >>> loaded = load(PRETRAINED / "draft")
     >>> loaded.config["num_hidden_layers"]
     2
     """
+    if not isinstance(path_or_hub_id, str | os.PathLike):
+        raise ValueError(
+            "path_or_hub_id must be a string or a path, as in 'my-model' or 'owner/name', got "
+            f"{type(path_or_hub_id).__name__}."
+        )
+    dtype = None if dtype is None else floating(dtype)
     path = Path(path_or_hub_id)
     is_llama2c = path.is_file() and path.suffix == ".bin"
     source = path if is_llama2c or path.is_dir() else _fetch(path_or_hub_id)
@@ -175,7 +183,7 @@ def _tokenizer_size(folder: Path) -> int | None:
 
 def _fetch(path_or_hub_id: str | os.PathLike[str]) -> Path:
     name = os.fspath(path_or_hub_id)
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise FileNotFoundError(f"{name} is neither a folder, nor a .bin file, nor a hub id of the form owner/name.")
     try:
         from huggingface_hub import snapshot_download

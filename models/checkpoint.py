@@ -43,6 +43,12 @@ class Loaded(NamedTuple):
         return np.array(self.model.stop_tokens, np.int32)
 
 
+def check_loaded(loaded: Any) -> None:
+    """Raises ValueError for what no function here has made."""
+    if not isinstance(loaded, Loaded):
+        raise ValueError(f"loaded must be what models.load or models.random returned, got {type(loaded).__name__}.")
+
+
 def describe(loaded: Loaded) -> str:
     """Family, parameters, dtypes and bytes, for a log."""
     leaves = jax.tree.leaves(loaded.params)
@@ -156,6 +162,7 @@ def save(loaded: Loaded, folder: str | os.PathLike[str], *, max_shard_bytes: int
       FileExistsError: `folder` exists and is not empty.
       ValueError: the model is quantised.
     """
+    check_loaded(loaded)
     if any(leaf.dtype == jnp.int8 for leaf in jax.tree.leaves(loaded.params)):
         raise ValueError(
             "a quantised model is no Hugging Face checkpoint and cannot be saved: save what it was made of, and call "

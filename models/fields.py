@@ -53,6 +53,8 @@ def check(config: dict[str, Any]) -> None:
     ...
     ValueError: config.json: hidden_size must be a whole number in 1..2147483647, got 'wide': fetch the file again.
     """
+    if not isinstance(config, dict):
+        raise ValueError(f"config must be the contents of a config.json, a dict, got {type(config).__name__}.")
     for holds, wanted, names in _RULES:
         for name in names:
             value = config.get(name)

@@ -1,17 +1,18 @@
-"""Whole numbers that callers pass: each is used with the meaning it has, or refused with the range it must be in.
+"""Numbers that callers pass: each is used with the meaning it has, or refused with the range it must be in.
 
 Programs hold int32. A cast to it wraps: 2**32 + 5 would become 5 without a word.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.traced import known
+from specjax.traced import is_traced, known
 
 LEAST, MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 
@@ -19,6 +20,8 @@ LEAST, MOST = int(np.iinfo(np.int32).min), int(np.iinfo(np.int32).max)
 def array(value: Any, name: str, shape: str) -> Any:
     """The value as an array, or a ValueError where it is ragged."""
     try:
+        if is_traced(value) and not isinstance(value, jax.Array):
+            return jnp.asarray(value)  # a list of traced numbers
         return value if isinstance(value, jax.Array) else np.asarray(value)
     except ValueError:
         raise ValueError(
@@ -27,16 +30,19 @@ def array(value: Any, name: str, shape: str) -> Any:
         ) from None
 
 
-def whole(value: Any, name: str, shape: str) -> Any:
-    """The value as an array of integers, of whatever width. Raises ValueError for other numbers and for text."""
+def whole(value: Any, name: str, shape: str, *, ids: bool = False) -> Any:
+    """The value as an array of integers, of whatever width: Python's own, dtype object, where 64 bits do not hold them.
+    Raises ValueError for other numbers and for text; `ids`: they are ids of tokens."""
     value = array(value, name, shape)
-    if value.dtype == object and all(isinstance(one, int) for one in value.flat):
-        value = np.asarray(np.clip(value, -(2**63), 2**63 - 1), np.int64)  # still far outside of every range
-    if value.dtype.kind in "US":
+    if value.dtype == object and value.size and all(isinstance(one, int) for one in value.flat):
+        return value
+    if value.dtype.kind in "US" and ids:
         raise ValueError(
             f"{name} must hold token ids {shape}, got text: encode it first, specjax.text.encode(tokenizer, texts), or "
             "call specjax.text.generate_text, which takes strings."
         )
+    if value.dtype.kind in "US":
+        raise ValueError(f"{name} must hold whole numbers {shape}, got text, {value.tolist()!r}: pass int(...) of it.")
     if not jnp.issubdtype(value.dtype, jnp.integer):
         raise ValueError(f"{name} must hold integers {shape}, got dtype {value.dtype}: pass whole numbers, int32.")
     return value
@@ -45,9 +51,8 @@ def whole(value: Any, name: str, shape: str) -> Any:
 def exact(value: Any, name: str, *, least: int = LEAST, most: int = MOST) -> Any:
     """The integers as int32, where a value outside least..most has no meaning. Raises ValueError for one, if known."""
     host = known(value)
-    if host is not None and ((host < least) | (host > most)).any():
-        bad = host[(host < least) | (host > most)].flat[0]
-        raise ValueError(f"{name} must be in {least}..{most}, got {bad}.")
+    if host is not None and (is_bad := np.asarray((host < least) | (host > most))).any():
+        raise ValueError(f"{name} must be in {least}..{most}, got {host[is_bad].flat[0]}.")
     return value.astype(np.int32)
 
 
@@ -59,18 +64,54 @@ def at_most(value: Any, name: str, *, least: int) -> Any:
     [5, 2147483647]
     """
     host = known(value)
-    if host is not None and (host < least).any():
+    if host is not None and np.any(host < least):
         raise ValueError(f"{name} must be {least} or more, got {host.min()}.")
-    if jnp.iinfo(value.dtype).max > MOST:
+    if value.dtype == object:
+        value = np.minimum(value, MOST)  # an int of Python's where there is one
+    elif jnp.iinfo(value.dtype).max > MOST:
         limit = np.minimum if isinstance(value, np.ndarray) else jnp.minimum
         value = limit(value, np.array(MOST, value.dtype))
-    return value.astype(np.int32)
+    return np.asarray(value, np.int32) if isinstance(value, int) else value.astype(np.int32)
+
+
+def padding(value: Any) -> Any:
+    """The integers as int32, where any that it cannot hold is known to be padding, which may be anything."""
+    return (np.clip(value, LEAST, MOST) if value.dtype == object else value).astype(np.int32)
 
 
 def static(value: Any, name: str, *, least: int = 1, most: int = MOST) -> int:
-    """One whole number that a program is compiled for. Raises ValueError for anything else."""
-    is_whole = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
-    if not is_whole or not least <= value <= most:
-        wanted = f"{least} or more" if most == MOST else f"in {least}..{most}"
-        raise ValueError(f"{name} must be {'' if is_whole else 'a whole number, '}{wanted}, got {value!r}.")
-    return int(value)
+    """One whole number that a program is compiled for: an int, or an array without axes. Raises ValueError for anything
+    else.
+
+    >>> static(np.array(3), "capacity")
+    3
+    """
+    number = _scalar(value, name)
+    is_whole = isinstance(number, int) and not isinstance(number, bool)
+    if not is_whole or not least <= number <= most:
+        is_small = not is_whole or number < least
+        wanted = f"{least} or more" if most == MOST and is_small else f"in {least}..{most}"
+        raise ValueError(f"{name} must be {'' if is_whole else 'a whole number, '}{wanted}, got {number!r}.")
+    return int(number)
+
+
+def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) -> float:
+    """One number that a program is compiled for, as `static`. Raises ValueError where it is none or not valid.
+
+    >>> real(np.array(0.5), "threshold", lambda x: 0 <= x <= 1, "in 0..1")
+    0.5
+    """
+    number = _scalar(value, name)
+    is_number = isinstance(number, int | float) and not isinstance(number, bool)
+    if not is_number or not is_valid(number):
+        raise ValueError(f"{name} must be {'' if is_number else 'a number, '}{wanted}, got {number!r}.")
+    return float(number)
+
+
+def _scalar(value: Any, name: str) -> Any:
+    """The number in an array without axes, as one of Python's; anything else as it is. Raises ValueError where it is
+    traced."""
+    if is_traced(value):
+        raise ValueError(f"{name} must be known while tracing, and it is traced: pass a number of Python's.")
+    is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
+    return value.item() if is_array and value.ndim == 0 else value

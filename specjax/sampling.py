@@ -170,8 +170,8 @@ def _is_in_top_p(probs: Array, top_p: Array) -> Array:
 def _largest_threshold(holds, shape: tuple[int, ...], num_bits: int) -> Array:
     """The largest unsigned number for which the monotone predicate `holds`; 0 where it never does."""
 
-    def body(step: Array, threshold: Array) -> Array:
-        raised = threshold | (jnp.uint32(1) << (num_bits - 1 - step).astype(jnp.uint32))
+    def body(step: Array | int, threshold: Array) -> Array:  # a Python int under jax.disable_jit()
+        raised = threshold | (jnp.uint32(1) << jnp.asarray(num_bits - 1 - step, jnp.uint32))
         return jnp.where(holds(raised), raised, threshold)
 
     return lax.fori_loop(0, num_bits, body, jnp.zeros(shape, jnp.uint32))

@@ -19,6 +19,8 @@ import numpy as np
 from jax.core import Tracer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from specjax import integers
+
 _log = logging.getLogger(__name__)
 
 # What a dimension may be cut over: a field of Layout by name, or None for not at all.
@@ -68,14 +70,15 @@ def make_mesh(*, data: int = 1, model: int = 1, sub: int = 1, devices: Sequence[
     """A mesh of the first data * model * sub devices, neighbours along `sub`, then `model`.
 
     Raises:
-      ValueError: fewer devices than that.
+      ValueError: a size below 1, or fewer devices than that.
 
     >>> make_mesh(data=1).axis_names
     ('data', 'model')
     """
     devices = jax.devices() if devices is None else list(devices)
+    data, model, sub = (integers.static(size, name) for name, size in (("data", data), ("model", model), ("sub", sub)))
     wanted = data * model * sub
-    if min(data, model, sub) < 1 or wanted > len(devices):
+    if wanted > len(devices):
         raise ValueError(
             f"a mesh of data={data}, model={model}, sub={sub} needs {wanted} devices, there are {len(devices)}. "
             "On a CPU jax.config.update('jax_num_cpu_devices', n) simulates n, before anything runs."

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from specjax import integers
 from specjax.decode import parts
 from specjax.decode.api import generate
 from specjax.decode.stream import Chunk, stream, warn_of_troubles
 from specjax.detokenize import pieces as detokenize
 from specjax.detokenize.printer import Piece, Printer
 from specjax.detokenize.stop_strings import stop_strings
+from specjax.traced import refuse_traced
 from specjax.types import Drafter, Model, PyTree
 from specjax.viewer import trace
 from specjax.viewer.trace import Trace
@@ -22,6 +25,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 BUCKET = 32
+_MOST_BUCKET = 2**20  # 4 MB a row
+_OF_TOKENIZERS = ("encode", "decode", "get_vocab", "get_vocab_size", "id_to_token")
 _ROUNDS_PER_DISPATCH = 4  # rounds of all rows that a row's stop string may cost at the end
 _OF_GENERATE = frozenset({"pad_token", "rounds_per_test"})  # options without a meaning where text is streamed
 
@@ -52,6 +57,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         from tokenizers import Tokenizer
     except ImportError as error:
         raise ImportError("text needs the tokenizers package: pip install 'specjax[hf]'.") from error
+    if not isinstance(path, str | os.PathLike):
+        raise ValueError(f"path must be a string or a path, that of a tokenizer.json, got {type(path).__name__}.")
     file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
     if not file.is_file():
         if not Path(path).is_dir():
@@ -92,20 +99,21 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET, limit
 
     Args:
       prompts: ids, at least one for each prompt.
-      bucket: the width is a multiple of it, or `limit` where that is smaller.
+      bucket: the width is a multiple of it, or `limit` where that is smaller; 1..1048576.
       limit: the most tokens that a prompt may have: `model.max_positions`, or None for no limit.
 
     Raises:
-      ValueError: no prompt, an empty one, or one longer than the limit.
+      ValueError: no prompt, an empty one, one longer than the limit, or what is no id.
 
     >>> pad_prompts([[5, 6, 7], [8]], bucket=4).tokens.tolist()
     [[5, 6, 7, 0], [8, 0, 0, 0]]
     >>> pad_prompts([[5, 6, 7], [8]], bucket=32, limit=5).tokens.shape
     (2, 5)
     """
-    lengths = np.array([len(ids) for ids in prompts], np.int32)
-    if len(lengths) == 0 or lengths.min() == 0:
-        raise ValueError("every prompt needs at least one token: start empty ones with the tokenizer's BOS token.")
+    bucket = integers.static(bucket, "bucket", most=_MOST_BUCKET)
+    limit = None if limit is None else integers.static(limit, "limit")
+    rows = [_checked(row, ids) for row, ids in enumerate(_listed(prompts, "prompts", "lists of ids, as in [[5, 6]]"))]
+    lengths = np.array([len(ids) for ids in rows], np.int32)
     longest = int(lengths.max())
     width = -(-longest // bucket) * bucket
     if limit is not None:
@@ -114,25 +122,64 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET, limit
                 f"prompt {lengths.argmax()} has {longest} tokens, and the model has {limit} positions: shorten it."
             )
         width = min(width, limit)
-    tokens = np.zeros((len(prompts), width), np.int32)
-    for row, ids in enumerate(prompts):
+    tokens = np.zeros((len(rows), width), np.int32)
+    for row, ids in enumerate(rows):
         tokens[row, : len(ids)] = ids
     return Prompts(tokens, lengths)
+
+
+def _listed(values: Any, name: str, wanted: str) -> list[Any]:
+    """One or more values, in a list."""
+    try:
+        values = list(values)
+    except TypeError:
+        raise ValueError(f"{name} must be a list of {wanted}, got {type(values).__name__}.") from None
+    if not values:
+        raise ValueError(f"{name} is empty: there must be one or more {wanted}.")
+    return values
+
+
+def _checked(row: int, ids: Any) -> np.ndarray:
+    """The ids of one prompt."""
+    if isinstance(ids, Sequence) and len(ids) == 0:
+        raise ValueError(f"prompt {row} has no token: start it with the tokenizer's BOS token.")
+    host = np.asarray(integers.whole(ids, f"prompt {row}", "[P]", ids=True))
+    if host.ndim != 1:
+        raise ValueError(f"prompt {row} must be a list of ids, got {ids!r}: for a single prompt pass [ids].")
+    if host.size == 0:
+        raise ValueError(f"prompt {row} has no token: start it with the tokenizer's BOS token.")
+    return integers.exact(host, f"each id of prompt {row}", least=0)
 
 
 def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET, limit: int | None = None) -> Prompts:
     """Token ids of `texts`, a list of strings, padded; `bucket` and `limit` as for `pad_prompts`.
 
     Raises:
-      ValueError: one string for a list, an empty text, one longer than the limit, one that the tokenizer would cut.
+      ValueError: one string for a list, what is no string, an empty text, one longer than the limit, one that the
+        tokenizer would cut, or no tokenizer.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string: for a single prompt pass [text].")
-    return pad_prompts([_ids(tokenizer, row, text) for row, text in enumerate(texts)], bucket=bucket, limit=limit)
+    given = _listed(texts, "texts", "strings")
+    if not all(callable(getattr(tokenizer, name, None)) for name in _OF_TOKENIZERS):
+        raise ValueError(
+            f"tokenizer must be a tokenizers.Tokenizer, got {type(tokenizer).__name__}: load it by "
+            "text.load_tokenizer(path), or pass the backend_tokenizer of one of transformers."
+        )
+    return pad_prompts([_ids(tokenizer, row, text) for row, text in enumerate(given)], bucket=bucket, limit=limit)
 
 
 def _ids(tokenizer: Tokenizer, row: int, text: str) -> list[int]:
     """All ids of one text: what the tokenizer pads is left out, and what it would cut off is an error."""
+    if not isinstance(text, str):
+        raise ValueError(f"texts must be a list of strings, got {type(text).__name__} at place {row}: decode it first.")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"prompt {row} is no text: {text[error.start]!r} at place {error.start} is half a character. Read it as "
+            "UTF-8, without errors='surrogateescape'."
+        ) from None
     encoding = tokenizer.encode(text)
     ids = [token for token, is_text in zip(encoding.ids, encoding.attention_mask, strict=True) if is_text]
     if encoding.overflowing:
@@ -190,7 +237,7 @@ def generate_text(
         streamed = {name: value for name, value in call.options.items() if name not in _OF_GENERATE}
         call = call._replace(options={**streamed, "rounds_per_dispatch": _ROUNDS_PER_DISPATCH})
         pieces = [piece for _, new in _followed(call, tokenizer, stop, skip_special_tokens) for piece in new]
-        return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(texts))]
+        return ["".join(piece.text for piece in pieces if piece.row == row) for row in range(len(call.prompts.lengths))]
     out = generate(*call.arguments, **call.options)
     warn_of_troubles(np.asarray(out.status))
     codec = detokenize.codec(tokenizer, skip_special_tokens=skip_special_tokens)
@@ -259,6 +306,7 @@ def _call(
 ) -> _Call:  # fmt: skip
     """Prompts within the model's positions, parts within the tokenizer's vocabulary, the checkpoint's stop tokens."""
     parts.kinds(model, drafter)
+    refuse_traced("text is made", "inside jit call specjax.generate.", (params, drafter_params, options))
     prompts = encode(tokenizer, texts, limit=model.max_positions)
     model = within_vocab(model, tokenizer)
     if drafter.vocab_size is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
@@ -12,6 +13,13 @@ from jax.core import Tracer
 def is_traced(tree: Any) -> bool:
     """Whether any leaf belongs to a trace under way."""
     return any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree))
+
+
+def refuse_traced(what: str, instead: str, tree: Any = ()) -> None:
+    """Raises ValueError inside a trace: where a leaf belongs to one, or whatever is made would."""
+    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
+    if is_traced((tree, jnp.zeros(()))):
+        raise ValueError(f"{what} on the host and cannot be traced: {instead}")
 
 
 def known(value: Any) -> np.ndarray | None:

@@ -57,6 +57,18 @@ def test_an_init_cache_whose_arguments_cannot_be_told():
         adapters.from_nnx(_NeedsACache(nnx.Rngs(0)))
 
 
+@pytest.mark.parametrize(("name", "given"), [("max_positions", -1), ("max_positions", 4.5), ("vocab_size", "8")])
+def test_a_number_that_is_none_is_refused_before_anything_is_tried(name, given):
+    """Catches positions of -1, which no text fits into, and of 4.5, which no array has."""
+    linen_module, variables = _untold_linen()
+    for adapt in (
+        lambda: adapters.from_nnx(foreign.Stack(nnx.Rngs(0)), **{name: given}),
+        lambda: adapters.from_linen(linen_module, variables, **{name: given}),
+    ):
+        with pytest.raises(ValueError, match=rf"{name} must be .*1 or more, got {given!r}"):
+            adapt()
+
+
 def test_a_cache_that_ignores_the_slots_asked_for():
     """Catches "recurrent", said of keys and values that are only too many or too few; the first note is the reason."""
     fixed = adapters.from_nnx(foreign.FixedSlots(nnx.Rngs(0)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,8 @@ import tiny
 from typer.testing import CliRunner
 
 from specjax import drafters, models, stats, testing, text
-from specjax.cli import (
-    bench,  # fmt: skip
-    display,
-    exactness,
-    generate,
-    main,
-    paired_timing,
-)
+from specjax.cli import bench, display, exactness, generate, main, paired_timing
+from specjax.cli.batches import Batch
 from specjax.cli.choose_controller import Policy
 from specjax.cli.load_pair import in_int8, load_pair
 from specjax.decode import api
@@ -250,7 +245,7 @@ def test_a_summary_of_a_busy_machine_gives_no_number(turns, is_busy):
     """The same for `specjax generate`: its line, and the keys of its JSON."""
     in_turn = stats.speedup_in_turn(turns, [1.0] * 3)
     row = generate.Row("prompt", "text", [1, 2], [0, 1], Status.LENGTH)
-    counts = stats.zeros(1, 2)
+    counts = jax.tree.map(np.ones_like, stats.zeros(1, 2))
     summary = generate.Summary([row], counts, 2, "fixed", 1.0, 2.0, in_turn, 2, True, 0.1, None, None, "cpu", False)
     said = dict(display._lines(summary))["speed-up"]
     assert said.startswith("this machine is busy: no verdict (1.70 to 6.30 in 3 turns); ") is is_busy
@@ -259,6 +254,32 @@ def test_a_summary_of_a_busy_machine_gives_no_number(turns, is_busy):
     assert (found["busy"], found["speedups"], found["runs"]) == (is_busy, turns, 3)
     alone = display.as_json(summary._replace(in_turn=None))
     assert (alone["busy"], alone["speedups"], alone["runs"]) == (None, None, 1)
+
+
+@pytest.mark.parametrize("controller", ["fixed", "throughput"])
+@pytest.mark.parametrize("baseline", [None, 2.0])
+def test_a_summary_leaves_out_what_has_no_number(controller, baseline):
+    """Catches "speed-up -x" and "- of at most 3" where no round was run, and a division by no rounds."""
+    profiled, costs = (float("nan"), (1.0, 1.2, 1.4)) if controller == "throughput" else (None, None)
+    rows = [generate.Row("prompt", "", [], [], Status.NON_FINITE)] * 2
+    summary = generate.Summary(
+        rows, stats.zeros(2, 2), 2, controller, 1.0, baseline, None, 0, None, 0.1, profiled, costs, "cpu", False
+    )
+    for name, value in display._lines(summary):
+        assert not re.search(r"(^|\s)-(x|%)?(\s|$)|nan", value), (name, value)
+    assert "speed-up" not in dict(display._lines(summary))
+    assert summary.failed
+    assert not summary._replace(rows=[*rows, rows[0]._replace(status=Status.STOPPED)]).failed
+
+
+def test_a_seed_is_the_same_whatever_keys_jax_makes():
+    """Catches a text that JAX_DEFAULT_PRNG_IMPL changes."""
+    target = SimpleNamespace(model=SimpleNamespace(max_positions=None))
+    pair = SimpleNamespace(target=target, stop_tokens=tuple)
+    task = SimpleNamespace(seed=3, sampling=None, max_new_tokens=4)
+    with jax.default_prng_impl("rbg"):
+        batch = Batch(task, pair, None, text.pad_prompts([[1]]), 0, 1)  # type: ignore[arg-type]
+    assert batch.options["key"] == jax.random.key(3, impl="threefry2x32")
 
 
 def test_more_prompts_than_there_are_is_a_sentence():

@@ -66,10 +66,11 @@ def test_statistics_are_for_the_host():
             run(TABLE)
 
 
-def _loss(params, share):
+def _loss(params, share, writing=None):
     """The log-probability of what was written: by the generation itself, and scored anew."""
+    writing = params if writing is None else writing
     out = specjax.generate(
-        MODEL, params, DRAFTER, params, PROMPTS, max_new_tokens=4, sampling=specjax.Sampling(1.0),
+        MODEL, writing, DRAFTER, writing, PROMPTS, max_new_tokens=4, sampling=specjax.Sampling(1.0),
         controller=controllers.fixed(2),
     )  # fmt: skip
     block = MODEL.init_block(params, 2, 7)
@@ -86,3 +87,15 @@ def test_gradients_go_around_a_generation(wrap):
     assert float(jnp.abs(gradient).max()) > 0
     with pytest.raises(ValueError, match=r"no gradient flows through a generation.*model\.apply"):
         jax.grad(wrap(lambda params: _loss(params, 1.0)))(TABLE)
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit], ids=["as it is", "jitted"])
+def test_forward_mode_is_told_the_same(wrap):
+    """Catches "can't apply forward-mode differentiation (jvp) to a custom_vjp function"."""
+    said = r"no gradient flows through a generation.*model\.apply.*stop_gradient\(params\)"
+    for way in (jax.jacfwd, lambda f: lambda params: jax.jvp(f, (params,), (params,))):
+        with pytest.raises(ValueError, match=said):
+            wrap(way(lambda params: _loss(params, 1.0)))(TABLE)
+    forward = wrap(lambda params: jax.jvp(lambda p: _loss(p, None, jax.lax.stop_gradient(p)), (params,), (params,)))
+    gradient = jax.grad(lambda params: _loss(params, None))(TABLE)
+    assert float(forward(TABLE)[1]) == pytest.approx(float((gradient * TABLE).sum()), rel=1e-4)

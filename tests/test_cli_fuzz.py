@@ -19,7 +19,7 @@ import jax
 import pytest
 import tiny
 
-from specjax import models, text
+from specjax import Status, models, stats, text
 from specjax.cli import error_hints, generate, interrupts, main, options
 from specjax.cli.doctor import environment
 from specjax.cli.load_pair import Pair
@@ -34,7 +34,7 @@ NO_INTEGERS = [
     "-9223372036854775809", "9223372036854775808", "1000000000000", "2147483648", "-2147483649", "nan", "inf", "1e400",
     "0x10", "1.5", "", "\u00b2", "ten", "9" * 5000,
 ]  # fmt: skip
-NO_FLOATS = ["nan", "inf", "-inf", "1e400", "", "ten", "1,5"]
+NO_FLOATS = ["nan", "inf", "-inf", "1e400", "1e300", "", "ten", "1,5"]
 
 
 class Result:
@@ -198,9 +198,9 @@ def test_no_path_is_too_strange(run, tmp_path, monkeypatch, option):
         "bench": ["--draft-len", "9", "--max-new-tokens", "4"],
         "compile": ["--topology", "v5e:1x1"],
     }[command]
-    strange = ["", "x" * 5000, "/dev/null/x", "a/b/c", "/proc/self/mem", "."]
+    strange = ["", "-", "x" * 5000, "/dev/null/x", "a/b/c", "/proc/self/mem", "."]
     for value in strange if name in ("--trace", "--plot") else [*strange, "nowhere", "binary", "~nobody/x", " "]:
-        _refused(run(command, *rest, *other, name, value))
+        _refused(run(command, *rest, *other, name, value), *(["empty"] if value == "" else []))
 
 
 def test_no_text_is_too_strange(run):
@@ -212,6 +212,7 @@ def test_no_text_is_too_strange(run):
     ):
         _refused(run(*arguments), "is no UTF-8 text: pass text in UTF-8")
     _refused(run("generate", "caf\udce9"), r"the argument b'caf\xe9'")
+    _refused(run("generate", "caf\udcc3\udca9", "--temperature", "-1"), "temperature")  # UTF-8, in an ASCII locale
     _refused(run("generate", "-", stdin=b"caf\xe9"), "standard input is no UTF-8 text")
     _refused(run("generate", "-", "--no-cache", stdin=None), "prompt 0 is empty")  # it was closed
     for arguments in (["compile", *LEAST["compile"], "--mesh", "model=\u00b2"], ["generate", "x", "--dtype", "\x00"]):
@@ -300,7 +301,18 @@ def test_what_the_machine_lacks_is_a_sentence(error, says):
 def test_what_the_system_refuses_is_a_sentence(tmp_path):
     """Catches error numbers and quotation marks where a name and a reason would do."""
     assert error_hints.of_system(PermissionError(13, "Permission denied", "/a/b")) == "/a/b: Permission denied."
+    said = error_hints.of_encoding(UnicodeEncodeError("ascii", "caf\xe9", 3, 4, "ordinal not in range"))
+    assert said.startswith(r"'caf\xe9' cannot be the name of a file here: this locale knows ascii only.")
     assert error_hints.of_system(FileNotFoundError("our own sentence.")) == "our own sentence."
+
+
+@pytest.mark.parametrize(("statuses", "wanted"), [((4, 4), 1), ((4, 1), 0), ((2,), 0)])
+def test_a_run_in_which_nothing_came_to_its_end_is_a_failure(run, monkeypatch, statuses, wanted):
+    """Catches status 0 after a model whose logits are NaN, which a script would take for a text."""
+    rows = [generate.Row("x", "", [], [], Status(value)) for value in statuses]
+    given = (rows, stats.zeros(1, 5), 5, "fixed", 1.0, None, None, 0, None, 0.1, None, None, "cpu", False)
+    monkeypatch.setattr(generate, "run", lambda *task: generate.Summary(*given))
+    assert run("generate", "x", "--no-cache").status == wanted
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux's full device")
@@ -310,6 +322,7 @@ def test_streams_that_take_nothing_are_a_sentence():
     command = f'"{sys.executable}" -m specjax.cli'
     for line, status, said in (
         (f"{command} --version > /dev/full", 2, "specjax: standard output, or a file that was asked for, cannot be"),
+        (f"{command} --version 1>&-", 2, "specjax: standard output, or a file that was asked for, cannot be written"),
         (f"PYTHONIOENCODING=ascii {command} generate x --temperature -1 1>&- 2>&- <&-", 2, ""),
     ):
         found = subprocess.run([shell, "-c", line], capture_output=True, text=True, timeout=100)

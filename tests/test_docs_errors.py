@@ -19,7 +19,7 @@ import tiny
 from flax import nnx
 
 import specjax
-from specjax import Status, adapters, models, sharding, testing, text
+from specjax import Status, adapters, dtypes, models, sharding, testing, text
 from specjax.aot import topology
 from specjax.cli import bench, choose_controller, error_hints, load_pair, main
 from specjax.decode import arguments  # fmt: skip
@@ -216,8 +216,9 @@ ERRORS = {
     "the hub": lambda: models.load("owner/model"),
     "half a pair": lambda: load_pair.load_pair("my-model", None, None, None),
     "a controller without a draft": _nothing_to_control,
-    "unknown dtype": lambda: load_pair.floating("float33"),
-    "an integer dtype": lambda: load_pair.floating("int32"),
+    "unknown dtype": lambda: dtypes.floating("float33"),
+    "an integer dtype": lambda: dtypes.floating("int32"),
+    "a dtype too wide": lambda: models.load(models.PRETRAINED / "draft", dtype="float64"),
     "no prompt": lambda: main._prompts(None, None),
     "no prompt file": lambda: main._prompts(None, Path("prompts.txt")),
     "an empty prompt file": lambda: (Path("prompts.txt").write_text("\n"), main._prompts(None, Path("prompts.txt"))),

@@ -218,6 +218,26 @@ def test_an_unknown_family_says_what_can_be_done(changes, said):
     assert ("adapters" in str(caught.value)) == (changes["model_type"] == "mamba")
 
 
+def test_what_is_no_path_model_or_dtype_is_refused():
+    """Catches TypeError and AttributeError, a folder's name asked of the hub, and float64 that becomes float32."""
+    draft = models.PRETRAINED / "draft"
+    for call, said in (
+        (lambda: models.load(3), "path_or_hub_id must be a string or a path.*got int"),
+        (lambda: models.load(b"x"), "path_or_hub_id must be a string or a path.*got bytes"),
+        (lambda: models.quantize(3), "loaded must be what models.load .* got int"),
+        (lambda: models.save(3, "folder"), "loaded must be what models.load .* got int"),
+        (lambda: models.load(draft, dtype="float64"), "cannot be float64: float32 is the widest here"),
+        (lambda: models.random(tiny.config("llama"), jax.random.key(0), float), "cannot be float64"),
+        (lambda: models.load(draft, dtype="float33"), "unknown dtype 'float33'"),
+        (lambda: load_pair.load_pair(None, None, None, ""), "--dtype is empty: .*leave the option out"),
+        (lambda: load_pair.load_target(str(draft), None, "float64"), "float32 is the widest here"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
+    with pytest.raises(FileNotFoundError, match="nowhere/ is neither a folder"):
+        models.load("nowhere/")
+
+
 def test_a_folder_with_a_llama2c_file_says_so(tmp_path):
     """Catches "a Hugging Face model folder is expected" where the model lies there, in the other format."""
     header = (8, 4, 1, 2, 2, 11, 16)

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 import specjax
-from specjax import Sampling, testing, verify
+from specjax import Sampling, testing, tree, verify
 from specjax.decode.context import make_context
 from specjax.rows import open_rows
-from specjax.tree import layout
 
 VOCAB, ORDER, LENGTH, SAMPLES, STOP = 4, 2, 4, 10_000, 3
 PROMPT = [1, 2]
@@ -173,7 +172,7 @@ def test_a_tree_is_processed_branch_by_branch():
         stop_tokens=jnp.array([[STOP], [STOP]]), slots=24, vocab_size=VOCAB,
     )  # fmt: skip
     context = make_context(rows, None, vocab_size=VOCAB, processor=_alternate)
-    shape = layout.layout(parents)
+    shape = tree.layout(parents)
     logits = jax.random.normal(jax.random.key(2), (2, 7, VOCAB))
     whole = context.process(logits, drafted, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
     for node in range(7):

@@ -164,6 +164,9 @@ def test_profiles_survive_a_file(tmp_path):
         ({"contexts": 64}, "contexts, .* got 64"),
         ({"contexts": (1_000_000,)}, "the target has places for 256 tokens"),
         ({"buckets": ()}, "buckets must ascend"),
+        ({"buckets": (0, "a")}, "buckets must ascend from 0 to longest=2, got .*'a'"),
+        ({"buckets": 3}, "buckets must ascend .* got 3"),
+        ({"batch_sizes": (True,)}, r"batch_sizes, .* got \(True,\)"),
     ],
 )
 def test_bad_settings_are_refused_at_once(given, said):

@@ -59,6 +59,15 @@ def test_law_matches_a_sorting_reference(logits, temperature, top_k, top_p, min_
     np.testing.assert_allclose(law, wanted, atol=2e-6)
 
 
+def test_the_law_is_the_same_without_jit():
+    """Catches a loop whose body takes its index for an array: under jax.disable_jit() it is a Python int."""
+    logits = jnp.asarray([[0.0, 3.0, 1.0, -1.0, 2.5, 0.5, *[-4.0] * (WIDTH - 6)]])
+    rows = per_row(Sampling(1.0, top_k=4, top_p=0.9), 1)
+    with jax.disable_jit():
+        found = process(logits[:, None], rows, WIDTH)
+    np.testing.assert_allclose(jax.nn.softmax(found[:, 0]), _law(logits, rows), rtol=1e-6)
+
+
 def test_rows_have_their_own_settings():
     """Catches one row's temperature or filter applied to another, and mixing greedy with sampled rows."""
     logits = jnp.broadcast_to(jnp.linspace(0, 3, WIDTH)[None], (4, WIDTH))

@@ -251,11 +251,14 @@ def test_mistakes_are_named():
         specjax.autoregressive(model, params, PROMPTS[:3])
     with pytest.raises(ValueError, match="needs 16 devices, there are 8"):
         sharding.make_mesh(data=16)
+    for size, said in (("a", "a whole number, 1 or more, got 'a'"), (1.5, "a whole number, .*1.5"), (-1, "1 or more")):
+        with pytest.raises(ValueError, match=f"model must be {said}"):
+            sharding.make_mesh(model=size)  # type: ignore[arg-type]
     mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("batch", "tensor"))
     with pytest.raises(ValueError, match="nothing is cut over 'batch', 'tensor'"):
         sharding.layout(mesh)
     assert sharding.layout(mesh, rows=("batch",), width=("tensor",)).heads == ("tensor",)
     with pytest.raises(ValueError, match="know the roles rows, width, heads, query, got 'model'"):
         models.random(tiny.config("llama"), jax.random.key(0), layout=layout, rules=[("embed", ("model",))])
-    with pytest.raises(ValueError, match="rounds_per_test must be 1 or more, got 0"):
+    with pytest.raises(ValueError, match=r"rounds_per_test must be in 1\.\.65536, got 0"):
         specjax.autoregressive(model, params, PROMPTS, rounds_per_test=0)

@@ -17,8 +17,8 @@ from specjax.types import Draft
 PACKAGE = Path(specjax.__file__).resolve().parent
 
 VOCABULARY = {
-    "batch", "cache", "costs", "integers", "logs", "noise", "processors", "results", "rows", "sampling", "sharding",
-    "stats", "status", "traced", "types",
+    "batch", "cache", "costs", "dtypes", "integers", "logs", "noise", "processors", "results", "rows", "sampling",
+    "sharding", "stats", "status", "traced", "types",
 }  # fmt: skip
 # Lower may not import higher; a module may import its own layer.
 LAYERS = [
@@ -57,7 +57,7 @@ def test_imports_point_down():
         for name in imported & rank.keys():
             assert rank[name] <= rank[own], f"{file} imports {name}, which lies above it"
         if own == "models":
-            assert imported <= {"types", "cache", "sharding", "logs", "models"}, file
+            assert imported <= {"types", "cache", "sharding", "logs", "dtypes", "models"}, file
         elif own not in ("aot", "text", "cli"):
             assert "models" not in imported, f"{file} must not know an architecture"
 
@@ -142,8 +142,33 @@ def test_statistics_of_nothing_are_nan():
 def test_prompts_are_padded_to_buckets():
     """Catches a new program for every prompt length."""
     assert text.pad_prompts([[1] * 5, [2] * 33]).tokens.shape == (2, 64)
-    with pytest.raises(ValueError, match="BOS"):
-        text.pad_prompts([[1], []])
+    assert text.pad_prompts([np.array([1, 2]), (3,)], bucket=np.int32(2)).tokens.tolist() == [[1, 2], [3, 0]]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "said"),
+    [
+        ([[1], []], {}, "prompt 1 has no token: .*BOS"),
+        ([[1], np.zeros(0)], {}, "prompt 1 .*float64"),
+        ([], {}, r"prompts is empty: .*\[\[5, 6\]\]"),
+        (3, {}, "prompts must be a list of lists of ids, .*got int"),
+        ([1, 2], {}, r"prompt 0 must be a list of ids, got 1: for a single prompt pass \[ids\]"),
+        (["ab"], {}, "prompt 0 must hold token ids .*got text: encode it first"),
+        ([[1.5]], {}, "prompt 0 must hold integers .*float64"),
+        ([[True]], {}, "prompt 0 must hold integers .*bool"),
+        ([[1], [2, -1]], {}, r"each id of prompt 1 must be in 0\.\.2147483647, got -1"),
+        ([[2**40]], {}, "each id of prompt 0 must be in .*got 1099511627776"),
+        ([[2**70]], {}, f"each id of prompt 0 must be in .*got {2**70}"),
+        ([[1]], {"bucket": 0}, r"bucket must be in 1\.\.1048576, got 0"),
+        ([[1]], {"bucket": 2.0}, "bucket must be a whole number, .*got 2.0"),
+        ([[1]], {"bucket": 2**40}, "bucket must be in .*got 1099511627776"),
+        ([[1]], {"limit": -1}, "limit must be 1 or more, got -1"),
+    ],
+)
+def test_what_is_no_prompt_is_refused(prompts, options, said):
+    """Catches 1.5 read as id 1, and errors of NumPy and Python that name no argument."""
+    with pytest.raises(ValueError, match=said):
+        text.pad_prompts(prompts, **options)
 
 
 def test_streamed_text_is_generated_text():

@@ -115,6 +115,35 @@ def test_a_token_costs_the_same_wherever_it_stands():
         assert seconds([263], prompt=ids) < 20 * unit
 
 
+@pytest.mark.parametrize(
+    ("tokenizer", "texts", "said"),
+    [
+        ("a-folder", ["a"], r"tokenizers\.Tokenizer, got str: load it by text\.load_tokenizer\(path\)"),
+        (None, ["a"], "tokenizers.Tokenizer, got NoneType: load it"),
+        (TOKENIZER, [b"a"], "texts must be a list of strings, got bytes at place 0: decode it"),
+        (TOKENIZER, ["a", "b\udcff"], r"prompt 1 is no text: '\\udcff' at place 1 is half a character"),
+        (TOKENIZER, [], "texts is empty: there must be one or more strings"),
+        (TOKENIZER, 3, "texts must be a list of strings, got int"),
+    ],
+)
+def test_what_is_no_text_is_refused(tokenizer, texts, said):
+    """Catches LookupError, AttributeError and TypeError from inside a tokenizer."""
+    for call in (text.generate_text, text.stream_text, text.trace_text):
+        with pytest.raises(ValueError, match=said):
+            call(*GIVEN[:4], tokenizer, texts, max_new_tokens=2)
+
+
+def test_texts_are_made_on_the_host():
+    """Catches a TracerArrayConversionError, whether parameters are traced or closed over."""
+    for make in (lambda table: text.generate_text(MODEL, table, DRAFTER, table, TOKENIZER, ["a"]), lambda table: (
+        text.generate_text(*GIVEN, ["a"])
+    )):  # fmt: skip
+        with pytest.raises(ValueError, match=r"on the host and cannot be traced: inside jit call specjax\.generate"):
+            jax.jit(make)(TABLE)
+    with pytest.raises(ValueError, match="path must be a string or a path"):
+        text.load_tokenizer(3)  # type: ignore[arg-type]
+
+
 def test_all_functions_tell_the_same_text_of_characters_in_bytes():
     """Catches a trace of ten such characters with characters repeated and cut, a stream that dies, and a prompt that is
     given back where it ends in such a character and the output is cut inside one."""

@@ -99,6 +99,13 @@ def test_the_command_writes_what_it_says(command, tmp_path):
         assert settings["speed-up"] == pytest.approx(reported["speedup"], rel=1e-4)
 
 
+def test_what_is_no_path_is_refused():
+    """Catches a TypeError of pathlib's, and an empty name taken for the folder one is in."""
+    for path in (3, "", None):
+        with pytest.raises(ValueError, match=r"path must be the name of a file, such as 'trace\.html', got "):
+            viewer.writer(path)  # type: ignore[arg-type]
+
+
 def test_a_bad_path_is_told_before_anything_is_loaded(command):
     """Catches minutes of generation thrown away."""
     process = command(

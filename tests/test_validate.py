@@ -41,6 +41,27 @@ CASES = {
     "not a Sampling": ({"sampling": {"temperature": 1}}, "specjax.Sampling, got dict"),
     "many keys": ({"key": jax.random.split(jax.random.key(0), 2)}, "one PRNG key"),
     "an int for a key": ({"key": 3}, r"jax\.random\.key\(seed\)"),
+    "text for a key": ({"key": "a"}, r"one PRNG key, got str: .*jax\.random\.key\(seed\)"),
+    "text for a limit": ({"max_new_tokens": "3"}, r"max_new_tokens must hold whole numbers .*got text, '3': pass int"),
+    "text for seeds": ({"seeds": "3"}, "seeds must hold whole numbers"),
+    "text for lengths": ({"prompt_lengths": ["3", "2"]}, "prompt_lengths must hold whole numbers"),
+    "text for stop tokens": ({"stop_tokens": ["a"]}, "stop_tokens must hold token ids.*encode it first"),
+    "a limit that is none": ({"max_new_tokens": 2**40}, "max_new_tokens=1099511627776 sets no limit.*capacity="),
+    "a filler past 64 bits": ({"pad_token": 10**30}, r"pad_token must be in .*got 1000000000000000000000000000000\."),
+    "a temperature past float32": (
+        {"sampling": specjax.Sampling(1e300)},
+        r"temperature must be finite.*got 1e\+300 \(inf in float32\)",
+    ),
+    "a penalty past float32": ({"sampling": specjax.Sampling(presence_penalty=1e39)}, "presence_penalty.*finite"),
+    "a penalty that float32 rounds to 0": ({"sampling": specjax.Sampling(repetition_penalty=1e-60)}, "above 0.*1e-60"),
+    "a complex temperature": ({"sampling": specjax.Sampling(1j)}, "temperature must hold numbers, got complex128"),  # type: ignore[arg-type]
+    "a bias past float32": (
+        {"sampling": specjax.Sampling(logit_bias=np.full(8, -1e39))},
+        "logit_bias holds NaN.*float32",
+    ),
+    "a bias of text": ({"sampling": specjax.Sampling(logit_bias=np.array(list("abcdefgh")))}, "must hold numbers"),
+    "rounds that never end": ({"rounds_per_test": 2**31 - 1}, r"rounds_per_test must be in 1\.\.65536, got 2147483647"),
+    "a capacity past int32": ({"capacity": 2**31}, r"capacity must be in 1\.\.1073741824, got 2147483648"),
     "stop token too large": ({"stop_tokens": [8]}, r"stop_tokens holds 8.*0\.\.7"),
     "stop tokens for other rows": ({"stop_tokens": np.zeros((3, 1), np.int32)}, r"\[n\] or \[B, n\]"),
     "seeds for other rows": ({"seeds": jnp.arange(3)}, "seeds"),
@@ -110,6 +131,19 @@ def test_a_traced_limit_needs_a_capacity():
     """Catches a tracer that leaks into a shape."""
     with pytest.raises(ValueError, match=r"max_new_tokens is traced.*capacity="):
         jax.jit(lambda n: specjax.autoregressive(MODEL, TABLE, PROMPTS, max_new_tokens=n))(3)
+
+
+def test_numbers_are_taken_as_arrays_hold_them():
+    """Catches NumPy's and JAX's integers refused or without a hash, and a traced filler that must be known."""
+    wanted = _texts(capacity=9, rounds_per_test=2, pad_token=7, controller=specjax.controllers.fixed(2))
+    for kind in (np.array, jnp.int32):
+        assert specjax.controllers.fixed(kind(2)) is specjax.controllers.fixed(2)
+        found = _texts(capacity=kind(9), rounds_per_test=kind(2), pad_token=kind(7))
+        assert (found.tokens == wanted.tokens).all()
+    traced = jax.jit(lambda token, stop: _texts(pad_token=token, stop_tokens=[stop, -1]).tokens)(7, 99)
+    assert (traced == wanted.tokens).all()
+    with pytest.raises(ValueError, match="capacity must be known while tracing"):
+        jax.jit(lambda capacity: _texts(capacity=capacity))(9)
 
 
 HUGE = (2**31 - 1, 2**31, 2**32, 2**33 + 5, 2**63, 2**70)

@@ -5,11 +5,12 @@ from __future__ import annotations
 import enum
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from specjax import integers
 from specjax.adapters.foreign import NO_CACHE, TRIED, Feed, Foreign, NoLogits
 from specjax.adapters.held import AT_END, AT_LENGTH, held, rows_apart
 from specjax.adapters.leaves import slots_ignored
@@ -186,6 +187,11 @@ def _error_of(foreign: Foreign, params: PyTree) -> str | None:
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
     return None
+
+
+def count(value: Any, name: str) -> int | None:
+    """A number that may be left out. Raises ValueError for anything but a whole number of 1 or more."""
+    return None if value is None else integers.static(value, name)
 
 
 def _feed() -> Feed:

@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import linen
 
-from specjax.adapters.choose import Adapted, choose
+from specjax.adapters.choose import Adapted, choose, count
 from specjax.adapters.foreign import Takes, cache_maker, check_shapes, foreign, mask_forms
 from specjax.types import PyTree
 
@@ -61,6 +61,7 @@ def from_linen(
             "variables must be what module.init returned, a dict with 'params' in it; for the bare parameters pass "
             "{'params': params}."
         )
+    vocab_size, max_positions = count(vocab_size, "vocab_size"), count(max_positions, "max_positions")
 
     def bind(params: PyTree) -> Callable[..., Any]:
         check_shapes(params, variables)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from specjax.adapters.choose import Adapted, choose
+from specjax.adapters.choose import Adapted, choose, count
 from specjax.adapters.foreign import CacheMaker, Takes, cache_maker, check_shapes, foreign, leaf_name, mask_forms
 from specjax.types import PyTree
 
@@ -79,6 +79,7 @@ def from_nnx(
             f"module must be a flax.nnx.Module, got {type(module).__name__}: pass an instance. "
             "For a Linen module use from_linen(module, variables)."
         )
+    vocab_size, max_positions = count(vocab_size, "vocab_size"), count(max_positions, "max_positions")
     graph, trained, rest = nnx.split(module, nnx.Param, ...)
     state = nnx.state(module)
     # What parameters may lack, by how many arrays they have: the Params alone, or everything.

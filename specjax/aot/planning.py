@@ -9,8 +9,9 @@ from typing import NamedTuple
 from specjax.aot import hlo, programs
 from specjax.aot.costs import Cost, costs, part_of
 from specjax.aot.programs import Arguments, Compiled, Workload
-from specjax.aot.shapes import Shaped, floating
+from specjax.aot.shapes import Shaped
 from specjax.aot.topology import bytes_per_cycle, default_axes, hbm_bytes, make_mesh
+from specjax.dtypes import floating
 from specjax.sharding import Layout, layout
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax.numpy as jnp
-import numpy as np
 
 from specjax.sharding import Layout
 
@@ -88,6 +86,9 @@ def read_config(name_or_path: str) -> dict[str, Any]:
     """The contents of a config.json, or the like of it for a name; see `shaped`."""
     from specjax.models import PRETRAINED, checkpoint
 
+    if name_or_path == "":
+        raise ValueError("a model's name is empty: give a known shape, a folder, a config.json or a hub id.")
+    os.fsencode(name_or_path)  # pathlib takes a name that the locale cannot spell for one that is not there
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
     path = PRETRAINED / name_or_path if name_or_path in ("target", "draft") else Path(name_or_path)
@@ -100,7 +101,7 @@ def read_config(name_or_path: str) -> dict[str, Any]:
 
 def _fetch(name: str) -> Path:
     known = f"a known shape ({', '.join(CONFIGS)}), target or draft (the shipped pair), a folder or a config.json"
-    if name.count("/") != 1 or name.startswith((".", "/", "~")):
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise ValueError(f"{name} is neither {known}, nor a hub id of the form owner/name.")
     try:
         from huggingface_hub import hf_hub_download
@@ -111,14 +112,3 @@ def _fetch(name: str) -> Path:
             f"{name} is not {known}, and its config.json could not be fetched from the hub ({type(error).__name__}: "
             f"{error}). Check the spelling and the network, or pass the path of a config.json."
         ) from error
-
-
-def floating(name: str) -> np.dtype:
-    """The dtype of parameters by its name. Raises ValueError for an unknown one, and for integers."""
-    try:
-        dtype = jnp.dtype(name)
-    except TypeError as error:
-        raise ValueError(f"unknown dtype {name!r}: try float32, bfloat16 or float16.") from error
-    if not jnp.issubdtype(dtype, jnp.floating):
-        raise ValueError(f"parameters cannot be {name}: try float32, bfloat16 or float16.")
-    return dtype

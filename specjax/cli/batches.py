@@ -18,6 +18,7 @@ from specjax.decode import plain
 from specjax.decode.api import autoregressive, generate
 from specjax.decode.stream import Chunk, stream
 from specjax.detokenize.pieces import codec
+from specjax.noise import IMPLEMENTATION
 from specjax.types import Controller, Generation, Sampling
 from specjax.viewer import trace
 from specjax.viewer.trace import TracedRow
@@ -59,7 +60,7 @@ class Batch:
         self.count = min(size, len(prompts.lengths) - start)
         self.options = {
             "sampling": task.sampling,
-            "key": jax.random.key(task.seed),
+            "key": jax.random.key(task.seed, impl=IMPLEMENTATION),  # whatever JAX_DEFAULT_PRNG_IMPL says
             "seeds": np.arange(start, start + size, dtype=np.int32),
             "stop_tokens": pair.stop_tokens(),
             "capacity": _capacity(prompts.tokens.shape[1] + task.max_new_tokens, pair.target.model.max_positions),

@@ -222,29 +222,28 @@ def _lines(summary: Summary) -> list[tuple[str, str]]:
         pace = f"{show('tokens_per_second', '.0f')} tokens/s on {summary.device}"
         lines = [("plain decoding", pace), ("no draft model", "one token a pass; --draft names a model to draft with")]
         return lines + [("interrupted", _INTERRUPTED)] * summary.interrupted
+
+    def has(name: str) -> bool:
+        value = rates[name]
+        return value is not None and not math.isnan(value)
+
     lines = [("speculative", f"{show('tokens_per_second', '.0f')} tokens/s on {summary.device}")]
     if rates["plain_tokens_per_second"] is not None:
         same = {None: "", True: ", the same tokens", False: ", other tokens (near-ties in this dtype?)"}
         lines.append(
             ("plain decoding", f"{show('plain_tokens_per_second', '.0f')} tokens/s{same[summary.same_tokens]}")
         )
-        turns = summary.in_turn
-        if turns is not None and turns.is_busy:
-            said = str(turns)
-        elif turns is None or len(turns.turns) == 1:
-            said = f"{show('speedup', '.2f')}x in one run"
-        else:
-            said = f"{show('speedup', '.2f')}x by medians of runs in turn ({turns.range})"
-        lines.append(("speed-up", f"{said}; {_prediction(summary, show)}"))
-    else:
-        lines.append(("speed-up", _prediction(summary, show)))
+    gains = [_measured(summary, show) if has("speedup") else None, _prediction(summary, show, has)]
+    if any(gains):
+        lines.append(("speed-up", "; ".join(filter(None, gains))))
     accepted = int(summary.stats.accepted.sum())
     drafted = int(summary.stats.drafted.sum())
     if drafted:
         lines.append(("acceptance", f"{show('acceptance_rate', '.0%')} ({accepted} of {drafted} drafted tokens)"))
-    lines.append(("tokens per round", f"{show('tokens_per_round', '.2f')} of at most {summary.draft_len + 1}"))
-    if summary.controller != "fixed":
-        counts = stats.draft_lengths(summary.stats)
+    if has("tokens_per_round"):  # the first token is part of no round
+        lines.append(("tokens per round", f"{show('tokens_per_round', '.2f')} of at most {summary.draft_len + 1}"))
+    counts = stats.draft_lengths(summary.stats)
+    if summary.controller != "fixed" and counts.sum():
         shares = ", ".join(f"{size} in {count / counts.sum():.0%}" for size, count in enumerate(counts) if count)
         lines.append(("tokens drafted", f"{shares} of the rounds ({summary.controller})"))
     if summary.round_costs is not None:
@@ -266,9 +265,23 @@ def _costs(rounds: tuple[float, ...]) -> str:
     return f"{costs} plain steps with 0, 1, ... tokens drafted; {verdict}"
 
 
-def _prediction(summary: Summary, show) -> str:
+def _measured(summary: Summary, show) -> str:
+    turns = summary.in_turn
+    if turns is not None and turns.is_busy:
+        return str(turns)
+    if turns is None or len(turns.turns) == 1:
+        return f"{show('speedup', '.2f')}x in one run"
+    return f"{show('speedup', '.2f')}x by medians of runs in turn ({turns.range})"
+
+
+def _prediction(summary: Summary, show, has) -> str | None:
+    """What the speed-up should be; None where no round was run."""
     if summary.profiled_speedup is not None:
+        if not has("profiled_speedup"):
+            return None
         return f"{show('profiled_speedup', '.2f')}x by this machine's profile for its rounds, without the prompt"
     if summary.controller != "fixed":
         return "no prediction without a profile"
+    if not has("predicted_speedup"):
+        return None
     return f"{show('predicted_speedup', '.2f')}x predicted where a pass costs what it reads (an accelerator, few rows)"

@@ -17,8 +17,8 @@ def explain(error: BaseException) -> str | None:
     if isinstance(error, MemoryError) or IS_FULL.search(str(error)):
         whose = "this machine" if isinstance(error, MemoryError) else "the device"
         return (
-            f"{whose} is out of memory ({said}). Fewer rows at once (--batch), fewer new tokens or --dtype bfloat16 "
-            "need less."
+            f"{whose} is out of memory ({said}). Fewer rows at once (--batch), fewer new tokens, a shorter draft "
+            "(--draft-len) or --dtype bfloat16 need less."
         )
     if "home directory" in str(error):  # Path.home(), where HOME is not set and the user has no entry in passwd
         return "there is no home directory here: set HOME to a folder that can be written to."
@@ -36,6 +36,15 @@ def of_system(error: OSError) -> str:
     if error.filename is None:
         return f"standard output, or a file that was asked for, cannot be written or read: {error.strerror}."
     return f"{error.filename}: {error.strerror}."
+
+
+def of_encoding(error: UnicodeEncodeError) -> str:
+    """Which name of a file this locale cannot spell."""
+    name = ascii(error.object)
+    return (
+        f"{name} cannot be the name of a file here: this locale knows {error.encoding} only. Set PYTHONUTF8=1, or "
+        "LC_ALL=C.UTF-8."
+    )
 
 
 def device_cure(failure: str, asked: str | None) -> str:

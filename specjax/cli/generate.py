@@ -47,6 +47,11 @@ class Summary(NamedTuple):
     device: str
     interrupted: bool
 
+    @property
+    def failed(self) -> bool:
+        """Whether every row ended, or never began, for a reason that nobody asked for."""
+        return all(row.status.is_trouble for row in self.rows)
+
 
 class Display(Protocol):
     """Where progress and text go."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import jax
 import numpy as np
 
 from specjax import text
-from specjax.aot.shapes import floating
+from specjax.dtypes import floating
 from specjax.logs import in_short
 
 _log = logging.getLogger(__name__)
@@ -39,7 +40,7 @@ def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype
     """
     from specjax import models
 
-    _refuse_empty(model, draft, tokenizer)
+    _refuse_empty(model, draft, tokenizer, dtype)
     if (model is None) != (draft is None):
         given, lacking = ("--model", "--draft") if draft is None else ("--draft", "--model")
         raise ValueError(
@@ -61,7 +62,7 @@ def load_target(model: str, tokenizer: str | None, dtype: str | None) -> Pair:
     """Loads a target that is to decode plainly, without a draft. Errors as for `load_pair`."""
     from specjax import models
 
-    _refuse_empty(model, None, tokenizer)
+    _refuse_empty(model, None, tokenizer, dtype)
     target = models.load(model, dtype=_dtype(dtype))
     return _fitted(Pair(target, None, _tokenizer(tokenizer, target)))
 
@@ -73,10 +74,13 @@ def in_int8(pair: Pair, parts: Sequence[str]) -> Pair:
     return pair._replace(**{part: models.quantize(getattr(pair, part)) for part in parts})
 
 
-def _refuse_empty(model: str | None, draft: str | None, tokenizer: str | None) -> None:
+def _refuse_empty(model: str | None, draft: str | None, tokenizer: str | None, dtype: str | None) -> None:
     for name, given in (("--model", model), ("--draft", draft), ("--tokenizer", tokenizer)):
         if given == "":
             raise ValueError(f"{name} is empty: give a folder, a file or a hub id, or leave the option out.")
+        os.fsencode(given or "")  # pathlib takes a name that the locale cannot spell for one that is not there
+    if dtype == "":
+        raise ValueError("--dtype is empty: give float32, bfloat16 or float16, or leave the option out.")
 
 
 def _fitted(pair: Pair) -> Pair:
@@ -89,7 +93,8 @@ def _fitted(pair: Pair) -> Pair:
 
 
 def _dtype(name: str | None) -> Any:
-    name = name or ("float32" if jax.default_backend() == "cpu" else None)
+    if name is None and jax.default_backend() == "cpu":
+        name = "float32"
     return None if name is None else floating(name)
 
 

@@ -84,11 +84,9 @@ def generate(
     ),
     seed: Annotated[int, typer.Option(min=-INT32 - 1, max=INT32, help="Same seed, same text.")] = 0,
     dtype: Dtype = None,
-    prompt_file: Annotated[
-        Path | None, typer.Option(help="One prompt a line, instead of PROMPT; blank lines are skipped.")
-    ] = None,
+    prompt_file: options.PromptFile = None,
     batch: Annotated[int, typer.Option(min=1, max=INT32, help="Prompts generated together.")] = 8,
-    trace: Annotated[Path | None, typer.Option(help="Write every round to this HTML page, with probabilities.")] = None,
+    trace: options.Trace = None,
     json_output: Json = False,
     baseline: Annotated[bool, typer.Option(help="Measure plain decoding too.")] = True,
     cache: Cache = True,
@@ -96,7 +94,8 @@ def generate(
 ) -> None:
     """Continue a text, and say what speculation brought.
 
-    Tokens are coloured by origin on a terminal; a pipe gets plain text. The summary goes to standard error.
+    Tokens are coloured by origin on a terminal; a pipe gets plain text. The summary goes to standard error. Status 1 if
+    no prompt came to an end that was asked for.
     """
     texts = _prompts(prompt, prompt_file)
     keep = None if trace is None else viewer.writer(trace)
@@ -124,6 +123,8 @@ def generate(
             typer.echo(f"trace: {trace}", err=True)
     if summary.interrupted:
         interrupts.leave("")
+    if summary.failed:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -149,9 +150,7 @@ def bench(
         list[int],
         typer.Option(min=1, max=INT32, help="Rows at once; may be given several times.", rich_help_panel=SPEED),
     ] = [1],  # noqa: B006
-    plot: Annotated[
-        Path | None, typer.Option(help="Draw speed-up against K and batch into this PNG.", rich_help_panel=SPEED)
-    ] = None,
+    plot: options.Plot = None,
     prompts: Annotated[int, typer.Option(min=1, max=INT32, help="Prompts in all.", rich_help_panel=SPEED)] = 8,
     context: Annotated[int, typer.Option(min=1, max=TOKENS, help="Tokens of each prompt.", rich_help_panel=SPEED)] = 64,
     max_new_tokens: Annotated[

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import re
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -45,6 +46,27 @@ def unescaped(text: str) -> str:
     return re.sub(r"\\([nt\\])", lambda found: {"n": "\n", "t": "\t"}.get(found[1], found[1]), text)
 
 
+SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help
+
+
+def page(text: str) -> Path:
+    """The name of a file to write. Raises ValueError for an empty one and for -, which would be a file of that name."""
+    if text == "":
+        raise typer.BadParameter("the name is empty: give that of a file, or leave the option out.")
+    if text == "-":
+        raise typer.BadParameter("- is no file: pages and pictures are not written to standard output; give a name.")
+    return Path(text)
+
+
+def source(text: str) -> Path:
+    """The name of a file to read. Raises ValueError for an empty one, and for - where PROMPT is meant."""
+    if text == "":
+        raise typer.BadParameter("the name is empty: give that of a file, or leave the option out.")
+    if text == "-":
+        raise typer.BadParameter("- is no file: as PROMPT it reads standard input, /dev/stdin is one prompt a line.")
+    return Path(text)
+
+
 Model = Annotated[
     str | None, typer.Option(help="Target: folder, llama2.c .bin or hub id. Alone, generate decodes plainly.")
 ]
@@ -64,11 +86,24 @@ Stop = Annotated[
     typer.Option(
         parser=unescaped,
         metavar="TEXT",
-        help=r"End a text before this string; may be given several times. Write \n and \t.",
+        help=r"End a text before this string; may be given several times. \n, \t and \\ are read as in Python.",
+    ),
+]
+PromptFile = Annotated[
+    Path | None,
+    typer.Option(parser=source, metavar="PATH", help="One prompt a line, instead of PROMPT; blank lines are skipped."),
+]
+Trace = Annotated[
+    Path | None,
+    typer.Option(parser=page, metavar="PATH", help="Write every round to this HTML page, with probabilities."),
+]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        parser=page, metavar="PATH", help="Draw speed-up against K and batch into this PNG.", rich_help_panel=SPEED
     ),
 ]
 Special = Annotated[bool, typer.Option("--special", help="Show special tokens too, as the end of a text.")]
 INT32 = integers.MOST
 TOKENS = 1_000_000_000  # the most of any number of tokens: with a prompt and a draft it is within int32
 LONGEST_DRAFT = buckets.MOST
-SPEED, EXACTNESS = "Speed", "Exactness"  # panels of bench's help

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -17,13 +18,15 @@ def run(command: Callable[[], Any]) -> None:
     """Runs it: bad input ends with a message and status 2, Ctrl-C with status 130; a traceback is a bug of ours."""
     prepare_streams()
     try:
-        check_arguments(sys.argv[1:])
+        sys.argv[1:] = read_arguments(sys.argv[1:])
         command()
     except KeyboardInterrupt:
         interrupts.leave("interrupted")
     except OSError as error:
         _drop_output()
         _refuse(error_hints.of_system(error))
+    except UnicodeEncodeError as error:
+        _refuse(error_hints.of_encoding(error))
     except (ValueError, ImportError) as error:
         _refuse(str(error))
     except (RuntimeError, AssertionError, MemoryError) as error:
@@ -39,25 +42,45 @@ def _refuse(message: str) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """A closed stream becomes an empty one, and a character that a stream's encoding lacks is written as an escape."""
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    """Closed input is empty, what goes to closed output is an error and what goes to closed errors is lost; a character
+    that a stream's encoding lacks is written as an escape."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    if sys.stdout is None:
+        sys.stdout = io.TextIOWrapper(_Closed(os.devnull, "w"), "utf-8", write_through=True)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
 
 
-def check_arguments(arguments: Sequence[str]) -> None:
-    """Raises ValueError for an argument that is not text: tokenizers, JSON and pages hold nothing else."""
-    for argument in arguments:
-        try:
-            argument.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError(
-                f"the argument {os.fsencode(argument)!r} is no UTF-8 text: pass text in UTF-8 (iconv converts it), and "
-                "rename a file of such a name."
-            ) from None
+class _Closed(io.FileIO):
+    """Standard output where it is closed. It keeps the file descriptor from whatever is opened next."""
+
+    def write(self, data: Any) -> NoReturn:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+
+def read_arguments(arguments: Sequence[str]) -> list[str]:
+    """The arguments as text, whatever the locale: Python hides bytes that are none of its encoding in half characters.
+    Raises ValueError for what is no UTF-8: tokenizers, JSON and pages hold nothing else."""
+    return [_as_text(argument) for argument in arguments]
+
+
+def _as_text(argument: str) -> str:
+    try:
+        argument.encode("utf-8")
+        return argument
+    except UnicodeEncodeError:
+        hidden = os.fsencode(argument)
+    try:
+        return hidden.decode("utf-8")
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"the argument {hidden!r} is no UTF-8 text: pass text in UTF-8 (iconv converts it), and rename a file of "
+            "such a name."
+        ) from None
 
 
 def _drop_output() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import functools
+import sys
 
 import jax.numpy as jnp
 
+from specjax import integers
 from specjax.controllers.buckets import longest_draft, up_to
 from specjax.types import Array, Controller, Round, Rows
 
 
-@functools.cache
 def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: int = 1) -> Controller:
     """After a round that kept its whole draft a row drafts `up` tokens more, after any other `down` fewer; 1 or more.
 
@@ -32,14 +33,17 @@ def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: 
     8
     """
     longest = longest_draft(longest, "longest")
-    start = min(5, longest) if start is None else start
-    if not 1 <= start <= longest or min(up, down) < 0:
-        raise ValueError(
-            f"additive needs 1 <= start <= longest and steps of 0 or more, got start={start}, longest={longest}, "
-            f"up={up}, down={down}."
-        )
-    up, down = min(up, longest), min(down, longest)  # larger steps lead no further, and could wrap
+    start = min(5, longest) if start is None else integers.static(start, "additive's start", most=longest)
+    up, down = (
+        # Larger steps lead no further, and could wrap.
+        min(integers.static(step, f"additive's {name}", least=0, most=sys.maxsize), longest)
+        for name, step in (("up", up), ("down", down))
+    )
+    return _additive(longest, start, up, down)
 
+
+@functools.cache
+def _additive(longest: int, start: int, up: int, down: int) -> Controller:
     def update(state: Array, info: Round) -> Array:
         asked = info.draft_lengths
         # A draft that a limit or a stop token cut short says nothing of the length that was wanted.

@@ -6,11 +6,11 @@ import functools
 
 import jax.numpy as jnp
 
+from specjax import integers
 from specjax.controllers.buckets import longest_draft, up_to
 from specjax.types import Array, Controller, Drawn, Rows
 
 
-@functools.cache
 def confidence(threshold: float = 0.4, longest: int = 8) -> Controller:
     """Drafts until a token whose probability under the drafter is below `threshold`, K at most; that one is the last.
 
@@ -34,10 +34,12 @@ def confidence(threshold: float = 0.4, longest: int = 8) -> Controller:
     >>> confidence(0.3, 8).longest
     8
     """
-    if not 0 <= threshold <= 1:
-        raise ValueError(f"confidence needs a threshold in 0..1, a probability, got {threshold}.")
-    longest = longest_draft(longest, "longest")
+    threshold = integers.real(threshold, "confidence's threshold", lambda x: 0 <= x <= 1, "in 0..1, a probability")
+    return _confidence(threshold, longest_draft(longest, "longest"))
 
+
+@functools.cache
+def _confidence(threshold: float, longest: int) -> Controller:
     def draft_len(state: Array, rows: Rows) -> Array:
         del rows
         return jnp.full(state.shape, longest, jnp.int32)

@@ -10,7 +10,6 @@ from specjax.controllers.buckets import longest_draft
 from specjax.types import Controller
 
 
-@functools.cache
 def fixed(draft_len: int) -> Controller:
     """Drafts `draft_len` tokens (1 or more) in every round.
 
@@ -20,7 +19,11 @@ def fixed(draft_len: int) -> Controller:
     >>> fixed(4).longest
     4
     """
-    draft_len = longest_draft(draft_len, "draft_len")
+    return _fixed(longest_draft(draft_len, "draft_len"))
+
+
+@functools.cache
+def _fixed(draft_len: int) -> Controller:
     return Controller(
         init=lambda batch: jnp.full((batch,), draft_len, jnp.int32),
         draft_len=lambda state, rows: state,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import numbers
 from typing import NamedTuple
 
 import jax
@@ -12,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from specjax import costs
+from specjax import costs, integers
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
@@ -70,9 +69,7 @@ def throughput(profile: Profile, *, prior: float = 0.7) -> Controller:
     2
     """
     costs.check(profile)
-    if not (isinstance(prior, numbers.Real) and 0 <= prior <= 1):
-        raise ValueError(f"prior must be a share in 0..1, got {prior}.")
-    return _throughput(profile, float(prior))
+    return _throughput(profile, integers.real(prior, "prior", lambda x: 0 <= x <= 1, "a share in 0..1"))
 
 
 @functools.cache

@@ -19,7 +19,7 @@ from specjax.decode import arguments, plain
 from specjax.decode.arguments import Request
 from specjax.decode.call import prepare
 from specjax.decode.calls import names_sampling, without_gradient
-from specjax.decode.loop import run
+from specjax.decode.loop import MOST_ROUNDS, run
 from specjax.decode.start import start
 from specjax.decode.state import Carry, Learnt
 from specjax.rows import is_active
@@ -97,8 +97,8 @@ def generate(
       capacity: the most tokens a row may hold, prompt included; default P + max(max_new_tokens), at most the
         model's positions. Keep it the same from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
-      rounds_per_test: rounds between two tests whether all rows have ended. On a mesh each test is an all-reduce; at
-        the end up to as many rounds, less one, do nothing.
+      rounds_per_test: rounds between two tests whether all rows have ended, 65536 at most. On a mesh each test is an
+        all-reduce; at the end up to as many rounds, less one, do nothing.
 
     Returns:
       A Generation. Rows with bad data end with a `Status` of their own; the others go on untouched.
@@ -119,8 +119,8 @@ def generate(
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
-    arguments.pad_token(pad_token)
-    integers.static(rounds_per_test, "rounds_per_test")
+    filler = arguments.pad_token(pad_token)
+    rounds_per_test = integers.static(rounds_per_test, "rounds_per_test", most=MOST_ROUNDS)
     call = prepare(
         model, params, drafter, drafter_params, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
         sampling=sampling, processor=processor, verifier=verifier, controller=controller,
@@ -128,7 +128,7 @@ def generate(
         stop_tokens=stop_tokens, seeds=seeds, inputs=inputs, capacity=capacity,
     )  # fmt: skip
     program = functools.partial(_generate, call.setup, rounds_per_test)
-    return without_gradient(program, call.params, call.request, call.learnt, pad_token)
+    return without_gradient(program, call.params, call.request, call.learnt, filler)
 
 
 @names_sampling
@@ -153,15 +153,15 @@ def autoregressive(
 
     Arguments, result and errors as for `generate`, less what concerns the drafter.
     """
-    arguments.pad_token(pad_token)
-    integers.static(rounds_per_test, "rounds_per_test")
+    filler = arguments.pad_token(pad_token)
+    rounds_per_test = integers.static(rounds_per_test, "rounds_per_test", most=MOST_ROUNDS)
     call = prepare(
         model, params, plain.DRAFTER, None, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
         sampling=sampling, processor=processor, controller=plain.CONTROLLER, stop_tokens=stop_tokens, seeds=seeds,
         inputs=inputs, capacity=capacity,
     )  # fmt: skip
     program = functools.partial(_generate, call.setup, rounds_per_test)
-    return without_gradient(program, call.params, call.request, call.learnt, pad_token)
+    return without_gradient(program, call.params, call.request, call.learnt, filler)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

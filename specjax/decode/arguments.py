@@ -66,7 +66,7 @@ def request(
             "jax_enable_x64 is on, and specjax computes in 32 bits or fewer: unset JAX_ENABLE_X64, or put the call "
             "into `with jax.enable_x64(False):`."
         )
-    prompts = integers.whole(prompts, "prompts", "[B, P]")
+    prompts = integers.whole(prompts, "prompts", "[B, P]", ids=True)
     if prompts.ndim != 2:
         raise ValueError(
             f"prompts must have shape [B, P], got {prompts.shape}. For one prompt pass prompts[None]; "
@@ -84,15 +84,15 @@ def request(
     drafting = _per_row(integers.MOST if max_draft_len is None else max_draft_len, "max_draft_len", batch, scalar=True)
     stops = _ids(stop_tokens, "stop_tokens", batch, model.vocab_size)
     _check_prompt_values(prompts, lengths, model.vocab_size)
-    limits = integers.at_most(limits, "max_new_tokens", least=1)
+    asked, limits = limits, integers.at_most(limits, "max_new_tokens", least=1)
     drafting = integers.at_most(drafting, "max_draft_len", least=0)
     if capacity is not None:
         capacity = integers.static(capacity, "capacity", most=_MOST_TOKENS)
     prompts = _within_capacity(model, prompts, lengths, capacity)
-    capacity = _capacity(model, prompts.shape[1], limits, lengths, capacity)
+    capacity = _capacity(model, prompts.shape[1], asked, lengths, capacity)
     arrays = Request(
-        prompts=jnp.asarray(prompts.astype(np.int32)),
-        prompt_lengths=jnp.asarray(lengths.astype(np.int32)),
+        prompts=jnp.asarray(integers.padding(prompts)),
+        prompt_lengths=jnp.asarray(integers.padding(lengths)),
         key=jax.random.key(0, impl=IMPLEMENTATION) if key is None else _key(key),
         # No row gets longer than its capacity, and a larger limit could wrap where the prompt's length is added.
         limits=jnp.broadcast_to(jnp.minimum(jnp.asarray(limits), capacity), (batch,)),
@@ -118,12 +118,12 @@ def _inputs(model: Model, inputs: PyTree, batch: int) -> PyTree:
     return inputs
 
 
-def pad_token(token: Any) -> None:
-    """Checks the filler of `Generation.tokens`: any int32, in the vocabulary or not."""
-    kind = getattr(token, "dtype", np.asarray(token).dtype)
-    if np.shape(token) != () or not (jnp.issubdtype(kind, jnp.integer) or isinstance(token, int)):
+def pad_token(token: Any) -> Any:
+    """The filler of `Generation.tokens`, checked: any int32, in the vocabulary or not; it may be traced."""
+    kind = token.dtype if isinstance(token, jax.Array) else np.asarray(token).dtype
+    if np.shape(token) != () or not (jnp.issubdtype(kind, jnp.integer) or type(token) is int):
         raise ValueError(f"pad_token must be one integer, got {token!r}. Use 0, or -1 for an id that no text holds.")
-    integers.exact(integers.whole(token, "pad_token", "[]"), "pad_token")
+    return integers.exact(integers.whole(token, "pad_token", "[]"), "pad_token")
 
 
 def _per_row(value: Any, name: str, batch: int, *, scalar: bool = False) -> Any:
@@ -190,19 +190,22 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
                 "max_new_tokens is traced, so the buffers' size is unknown: pass capacity=, the most tokens that a row "
                 "may hold, prompt included."
             )
-        capacity = min(width + int(host.max()), integers.MOST)
+        most = int(host.max())
+        capacity = min(width + most, integers.MOST)
         if model.max_positions is not None and capacity > model.max_positions:
             capacity = max(model.max_positions, width)
             starts = known(lengths)
-            ends = (width if starts is None else starts.astype(np.int64)) + host.astype(np.int64)
+            ends = (width if starts is None else starts.astype(np.int64)) + np.asarray(
+                np.minimum(host, integers.MOST), np.int64
+            )
             if ends.max() > model.max_positions:
                 _log.warning(
                     "max_new_tokens=%d asks for more than the model's %d positions: rows that get there end as "
-                    "CACHE_FULL", int(host.max()), model.max_positions,
+                    "CACHE_FULL", most, model.max_positions,
                 )  # fmt: skip
         elif capacity > _MOST_TOKENS:
             raise ValueError(
-                f"max_new_tokens={host.max()} sets no limit, and buffers need one: pass capacity=, the most tokens "
+                f"max_new_tokens={most} sets no limit, and buffers need one: pass capacity=, the most tokens "
                 "that a row may hold, prompt included."
             )
     if capacity < width:
@@ -220,7 +223,13 @@ def _capacity(model: Model, width: int, limits: Any, lengths: Any, capacity: int
 
 
 def _key(key: Any) -> Array:
-    key = jnp.asarray(key)
+    given = integers.array(key, "key", "of one PRNG key")
+    if not isinstance(given, jax.Array) and given.dtype.kind in "USO":
+        raise ValueError(
+            f"key must be one PRNG key, got {type(key).__name__}: pass jax.random.key(seed); rows get keys of their "
+            "own from it (see seeds)."
+        )
+    key = jnp.asarray(given)
     is_typed = jnp.issubdtype(key.dtype, jax.dtypes.prng_key)
     is_legacy = not is_typed and key.dtype == jnp.uint32 and key.shape in [(size,) for size in _KEY_WORDS]
     if (is_typed and key.ndim == 0) or is_legacy:
@@ -234,7 +243,7 @@ def _key(key: Any) -> Array:
 def _ids(ids: Any, name: str, batch: int, vocab_size: int) -> Array:
     """Token ids [n] or [B, n], pad -1, as [B, n] int32."""
     ids = integers.array(ids, name, "[n] or [B, n]")
-    ids = integers.whole(ids.astype(np.int32) if ids.size == 0 else ids, name, "[n] or [B, n]")
+    ids = integers.whole(ids.astype(np.int32) if ids.size == 0 else ids, name, "[n] or [B, n]", ids=True)
     if ids.ndim not in (1, 2) or (ids.ndim == 2 and ids.shape[0] != batch):
         raise ValueError(f"{name} must have shape [n] or [B, n] with B = {batch}, got {ids.shape}.")
     host = known(ids)
@@ -259,24 +268,40 @@ def _sampling(sampling: Sampling, batch: int, vocab_size: int) -> Sampling:
         value = getattr(sampling, name)
         if value is None:
             continue
-        kind = value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype
-        if not jnp.issubdtype(kind, jnp.number):
-            raise ValueError(f"sampling.{name} must hold numbers, got {kind}: {value!r}.")
+        value = _real(value, name)
         _one_or_each(value, name, batch)
         host = known(value)
-        if host is not None and not is_valid(host).all():
-            bad = host if host.ndim == 0 else host[~is_valid(host)][0]
-            raise ValueError(f"sampling.{name} must be {wanted}, got {bad}.")
+        if host is None:
+            continue
+        is_sound = is_valid(_in_float32(host))
+        if not is_sound.all():
+            bad = host if host.ndim == 0 else host[~is_sound][0]
+            said = f" ({_in_float32(bad)} in float32)" if is_valid(bad) else ""
+            raise ValueError(f"sampling.{name} must be {wanted}, got {bad}{said}.")
     counts = {name: getattr(sampling, name) for name in ("top_k", "min_new_tokens")}
     for name in [name for name, value in counts.items() if value is not None]:
-        _one_or_each(counts[name], name, batch)
         value = integers.whole(counts[name], f"sampling.{name}", "[] or [B]")
+        _one_or_each(value, name, batch)
         counts[name] = integers.at_most(value, f"sampling.{name}", least=0)
     _logit_bias(sampling.logit_bias, batch, vocab_size)
     words = None if sampling.bad_words is None else _ids(sampling.bad_words, "sampling.bad_words", batch, vocab_size)
     given = {**sampling._asdict(), **counts}
     arrays = {name: jnp.asarray(value) for name, value in given.items() if value is not None and name != "bad_words"}
     return sampling._replace(**{**arrays, "bad_words": words})
+
+
+def _real(value: Any, name: str) -> Any:
+    numbers = integers.array(value, f"sampling.{name}", "of numbers")
+    kind = numbers.dtype
+    if not jnp.issubdtype(kind, jnp.number) or jnp.issubdtype(kind, jnp.complexfloating):
+        raise ValueError(f"sampling.{name} must hold numbers, got {kind}: {value!r}.")
+    return numbers
+
+
+def _in_float32(host: np.ndarray) -> np.ndarray:
+    """The numbers as programs hold them; infinite where they are too large for that."""
+    with np.errstate(over="ignore"):
+        return np.asarray(host, np.float32)
 
 
 def _one_or_each(value: Any, name: str, batch: int) -> None:
@@ -292,6 +317,13 @@ def _logit_bias(bias: Any, batch: int, vocab_size: int) -> None:
             f"sampling.logit_bias must have shape [V] = [{vocab_size}] or [B, V] = [{batch}, {vocab_size}], "
             f"got {type(bias).__name__} {np.shape(bias)}. From ids to numbers: jnp.zeros(V).at[ids].set(numbers)."
         )
+    _real(bias, "logit_bias")
     host = known(bias)
-    if host is not None and (np.isnan(host) | (host == np.inf)).any():
-        raise ValueError("sampling.logit_bias holds NaN or +inf: use finite numbers, or -inf to forbid a token.")
+    if host is None:
+        return
+    held = _in_float32(host)
+    if (np.isnan(held) | (held == np.inf)).any() or (np.isinf(held) & np.isfinite(host)).any():
+        raise ValueError(
+            "sampling.logit_bias holds NaN, +inf or a number that float32 does not hold: use finite numbers, or -inf "
+            "to forbid a token."
+        )

@@ -101,8 +101,7 @@ def step(state: State) -> tuple[State, Round]:
 
 def finish(state: State, *, pad_token: int = 0) -> Generation:
     """What the rows hold now, as `generate` returns it; rows still under way are ACTIVE."""
-    arguments.pad_token(pad_token)
-    return _finish(state.setup, state.carry, pad_token)
+    return _finish(state.setup, state.carry, arguments.pad_token(pad_token))
 
 
 def check_unused(state: State) -> None:

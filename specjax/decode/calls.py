@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+from jax.core import ShapedArray
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 
 from specjax.traced import is_traced
-from specjax.types import Array, Generation, LogProbs, PyTree, Sampling
+from specjax.types import Generation, LogProbs, PyTree, Sampling
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -43,24 +47,50 @@ def without_gradient(run: Callable[..., Generation], *given: PyTree) -> Generati
     return out._replace(log_probs=_refuse(given, out.log_probs))
 
 
-@jax.custom_vjp
+_NO_GRADIENT = (
+    "no gradient flows through a generation: its log-probabilities are numbers, and its loop keeps no activations. "
+    "Re-score the text by one forward pass over out.tokens (model.apply) and differentiate that, as "
+    "docs/training.md does."
+)
+_FORWARD = " Where you do, generate from jax.lax.stop_gradient(params): forward mode cannot see what is left unused."
+
+# The change of a generation's log-probabilities, [] float32, by the changes of what is given: an operation that nobody
+# can run. Reverse mode only transposes it, and that only where its result is used.
+_change = Primitive("change_of_a_generation")
+
+
+@_change.def_abstract_eval
+def _shape(*tangents: Any) -> ShapedArray:
+    del tangents
+    return ShapedArray((), jnp.float32)
+
+
+@_change.def_impl
+def _run(*tangents: Any, **options: Any) -> NoReturn:
+    del tangents, options
+    raise ValueError(_NO_GRADIENT + _FORWARD)
+
+
+def _transpose(cotangent: Any, *tangents: Any) -> list[None]:
+    if isinstance(cotangent, ad.Zero):
+        return [None] * len(tangents)
+    raise ValueError(_NO_GRADIENT)
+
+
+ad.primitive_jvps[_change] = _run
+ad.primitive_transposes[_change] = _transpose
+batching.primitive_batchers[_change] = lambda tangents, axes: (_change.bind(*tangents), None)
+mlir.register_lowering(_change, _run)
+
+
+@jax.custom_jvp
 def _refuse(given: PyTree, log_probs: LogProbs) -> LogProbs:
     del given
     return log_probs
 
 
-def _forward(given: PyTree, log_probs: LogProbs) -> tuple[LogProbs, None]:
-    del given
-    return log_probs, None
-
-
-def _backward(residuals: None, cotangents: LogProbs) -> tuple[Array, ...]:
-    del residuals, cotangents
-    raise ValueError(
-        "no gradient flows through a generation: its log-probabilities are numbers, and its loop keeps no activations. "
-        "Re-score the text by one forward pass over out.tokens (model.apply) and differentiate that, as "
-        "docs/training.md does."
-    )
-
-
-_refuse.defvjp(_forward, _backward)
+@_refuse.defjvp
+def _differentiate(primals: tuple[PyTree, LogProbs], tangents: tuple[PyTree, LogProbs]) -> tuple[LogProbs, LogProbs]:
+    changes = [leaf for leaf in jax.tree.leaves(tangents[0]) if leaf.dtype != jax.dtypes.float0]
+    change = _change.bind(*changes)
+    return primals[1], jax.tree.map(lambda leaf: jnp.broadcast_to(change, leaf.shape), primals[1])

@@ -21,6 +21,9 @@ RecordFn = Callable[[Any, Array, Round], Any]
 ContinueFn = Callable[[Rows, Any], Array]
 
 
+MOST_ROUNDS = 2**16  # from one look at the rows to the next: a dispatch of a stream keeps a record of each
+
+
 class _Run(NamedTuple):
     carry: Carry
     record: PyTree

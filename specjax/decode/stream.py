@@ -18,12 +18,12 @@ from specjax import integers, logs
 from specjax.decode.by_hand import start_once
 from specjax.decode.call import Call, prepare
 from specjax.decode.calls import names_sampling
-from specjax.decode.loop import run
+from specjax.decode.loop import MOST_ROUNDS, run
 from specjax.decode.state import Carry
 from specjax.decode.widths import empty_round
 from specjax.rows import is_active
 from specjax.sharding import Layout, constrain
-from specjax.traced import is_traced
+from specjax.traced import refuse_traced
 from specjax.types import (
     Array,
     Controller,
@@ -42,7 +42,6 @@ from specjax.types import (
 )
 
 _log = logging.getLogger(__name__)
-_MOST_ROUNDS = 2**16  # of a dispatch, which keeps a record of each
 
 
 class Origin(enum.IntEnum):
@@ -129,15 +128,14 @@ def stream(
     >>> sum(len(chunk.tokens[0]) for chunk in chunks)
     5
     """
-    integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=_MOST_ROUNDS)
+    rounds_per_dispatch = integers.static(rounds_per_dispatch, "rounds_per_dispatch", most=MOST_ROUNDS)
     call = prepare(
         model, params, drafter, drafter_params, prompts, prompt_lengths, key=key, max_new_tokens=max_new_tokens,
         sampling=sampling, processor=processor, verifier=verifier, controller=controller,
         controller_state=controller_state, drafter_state=drafter_state, max_draft_len=max_draft_len,
         stop_tokens=stop_tokens, seeds=seeds, inputs=inputs, capacity=capacity,
     )  # fmt: skip
-    if is_traced((call.params, call.request)):
-        raise ValueError("stream runs on the host and cannot be traced: inside jit call specjax.generate.")
+    refuse_traced("stream runs", "inside jit call specjax.generate.", (call.params, call.request))
     return _chunks(call, rounds_per_dispatch)
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from specjax import controllers, stats
+from specjax import controllers, integers, stats
 from specjax.costs import Profile
 from specjax.decode.api import generate
 from specjax.types import Drafter, Model, PyTree
@@ -67,8 +67,9 @@ def calibrate(
     >>> found.threshold  # it drafts for itself: always right, so all of it pays
     0.0
     """
-    if not thresholds or not all(0 <= threshold <= 1 for threshold in thresholds):
-        raise ValueError(f"thresholds must be one or more probabilities in 0..1, got {tuple(thresholds)}.")
+    if np.ndim(thresholds) != 1 or not len(thresholds):
+        raise ValueError(f"thresholds must be one or more probabilities in 0..1, got {thresholds!r}.")
+    thresholds = [integers.real(each, "each of thresholds", lambda x: 0 <= x <= 1, "in 0..1") for each in thresholds]
     controller = controllers.confidence(0.5, profile.longest)
     batch = np.shape(prompts)[0]
     speedups = []

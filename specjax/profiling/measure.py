@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import specjax
@@ -20,7 +19,7 @@ from specjax.controllers.buckets import longest_draft, up_to
 from specjax.costs import Costs, Profile
 from specjax.decode import parts
 from specjax.profiling.timed_loops import Bench, forced
-from specjax.traced import is_traced
+from specjax.traced import refuse_traced
 from specjax.types import Drafter, Model, Params, PyTree, Sampling, Setup, Verifier
 
 _log = logging.getLogger(__name__)
@@ -78,14 +77,12 @@ def profile(
     3
     """
     parts.kinds(model, drafter, verifier)
-    integers.static(repeats, "repeats")
-    longest_draft(longest, "longest")
-    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
-    if is_traced((params, drafter_params, jnp.zeros(()))):
-        raise ValueError("profile runs on the host and cannot be traced: call it outside jit.")
-    chosen = tuple(buckets) if buckets is not None else up_to(longest)
+    repeats, longest = integers.static(repeats, "repeats"), longest_draft(longest, "longest")
+    refuse_traced("profile runs", "call it outside jit.", (params, drafter_params))
+    named = up_to(longest) if buckets is None else buckets
+    chosen = tuple(map(int, named)) if _are_whole(named) else ()
     if not chosen or chosen != tuple(sorted(set(chosen))) or chosen[0] != 0 or chosen[-1] != longest:
-        raise ValueError(f"buckets must ascend from 0 to longest={longest}, got {chosen}.")
+        raise ValueError(f"buckets must ascend from 0 to longest={longest}, got {buckets!r}.")
     _check_counts(batch_sizes, "batch_sizes, rows at once,", "(1, 4)")
     _check_counts(contexts, "contexts, tokens in the cache,", "(64, 1024)")
     most = model.max_positions
@@ -133,9 +130,14 @@ def profile(
 
 
 def _check_counts(values: Any, name: str, example: str) -> None:
-    is_sequence = isinstance(values, Sequence) and not isinstance(values, str)
-    if not is_sequence or not values or not all(isinstance(x, (int, np.integer)) and x > 0 for x in values):
+    if not _are_whole(values) or min(values) < 1:
         raise ValueError(f"{name} must be whole numbers from 1 on, as in {example}; got {values!r}.")
+
+
+def _are_whole(values: Any) -> bool:
+    """Whether it is a list, or the like, of one or more whole numbers."""
+    kinds = {type(x) for x in values} if isinstance(values, Sequence) else set()
+    return bool(kinds) and all(issubclass(kind, int | np.integer) and kind is not bool for kind in kinds)
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specjax import verify
+from specjax import integers, verify
 from specjax.testing.cases import check_greedy, check_laws, check_rows, opponents
 from specjax.types import Controller, Verifier
 
@@ -25,7 +25,7 @@ def check_controller(
       controller: under test.
       verifier: default `verify.rejection()`; `verify.block()` judges a draft as a whole, and so its end.
       rows_apart: False for a controller that decides for the batch as a whole.
-      samples: sequences a case.
+      samples: sequences a case; 100 or more.
       false_alarm: bound on the chance that an exact one fails a case.
 
     Returns:
@@ -40,6 +40,8 @@ def check_controller(
     """
     if not isinstance(controller, Controller):
         raise ValueError(f"controller must be a specjax.Controller, got {type(controller).__name__}: call its maker.")
+    samples = integers.static(samples, "samples", least=100)
+    false_alarm = integers.real(false_alarm, "false_alarm", lambda x: 0 < x < 1, "between 0 and 1")
     rule = verifier or verify.rejection()
     done = []
     for adversary in opponents():

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax import controllers
+from specjax import controllers, integers
 from specjax.decode import arguments
 from specjax.decode.api import autoregressive, generate
 from specjax.decode.round import draft, plan_round
@@ -55,8 +55,8 @@ def check_drafter(
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a specjax.Drafter, got {type(drafter).__name__}: call its maker.")
-    if samples < 100:
-        raise ValueError(f"samples must be 100 or more, got {samples}: fewer can tell nothing.")
+    samples = integers.static(samples, "samples", least=100)  # fewer can tell nothing
+    false_alarm = integers.real(false_alarm, "false_alarm", lambda x: 0 < x < 1, "between 0 and 1")
     if target is None:
         vocab_size = drafter.vocab_size or 5
         if vocab_size > _MOST_TABLE:

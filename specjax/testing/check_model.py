@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from specjax import integers
 from specjax.types import Array, Model, PyTree
 
 _ROWS, _WIDTH, _SLOTS = 3, 7, 64
@@ -40,6 +42,7 @@ def check_model(
         raise ValueError(f"model must be a specjax.Model, got {type(model).__name__}.")
     if model.max_positions is not None and model.max_positions < 3 * _WIDTH:
         raise ValueError(f"the checks need {3 * _WIDTH} positions, this model has {model.max_positions}.")
+    tolerance = integers.real(tolerance, "tolerance", lambda x: 0 <= x < math.inf, "0 or more")
     key = jax.random.key(0) if key is None else key
     tokens = jax.random.randint(key, (_ROWS, _WIDTH), 0, model.vocab_size)
     other = jax.random.randint(jax.random.fold_in(key, 1), (_ROWS, _WIDTH), 0, model.vocab_size)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from specjax import controllers
+from specjax import controllers, integers
 from specjax.testing.cases import check_greedy, check_laws, check_rows, opponents
 from specjax.types import Verifier
 
@@ -19,7 +19,7 @@ def check_verifier(
     Args:
       verifier: under test.
       lossless: False for a rule that does not claim to follow the target's law.
-      samples: sequences a case.
+      samples: sequences a case; 100 or more.
       false_alarm: bound on the chance that an exact verifier fails a case.
 
     Returns:
@@ -34,6 +34,8 @@ def check_verifier(
     """
     if not isinstance(verifier, Verifier):
         raise ValueError(f"verifier must be a specjax.Verifier, got {type(verifier).__name__}: call its maker.")
+    samples = integers.static(samples, "samples", least=100)
+    false_alarm = integers.real(false_alarm, "false_alarm", lambda x: 0 < x < 1, "between 0 and 1")
     done = []
     for adversary in opponents():
         done += [check(adversary, verifier, controllers.fixed(3)) for check in (check_greedy, check_rows)]

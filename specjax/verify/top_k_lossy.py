@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import functools
-import numbers
 
 import jax.numpy as jnp
 
+from specjax import integers
 from specjax.types import Context, Draft, Target, Verdict, Verifier
 from specjax.verify.prefix import at_tokens
 from specjax.verify.rejection import keep_or_resample
 
 
-@functools.cache
 def top_k_lossy(k: int = 3) -> Verifier:
     """LOSSY: the output does not follow the target's law. Token-level rejection sampling, except that a draft token
     stays in any case if it is one of the k most likely under the target's processed law.
@@ -26,9 +25,11 @@ def top_k_lossy(k: int = 3) -> Verifier:
     >>> top_k_lossy(2) is top_k_lossy(2)
     True
     """
-    if not isinstance(k, numbers.Integral) or k < 1:
-        raise ValueError(f"top_k_lossy needs a whole k of 1 or more, got {k}.")
+    return _top_k_lossy(integers.static(k, "top_k_lossy's k"))
 
+
+@functools.cache
+def _top_k_lossy(k: int) -> Verifier:
     def verify(context: Context, draft: Draft, target: Target) -> Verdict:
         probs = target.probs[:, : draft.tokens.shape[1]]
         own = at_tokens(probs, draft.tokens)

@@ -6,14 +6,13 @@ import functools
 
 import jax.numpy as jnp
 
-from specjax import noise
+from specjax import integers, noise
 from specjax.noise import Role
 from specjax.sampling import sample
 from specjax.types import Context, Draft, Target, Verdict, Verifier
 from specjax.verify.prefix import at_place, at_tokens, drafted, num_leading
 
 
-@functools.cache
 def typical_lossy(epsilon: float = 0.3, delta: float = 0.09) -> Verifier:
     """LOSSY: the output does not follow the target's law. A draft token stays if its target probability exceeds
     min(epsilon, delta * exp(-entropy of the target's law)).
@@ -31,9 +30,12 @@ def typical_lossy(epsilon: float = 0.3, delta: float = 0.09) -> Verifier:
     >>> typical_lossy() is typical_lossy()
     True
     """
-    if not (0 < epsilon <= 1 and delta > 0):
-        raise ValueError(f"typical_lossy needs epsilon in (0, 1] and delta above 0, got {epsilon} and {delta}.")
+    epsilon = integers.real(epsilon, "typical_lossy's epsilon", lambda x: 0 < x <= 1, "in (0, 1]")
+    return _typical_lossy(epsilon, integers.real(delta, "typical_lossy's delta", lambda x: 0 < x < 1e38, "above 0"))
 
+
+@functools.cache
+def _typical_lossy(epsilon: float, delta: float) -> Verifier:
     def verify(context: Context, draft: Draft, target: Target) -> Verdict:
         longest = draft.tokens.shape[1]
         probs = target.probs[:, :longest]

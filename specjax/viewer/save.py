@@ -23,6 +23,8 @@ def writer(path: str | Path) -> Callable[[Trace], None]:
     Raises:
       ValueError: now, not when it is called, where nothing can be written there.
     """
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ValueError(f"path must be the name of a file, such as 'trace.html', got {path!r}.")
     path = Path(path)
     try:
         path = path.resolve()  # a link stays a link

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import xla_options
 
-from specjax import models
+from specjax import models, tree
 from specjax.decode.prefill import prefill
-from specjax.tree import layout
 
 TOLERANCE = 1e-4
 VOCAB = 61
@@ -112,7 +111,7 @@ def test_one_tree_for_all_rows_is_the_same_tree_in_each(case):
     model, params = case.loaded.model, case.loaded.params
     cache = _read_prompts(case)
     nodes = np.random.default_rng(7).integers(0, VOCAB, (3, 7), np.int32)
-    shape = layout.layout(np.array(PARENTS[0], np.int32))
+    shape = tree.layout(np.array(PARENTS[0], np.int32))
     depths, visible = np.asarray(shape.depths)[0], np.asarray(shape.visible)[0]
     nothing = np.zeros(3, np.int32)
     shared, _ = _fill_tree(model, params, nodes, cache, depths, visible, nothing, None)
