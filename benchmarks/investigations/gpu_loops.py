@@ -1,11 +1,15 @@
 """What a GPU's loops and conditions cost: plain, fixed and adaptive decoding with loops in CUDA graphs, and without.
 
-    python benchmarks/gpu_loops.py --size shipped --size 1b --json loops.json   # minutes of compiling
-    python benchmarks/gpu_loops.py --size tiny          # a try on a CPU, where there are no graphs
+    python benchmarks/investigations/gpu_loops.py --size shipped --size 1b --json loops.json   # minutes of compiling
+    python benchmarks/investigations/gpu_loops.py --size tiny          # a try on a CPU, where there are no graphs
 
 By default the host waits for each condition of a loop. With `FLAG` XLA puts whole loops into a CUDA graph. It reads
 flags once a process, so there is a process for each size and setting. They compile side by side, and then measure one
 after the other: nothing else is on the device meanwhile.
+
+Found on an H200: plain, fixed and adaptive decoding are 11 to 28% faster with `FLAG`, with the same tokens. A loop's
+condition costs the host some 20 us without it; so plain rounds have one loop of their own (decode/loop.py), and
+`specjax.profile` names the flag where a round without a draft takes more than 1.2 plain steps.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # several share the card
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the other benchmarks' parts
 
 import gpu
 import jax
