@@ -30,8 +30,8 @@ from specjax.types import Controller, Round, Rows
 CONTEXT, LONGEST = 64, 8
 BUCKETS = (0, 1, 2, 3, 5, 8)
 
-# Rounds with 0 to 8 draft tokens in plain steps, and `Costs.catch_up`, as `specjax.profile` found them (LOG; the latter
-# later, and for all); the accelerator is made up: a pass over a few tokens is nearly free, and so is catching up.
+# Rounds with 0 to 8 draft tokens in plain steps, and `Costs.catch_up`, as `specjax.profile` found them (the latter once
+# for all of a size); the accelerator is made up: a pass over a few tokens is nearly free, and so is catching up.
 MACHINES = {
     "AMD, another, batch 1": ((1.01, 1.85, 2.38, 2.55, 2.80, 2.88, 3.70, 3.80, 3.92), (1.7, 0.007)),
     "AMD, 2 cores, batch 1": ((1.01, 1.78, 2.32, 2.55, 2.75, 2.81, 4.11, 4.18, 4.25), (1.6, 0.014)),

@@ -2,7 +2,7 @@
 
 Source: round to nearest by the largest absolute value: Dettmers et al., arXiv:2208.07339, section 2. Unlike there,
 activations keep their dtype, and nothing is set apart. `qwix` cannot do it here: its provider writes into the module
-while it is traced, which Flax refuses inside `lax.platform_dependent` (benchmarks/LOG.md).
+while it is traced, which Flax refuses inside `lax.platform_dependent`.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
 A decode step reads every weight once, and nothing else takes as long. XLA's CPU product of one row runs on one core, at
 half of what the memory gives. Written out as a sum of slices it becomes an ordinary loop: XLA splits it over the cores,
-and LLVM keeps the activations in registers while the weights stream by. benchmarks/LOG.md has the times, and the forms
-that were slower.
+and LLVM keeps the activations in registers while the weights stream by.
+docs/notes/cpu-products-of-few-rows.md has the forms that were slower.
 """
 
 from __future__ import annotations

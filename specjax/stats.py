@@ -13,9 +13,8 @@ from specjax.costs import Profile
 from specjax.traced import is_traced
 from specjax.types import Stats
 
-# Highest over lowest of the middle four fifths of the turns. Two idle cores scatter by 5% from run to run
-# (benchmarks/LOG.md), which for normal noise is 1.14, and differences of a long and a short run, with six times the
-# variance, 1.36.
+# Highest over lowest of the middle four fifths of the turns. Runs that scatter by 5%, normally, give 1.14;
+# differences of a long and a short run, with six times the variance, 1.36 (docs/notes/time-contenders-in-turn.md).
 _WIDE = 1.4
 
 

@@ -24,7 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGES = [
     *sorted(DOCS.rglob("*.md")),
-    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/LOG.md")),
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *(ROOT / "benchmarks" / name for name in ("RESULTS.md", "results/README.md")),
 ]
 # Public modules without an __all__, besides those that specjax names itself: all that they define is in the reference.
 MODULES = ("aot.shapes", "noise", "profiling.machine", "profiling.roofline", "sharding", "text")

@@ -3,7 +3,7 @@
     pytest -m third_party -s tests/test_third_party.py
 
 makes the environments (gigabytes; kept in .pytest_cache), runs the scripts in tests/third_party there, and prints a
-line for every module: the strategy, the versions. Off by default; results are in benchmarks/LOG.md.
+line for every module: the strategy, the versions. Off by default; results are in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations

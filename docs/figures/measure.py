@@ -79,7 +79,7 @@ def _by_batch() -> dict[str, Any]:
     gains: dict[str, list[float]] = {}
     devices = {"TPU v5e": "TPU v5 lite", "H100": "NVIDIA H100 80GB HBM3", "L4": "NVIDIA L4"}
     machines = {label: (known(kind, "bfloat16"), jnp.bfloat16) for label, kind in devices.items()}
-    machines["2 CPU cores"] = (Machine("EPYC", 34e9, 207e9, "benchmarks/LOG.md"), jnp.float32)
+    machines["2 CPU cores"] = (Machine("EPYC", 34e9, 207e9, "benchmarks/RESULTS.md"), jnp.float32)
     target, draft = shapes.shaped("llama-8b"), shapes.shaped("llama-1b")
     for label, (machine, dtype) in machines.items():
         assert machine is not None

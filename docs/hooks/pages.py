@@ -15,7 +15,7 @@ SOURCE = "https://github.com/specjax/specjax/blob/main/"
 OUTSIDE = {
     "CHANGELOG.md": "changelog.md",
     "CONTRIBUTING.md": "contributing.md",
-    "benchmarks/LOG.md": "log.md",
+    "benchmarks/RESULTS.md": "results.md",
 }
 _LINK = re.compile(r"(\]\()([^)\s#:]+)((?:#[^)\s]*)?\))")
 _FIGURE = re.compile(r"!\[([^\]]*)\]\((figures/[\w-]+\.svg)\)")

@@ -31,7 +31,7 @@ def piece_slots(queries: int, keys: Array) -> int | None:
     """Slots of a piece for so many queries of each key head; None where the kernel does not take them.
 
     Narrow heads are left to XLA. Their models are small, and what XLA fetches of their weights while it attends, it
-    does not fetch during a kernel (benchmarks/LOG.md).
+    does not fetch during a kernel (docs/notes/tpu-estimates-leave-out-prefetched-weights.md).
     """
     heads, slots, head_dim = keys.shape[1:]
     if keys.dtype not in (jnp.float32, jnp.bfloat16) or slots % _LANES or head_dim % _LANES:

@@ -1,8 +1,9 @@
 """The cache write on TPU: every buffer's new rows in few kernels, in place, with all copies of a row under way at once.
 
-XLA's loop over rows takes a slice and an update for each buffer, 2,000 cycles and more apiece for a few kilobytes
-(benchmarks/LOG.md), one after the other. Here the aligned window around a row's new slots is fetched from each buffer,
-the new keys or values are laid over it, and it is sent back; while one window is worked on, the others travel.
+XLA's loop over rows takes a slice and an update for each buffer, one after the other; each costs far more than its few
+kilobytes (docs/notes/tpu-estimates-leave-out-prefetched-weights.md). Here the aligned window around a row's new slots
+is fetched from each buffer, the new keys or values are laid over it, and it is sent back; while one window is worked
+on, the others travel.
 """
 
 from __future__ import annotations

@@ -164,8 +164,8 @@ class Bench:
     def _seconds(self, run: Callable[..., Any], carry: Carry, count: int) -> float:
         """Of one turn: what loops of so many take longer than loops of one, after one that brings their data near.
 
-        The first turn of a call costs one to two plain steps more than a later one (docs/notes). Loops
-        are repeated until they last as long as a generation does: a machine runs faster for a moment.
+        The first turn of a call costs more than a later one (docs/notes/time-a-loop-less-a-loop-of-one.md).
+        Loops are repeated until they last as long as a generation does: a machine runs faster for a moment.
         """
         few = max(count // 4, 1)
         once = self._time(run, carry, few, 1) * count / few
