@@ -157,7 +157,7 @@ def test_the_gpu_benchmark_rehearses(tmp_path, monkeypatch):
             False,
             1.0,
             1.0,
-            gpu.limits.Work(1.0, 1.0),
+            gpu.roofline.Work(1.0, 1.0),
             1.0,
             [],
             None,

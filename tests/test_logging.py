@@ -78,7 +78,7 @@ def test_a_stream_tells_of_rows_in_trouble(said):
         pass
     programs, (level, message) = said()[:-1], said()[-1]
     assert (level, message) == ("WARNING", f"row 0: {Status.NON_FINITE.describe()}")
-    assert [text.split(":")[0] for _, text in programs] == ["tracing stream's prompts", "tracing stream's rounds"]
+    assert [text.split(":")[0] for _, text in programs] == ["tracing prompts", "tracing stream's rounds"]
 
 
 def test_text_tells_of_rows_in_trouble(said, monkeypatch):

@@ -87,7 +87,7 @@ def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     right = round._plain_token
 
     def one_before(rows, scores):  # in rounds with a draft only: the plain decoding that it is compared with is right
-        return right(rows._replace(lengths=rows.lengths - (scores.logits.shape[1] > 1)), scores)
+        return right(rows._replace(lengths=rows.lengths - int(scores.logits.shape[1] > 1)), scores)
 
     edits: list[Edit] = [
         (round, "_plain_token", one_before, "tokens"),

@@ -196,7 +196,7 @@ def test_bad_settings_are_refused():
         ({"repetition_penalty": 0.0}, "repetition_penalty must be finite and above 0"),
         ({"presence_penalty": jnp.nan}, "presence_penalty must be finite"),
         ({"logit_bias": jnp.zeros(3)}, r"logit_bias must have shape \[V\] = \[4\]"),
-        ({"logit_bias": jnp.array([0, 0, 0, jnp.inf])}, "NaN or \\+inf"),
+        ({"logit_bias": jnp.array([0, 0, 0, jnp.inf])}, r"NaN, \+inf or a number that float32"),
         ({"bad_words": [7]}, "bad_words holds 7"),
         ({"bad_words": [-2]}, "bad_words holds -2"),
         ({"bad_words": [[1], [2, 3]]}, "rows of different lengths"),

@@ -142,7 +142,7 @@ def test_stop_strings_cut_the_text():
 
 def test_generation_ends_when_all_rows_have_stopped(monkeypatch):
     """Catches a device that goes on to max_new_tokens after the last stop string."""
-    module, dispatched = sys.modules["specjax.stream"], []  # its name in specjax is the function's
+    module, dispatched = sys.modules["specjax.decode.stream"], []  # its name in specjax is the function's
     run = module.dispatch
     monkeypatch.setattr(module, "dispatch", lambda *args: dispatched.append(1) or run(*args))
     given, texts = _given(), [_padded("END"), _padded("END ab")]

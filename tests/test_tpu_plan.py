@@ -53,7 +53,7 @@ def passes() -> dict[tuple[int, int], Pass]:
             items = program.timed(program.entry, halvings=halvings)
             cycles = sum(item.cycles + costs.kernel_cycles(item, halvings, rate) for item in items)
             live = work.capacity / 2**halvings
-            count = roofline.count(given.roles.model, given.params, batch=work.batch, tokens=tokens, live=live)
+            count = roofline.count(given.setup.model, given.params.target, batch=work.batch, tokens=tokens, live=live)
             found[tokens, halvings] = Pass(cycles, costs.least_cycles(work, [count], rate))
     return found
 

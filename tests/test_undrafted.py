@@ -34,9 +34,9 @@ def folder(tmp_path_factory) -> str:
     return str(path)
 
 
-def _generate(folder, *options):
+def _generate(folder, *options, status=0):
     out = CliRunner().invoke(main.app, ["generate", "--model", folder, "--max-new-tokens", "9", "--no-cache", *options])
-    assert out.exit_code == 0, out.output
+    assert out.exit_code == status, out.output
     return out
 
 
@@ -47,7 +47,7 @@ def test_rows_that_emit_nothing_are_told(folder, tmp_path, draft):
     loaded = models.load(folder)
     models.save(loaded._replace(params=jax.tree.map(lambda leaf: leaf * np.float32("nan"), loaded.params)), broken)
     page = ["--trace", str(tmp_path / "page.html")]
-    out = _generate(broken, *(["--draft", broken] if draft else []), *page, TEXTS[0])
+    out = _generate(broken, *(["--draft", broken] if draft else []), *page, TEXTS[0], status=1)
     assert "check the parameters" in " ".join(out.stderr.split())
 
 

@@ -167,10 +167,10 @@ def test_block_keeps_at_least_as_much_as_token_level():
 
 def test_parameters_out_of_range():
     """Catches a lossy rule that accepts nonsense."""
-    with pytest.raises(ValueError, match="epsilon in"):
+    with pytest.raises(ValueError, match="epsilon must be in"):
         verify.typical_lossy(epsilon=0.0)
-    with pytest.raises(ValueError, match="k of 1 or more, got 0"):
+    with pytest.raises(ValueError, match="k must be 1 or more, got 0"):
         verify.top_k_lossy(0)
-    with pytest.raises(ValueError, match=r"k of 1 or more, got 2\.5"):
+    with pytest.raises(ValueError, match=r"k must be a whole number, 1 or more, got 2\.5"):
         verify.top_k_lossy(2.5)  # pyright: ignore[reportArgumentType]
     assert verify.top_k_lossy(np.int64(2)).verify  # pyright: ignore[reportArgumentType]

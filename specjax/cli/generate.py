@@ -49,8 +49,9 @@ class Summary(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether every row ended, or never began, for a reason that nobody asked for."""
-        return all(row.status.is_trouble for row in self.rows)
+        """Whether every row ended, or never began, for a reason that nobody asked for. The end of the model's positions
+        is none: it was announced."""
+        return all(row.status.is_trouble and row.status != Status.CACHE_FULL for row in self.rows)
 
 
 class Display(Protocol):

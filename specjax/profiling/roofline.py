@@ -53,11 +53,12 @@ def count(model: Model, params: PyTree, *, batch: int, tokens: int, live: float,
       Work: bytes, and floating-point operations (weights and attention; what is elementwise counts as free).
 
     >>> import jax
-    >>> from specjax import limits, models
+    >>> from specjax import models
+    >>> from specjax.profiling import roofline
     >>> config = {"model_type": "llama", "vocab_size": 16, "hidden_size": 8, "intermediate_size": 16,
     ...           "num_hidden_layers": 1, "num_attention_heads": 2, "tie_word_embeddings": True}
     >>> tiny = models.random(config, jax.random.key(0))
-    >>> limits.count(tiny.model, tiny.params, batch=1, tokens=1, live=10)
+    >>> roofline.count(tiny.model, tiny.params, batch=1, tokens=1, live=10)
     Work(bytes=3940.0, flops=1888.0)
     """
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
@@ -110,7 +111,7 @@ def seconds(passes: Sequence[Work], machine: Machine) -> float:
     """The least time that `machine` needs for these passes, one after the other: each takes as long as its bytes or
     its operations do, whichever is longer. No real program reaches it.
 
-    >>> from specjax.machine import Machine
+    >>> from specjax.profiling.machine import Machine
     >>> seconds([Work(100.0, 1.0), Work(1.0, 100.0)], Machine("a machine", 50.0, 25.0, "made up"))
     6.0
     """

@@ -18,7 +18,7 @@ def page(trace: Trace) -> str:
 
     Whatever prompts and tokens hold, tags, quotes, control characters, halves of characters, is data to the page.
 
-    >>> from specjax.trace import Trace
+    >>> from specjax.viewer.trace import Trace
     >>> page(Trace([], {"note": "</script>"})).count("</script>")
     2
     """
