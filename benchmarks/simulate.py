@@ -11,6 +11,7 @@ eighth of the texts is a case of its own, which shows the bad luck that a sum ov
 from __future__ import annotations
 
 import functools
+import importlib
 from typing import Annotated
 
 import jax
@@ -50,8 +51,12 @@ def main(
     groups: Annotated[int, typer.Option(help="of prompts, each a case of its own")] = 1,
     draft: Annotated[list[str], typer.Option(help="shipped, random, ...; default all")] = [],  # noqa: B006
     max_new_tokens: int = 128,
+    constant: Annotated[list[str], typer.Option(help="_NAME=NUMBER of controllers/throughput.py, another value")] = [],  # noqa: B006
 ) -> None:
     """Prints, for each machine, draft and batch size, the cost of the policy over that of the best fixed length."""
+    policy = importlib.import_module("specjax.controllers.throughput")
+    for name, _, value in (text.partition("=") for text in constant):
+        setattr(policy, name, type(getattr(policy, name))(value))
     table = Table(title="cost over that of the best fixed draft length, plain decoding among them")
     over_best: list[tuple[float, ...]] = []
     over_plain: list[tuple[float, ...]] = []

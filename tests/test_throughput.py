@@ -22,7 +22,7 @@ DEAR = profile((1.0, 2.5, 4.0, 5.5))  # not even a perfect draft pays
 )
 def test_the_length_that_pays_most_is_found(table, alpha, best):
     """Catches a wrong estimate, cost or minimum: texts of one acceptance, of which the best length is known; nine
-    tenths of 300 rounds after the first 60 take it, and cost at most 1.05 of it, in each of five runs."""
+    tenths of 300 rounds after the first 60 take it, and cost at most 1.1 of it, in each of five runs."""
     rng, costs = np.random.default_rng(2), np.array(table.costs[0].rounds)
     turn = _turn(controllers.throughput(table))
     for _ in range(5):
@@ -35,7 +35,7 @@ def test_the_length_that_pays_most_is_found(table, alpha, best):
         after = np.array(sizes[60:])
         assert np.mean(after == best) > 0.9
         expected = sum(alpha**step for step in range(best + 1))
-        assert costs[after].sum() / emitted < 1.05 * costs[best] / expected * (1.05 if best else 1.0)
+        assert costs[after].sum() / emitted < 1.1 * costs[best] / expected
 
 
 def test_nothing_is_tried_that_cannot_end_the_batch_sooner():
@@ -114,12 +114,27 @@ def test_a_pair_that_disappoints_at_first_gets_another_chance():
 
 
 def test_losses_are_bounded_whatever_was_expected():
-    """Catches drafts that go on losing because more is always expected of them: of 16 rows one is hard in each batch,
-    and the batch ends with it. Twelve batches of texts of 128 tokens take no more than plain decoding but for 24 steps,
-    a hundredth for probes, and the end of the last stretch of drafts. Without a ledger, 11% more."""
-    rng = np.random.default_rng(3)
-    steps = _sixteen_rows(rng, [np.where(np.arange(16) == rng.integers(16), 0.3, 0.9) for _ in range(12)])
-    assert sum(steps) < 1.01 * 12 * 128 + 24 + 4
+    """Catches drafts that go on losing because more is always expected of them. This text accepts what a probe drafts
+    and nothing of a longer draft, so probes give hope for ever. In 3,000 rounds longer drafts lose no more than the 24
+    plain steps of the ledger and the round that crosses the line; without a ledger they lose 122."""
+    costs = (1.0, 2.2, 2.3, 2.4)
+    controller = controllers.throughput(profile(costs))
+    rows = _Rows(limits=[10_000], lengths=[9]).arrays()
+
+    @jax.jit
+    def turn(state):
+        size = controller.draft_len(state, rows)
+        accepted = jnp.where(size == 1, 1, 0)
+        return controller.update(state, round_of(size, accepted, accepted + 1)), size[0]
+
+    state, sizes = controller.init(1), []
+    for _ in range(3000):
+        state, size = turn(state)
+        sizes.append(int(size))
+    drafts = [size for size in sizes if size > 1]
+    assert sum(costs[size] - 1 for size in drafts) < 24 + costs[3]
+    assert len(drafts) > 10  # they were expected to pay
+    assert sizes[-200:].count(1) > 5  # and are still tried
 
 
 def test_a_draft_that_is_never_right_is_tried_less_and_less():

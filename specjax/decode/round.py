@@ -131,6 +131,7 @@ class Scores(NamedTuple):
     logits: Array  # [B, W+1, V] float32, the model's own
     processed: Array  # [B, W+1, V] float32, after penalties, temperature and filters; -inf: probability zero
     fault: Array  # [B, W+1] int32 `Status`: why a place has no distribution; ACTIVE where it has one
+    depths: Array  # [B or 1, W+1] int32, distance from the root
     hidden: tuple[Array, ...] = ()  # [B, W+1, D] per layer the drafter asked for
     block: PyTree = ()
 
@@ -138,7 +139,7 @@ class Scores(NamedTuple):
 def score(setup: Setup, params: Params, context: Context, draft: Draft) -> Scores:
     """The target's pass over the block."""
     model, batch, width = setup.model, *draft.tokens.shape
-    places = {}
+    shape, places = tree.chain(width), {}
     if draft.parents is not None:
         shape = tree.layout(draft.parents)
         places = {"depths": shape.depths, "visible": shape.visible}
@@ -146,17 +147,16 @@ def score(setup: Setup, params: Params, context: Context, draft: Draft) -> Score
     block = model.init_block(params.target, batch, width + 1)
     hidden_layers = setup.drafter.hidden_layers
     out = model.apply(params.target, tokens, context.target_cache, block, **places, hidden_layers=hidden_layers)
-    return _scores(setup, context, draft, out.logits)._replace(hidden=out.hidden, block=out.block)
+    return _scores(setup, context, draft, shape, out.logits)._replace(hidden=out.hidden, block=out.block)
 
 
-def _scores(setup: Setup, context: Context, draft: Draft, logits: Array) -> Scores:
-    shape = tree.chain(draft.tokens.shape[1]) if draft.parents is None else tree.layout(draft.parents)
+def _scores(setup: Setup, context: Context, draft: Draft, shape: tree.Layout, logits: Array) -> Scores:
     processed = context.process(logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
     # NaN propagates through max; -inf alone is a mask, not a fault.
     is_finite = jnp.isfinite(jnp.max(without_padding(logits, setup.model.vocab_size), -1))
     has_choice = jnp.isfinite(jnp.max(processed, -1))
     fault = jnp.where(is_finite, jnp.where(has_choice, Status.ACTIVE, Status.DEAD_END), Status.NON_FINITE)
-    return Scores(logits, processed, fault)
+    return Scores(logits, processed, fault, shape.depths)
 
 
 def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verdict:
@@ -236,7 +236,7 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
         num_emitted=num_emitted,
         num_accepted=jnp.minimum(num_accepted, num_emitted),
         draft_tokens=jnp.where(is_drafted, draft.tokens, -1),
-        draft_lengths=_depth(draft, is_drafted),
+        draft_lengths=jnp.max(jnp.where(is_drafted, scores.depths[:, 1:], 0), -1, initial=0),
         draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(by_token(draft), draft.tokens),
         target_log_probs=_of_draft(draft, scores, setup.model.vocab_size),
         log_probs=log_probs.of_tokens(logits, processed, candidates, setup.model.vocab_size),
@@ -244,14 +244,6 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
         path=path,
     )
     return Emitted(info, decision.status)
-
-
-def _depth(draft: Draft, is_drafted: Array) -> Array:
-    """[B]: how many draft tokens follow each other at most."""
-    if draft.parents is None:
-        return jnp.sum(is_drafted, -1, dtype=jnp.int32)
-    depths = tree.layout(draft.parents).depths[:, 1:]
-    return jnp.max(jnp.where(is_drafted, depths, 0), -1)
 
 
 def _at_leaf(draft: Draft, is_drafted: Array, num_accepted: Array, path: Array | None) -> Array:
@@ -293,6 +285,6 @@ def first_token(setup: Setup, context: Context, logits: Array) -> Rows:
     """The rows with the token after the prompt, from its logits [B, V]; it is part of no round."""
     rows = context.rows
     nothing = _nothing(rows)
-    scores = _scores(setup, context, nothing, logits[:, None])
+    scores = _scores(setup, context, nothing, tree.chain(0), logits[:, None])
     emitted = emit(setup, rows, nothing, scores, verify(setup, context, nothing, scores))
     return append_emitted(setup, rows, emitted.round, emitted.status)._replace(rounds=rows.rounds)

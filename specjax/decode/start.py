@@ -32,36 +32,39 @@ def open_cache(model: Model, params: PyTree, request: Request, slots: int) -> Py
 
 
 def open_slots(setup: Setup, params: Params, request: Request, learnt: Learnt = Learnt()) -> Carry:
-    """Rows that hold their prompts, have ended, and of which target and drafter have read nothing."""
-    batch = request.prompts.shape[0]
-    rows = open_request(setup.model, request, setup.slots)
-    rows = rows._replace(
-        lengths=jnp.zeros_like(rows.lengths), prompt_lengths=jnp.zeros_like(rows.lengths),
-        status=jnp.full_like(rows.status, Status.LENGTH),
-    )  # fmt: skip
-    cache = open_cache(setup.model, params.target, request, setup.slots)
-    drafter_state = setup.drafter.init(
-        params.drafter, batch, slots=setup.slots, longest=setup.longest, inputs=request.inputs, learnt=learnt.drafter
-    )
-    state = _begin(setup, batch, learnt.controller)
-    return Carry(rows, cache, drafter_state, state, jnp.zeros_like(rows.lengths), no_counts(batch, setup.longest))
+    """Rows that have ended and hold nothing, and of which target and drafter have read nothing."""
+    opened = _opened(setup, params, request, learnt)
+    rows, none = opened.rows, jnp.zeros_like(opened.rows.lengths)
+    ended = jnp.full_like(rows.status, Status.LENGTH)
+    return opened._replace(rows=rows._replace(lengths=none, prompt_lengths=none, status=ended))
 
 
 def start(setup: Setup, params: Params, request: Request, learnt: Learnt = Learnt()) -> Carry:
     """Reads the prompts with target and drafter, chunk by chunk, and emits each row's first token."""
-    model, drafter, empty = setup.model, setup.drafter, open_slots(setup, params, request, learnt)
-    rows = open_request(model, request, setup.slots)
+    opened = _opened(setup, params, request, learnt)
+    drafter, rows = setup.drafter, opened.rows
 
     def read(state: PyTree, tokens: Array, hidden: tuple[Array, ...], keep: Array, cache: PyTree) -> PyTree:
         return drafter.read(params.drafter, state, context_of(setup, params, rows, cache), tokens, hidden, keep)
 
     prompt = prefill(
-        model, params.target, rows.tokens[:, : request.prompts.shape[1]], rows.lengths, empty.target_cache,
-        hidden_layers=drafter.hidden_layers, read=read, state=empty.drafter_state,
+        setup.model, params.target, rows.tokens[:, : request.prompts.shape[1]], rows.lengths, opened.target_cache,
+        hidden_layers=drafter.hidden_layers, read=read, state=opened.drafter_state,
     )  # fmt: skip
     rows = first_token(setup, context_of(setup, params, rows, prompt.cache), prompt.logits)
-    lengths = next_draft_lengths(setup, empty.controller_state, rows)
-    return empty._replace(rows=rows, target_cache=prompt.cache, drafter_state=prompt.state, draft_lengths=lengths)
+    lengths = next_draft_lengths(setup, opened.controller_state, rows)
+    return opened._replace(rows=rows, target_cache=prompt.cache, drafter_state=prompt.state, draft_lengths=lengths)
+
+
+def _opened(setup: Setup, params: Params, request: Request, learnt: Learnt) -> Carry:
+    """Rows with their prompts, and caches and states that have seen nothing of them."""
+    batch = request.prompts.shape[0]
+    rows = open_request(setup.model, request, setup.slots)
+    cache = open_cache(setup.model, params.target, request, setup.slots)
+    sizes = {"slots": setup.slots, "longest": setup.longest}
+    drafter_state = setup.drafter.init(params.drafter, batch, **sizes, inputs=request.inputs, learnt=learnt.drafter)
+    state, none = _begin(setup, batch, learnt.controller), jnp.zeros((batch,), jnp.int32)
+    return Carry(rows, cache, drafter_state, state, none, no_counts(batch, setup.longest))
 
 
 def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
