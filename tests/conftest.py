@@ -31,7 +31,7 @@ jax.config.update("jax_num_cpu_devices", 8)  # simulated, for meshes
 
 import pytest  # noqa: E402
 
-collect_ignore = ["third_party"]  # scripts for other environments
+collect_ignore = ["adapters/third_party"]  # scripts for other environments
 
 _MAPS = pathlib.Path("/proc/self/maps")
 _MOST_MAPS = 30_000

@@ -1,4 +1,4 @@
-"""An environment in which nothing is wrong, and what a terminal of 100 columns shows of a report."""
+"""A healthy environment, a self-check that pays, and what a terminal of 100 columns shows of a report."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from rich.console import Console
 
 from specjax.cli.doctor import environment
 from specjax.cli.doctor.environment import Device, Devices, Package
+from specjax.cli.doctor.self_check import Pace
 
 HEALTHY = environment.Environment(
     version="0.1.0",
@@ -23,6 +24,11 @@ HEALTHY = environment.Environment(
     settings=dict.fromkeys(environment.settings()),
     programs=environment.Programs("/home/me/.cache/specjax/xla", 3, 5 * 2**20, True),
 )
+
+PACE = Pace(
+    draft_len=3, step_seconds=1e-3, round_seconds=2e-3, round_cost=2.0, pass_cost=1.5, tokens_per_round=3.0,
+    acceptance=0.7, speedups=[1.4, 1.5, 1.6], dtype="float32",
+)  # fmt: skip
 
 
 def shown(parts) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from healthy import HEALTHY, shown
+from healthy import HEALTHY, PACE, shown
 from typer.testing import CliRunner
 
 from specjax.cli import error_hints, main
@@ -13,7 +13,7 @@ from specjax.cli.doctor import display as doctor_display
 from specjax.cli.doctor import environment, problems, self_check
 from specjax.cli.doctor.environment import Device, Devices, Package
 from specjax.cli.doctor.problems import Severity
-from specjax.cli.doctor.self_check import Pace, SelfCheck
+from specjax.cli.doctor.self_check import SelfCheck
 
 GPU, TPU = {"cuda": "/dev/nvidia0"}, {"tpu": "/dev/accel0"}
 BUSY = "ABORTED: The TPU is already in use by process with pid 176028."
@@ -137,12 +137,6 @@ def test_the_driver_chooses_the_extra(line, extra, tmp_path):
     if line is not None:
         file.write_text(line + "\nGCC version:  gcc version 12.2.0\n")
     assert problems._cuda_extra(file) == extra
-
-
-PACE = Pace(
-    draft_len=3, step_seconds=1e-3, round_seconds=2e-3, round_cost=2.0, pass_cost=1.5, tokens_per_round=3.0,
-    acceptance=0.7, speedups=[1.4, 1.5, 1.6], dtype="float32",
-)  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-_PAGE = Path(__file__).parents[2] / "docs" / "adapters.md"
+_PAGE = Path(__file__).parents[3] / "docs" / "adapters.md"
 
 
 def classes(library: str) -> dict:

@@ -12,7 +12,7 @@ import tiny
 import specjax
 from specjax import testing, types
 
-PAGE = Path(__file__).parent.parent / "docs" / "write-a-model.md"
+PAGE = Path(__file__).parents[2] / "docs" / "write-a-model.md"
 
 
 def _signature(function) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from specjax import models
 
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks/pod.py"
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks/pod.py"
 DRAFT = str(models.PRETRAINED / "draft")
 
 

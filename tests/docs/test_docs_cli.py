@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 from types import SimpleNamespace
 
+import healthy
 import jax.numpy as jnp
 import numpy as np
-import test_doctor
 import typer
 
 from specjax.aot import planning
@@ -21,7 +21,7 @@ from specjax.profiling import machine, roofline
 from specjax.stats import speedup_in_turn
 from specjax.types import Stats, Status
 
-PAGE = (Path(__file__).parent.parent / "docs" / "cli.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "cli.md").read_text(encoding="utf-8")
 GROUP = typer.main.get_command(main.app)
 
 
@@ -91,7 +91,7 @@ def test_json_keys_are_documented():
     )  # fmt: skip
     pair = SimpleNamespace(target=SimpleNamespace(params=jnp.ones(1)))
     finding = exactness.Finding("a check", True, "in detail", 1.0)
-    checked = problems.Report(test_doctor.HEALTHY, [], SelfCheck([finding], test_doctor.PACE, [], 1.0, 1.0))
+    checked = problems.Report(healthy.HEALTHY, [], SelfCheck([finding], healthy.PACE, [], 1.0, 1.0))
     nothing = {**dict.fromkeys(planning.Report._fields), "programs": [], "costs": {}, "collectives": []}
     plan = planning.Report(**nothing)  # type: ignore[arg-type]
     said = {

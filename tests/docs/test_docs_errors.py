@@ -26,7 +26,7 @@ from specjax.decode import arguments  # fmt: skip
 from specjax.decode.stream import warn_of_troubles
 from specjax.detokenize import stop_strings
 
-PAGE = Path(__file__).parent.parent / "docs" / "errors.md"
+PAGE = Path(__file__).parents[2] / "docs" / "errors.md"
 
 MODEL = testing.table_model(1, 8)
 TABLE = testing.random_table(jax.random.key(0), order=1, vocab_size=8)

@@ -14,7 +14,7 @@ from specjax.decode.stream import Chunk, Drafted, LogProb, Origin
 from specjax.models import llama2c
 from specjax.types import Status
 
-STORIES = Path(__file__).resolve().parents[2] / "shared/data/models/stories260k/tok512.bin"
+STORIES = Path(__file__).resolve().parents[3] / "shared/data/models/stories260k/tok512.bin"
 FIRST_BYTE, END = 3, 2
 SCRIPTS = [
     "Hello a b", "é ñ ß", "🙂🎉", "👩\u200d🔬👨\u200d👩\u200d👧", "🏳️\u200d🌈", "🇩🇪🇫🇷",

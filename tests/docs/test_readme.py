@@ -9,7 +9,7 @@ from unittest.mock import MagicMock
 
 from specjax import testing
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def _blocks(name: str) -> list[str]:

@@ -1,9 +1,9 @@
 """Real modules from PyPI, as installed, each family in an environment of its own, since their pins clash with ours.
 
-    pytest -m third_party -s tests/test_third_party.py
+    pytest -m third_party -s tests/adapters/test_third_party.py
 
-makes the environments (gigabytes; kept in .pytest_cache), runs the scripts in tests/third_party there, and prints a
-line for every module: the strategy, the versions. Off by default; results are in benchmarks/RESULTS.md.
+makes the environments (gigabytes; kept in .pytest_cache), runs the scripts in tests/adapters/third_party there, and
+prints a line for every module: the strategy, the versions. Off by default; results are in benchmarks/RESULTS.md.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 FAMILIES = {
     # Beside TensorFlow's protobuf, which gemma pulls in, sentencepiece 0.2.1 and later do not load.
     "gemma": (["gemma", "sentencepiece<0.2.1"], {"gemma Gemma 2": "at-end", "gemma Gemma 3": "at-end"}),
@@ -64,7 +64,7 @@ def test_third_party_modules(family, request):
     packages, expected = FAMILIES[family]
     python = _environment(request.config.cache.mkdir(f"third-party-{family}"), packages)
     run = subprocess.run(
-        [python, ROOT / "tests" / "third_party" / f"{family}_modules.py"],
+        [python, ROOT / "tests" / "adapters" / "third_party" / f"{family}_modules.py"],
         env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,

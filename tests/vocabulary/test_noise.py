@@ -57,7 +57,7 @@ def test_rows_have_noise_of_their_own(way, implementation):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])  # tests/test_exactness.py has the default
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])  # tests/testing/test_exactness.py has the default
 def test_the_exactness_suite_under_other_implementations(implementation):
     """Catches a bias that comes from the caller's keys, or from a default that programs for TPUs often set. Sequences
     of 4 tokens in up to 3 rounds, 7 adversaries, 3 settings, K = 1 and 3: 42 chi-square tests of 4,000 sequences each
