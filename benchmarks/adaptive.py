@@ -108,16 +108,16 @@ def main(
                 specjax.profile, target.model, target.params, drafter, group[0].params, batch_sizes=(rows,),
                 contexts=(CONTEXT, CONTEXT + max_new_tokens), longest=longest, sampling=sampling,
             )  # fmt: skip
-            contests = [
-                _Contest(
+            cases = [
+                _Case(
                     functools.partial(_ways, target, each, drafter, draft_len, longest, rows, max_new_tokens, sampling),
                     batches,
                 )
                 for each in group
             ]
-            profiles = _measure(contests, max_new_tokens, repeats, finals, measure)
-            for each, contest in zip(group, contests, strict=True):
-                found = _lines(each.name, rows, contest, [profiles[0], _median(profiles)])
+            profiles = _measure(cases, max_new_tokens, repeats, finals, measure)
+            for each, case in zip(group, cases, strict=True):
+                found = _lines(each.name, rows, case, [profiles[0], _median(profiles)])
                 lines += found
                 _show(console, found, [profiles[0], _median(profiles)])
                 if each.name in ("collapse", "rise"):
@@ -194,7 +194,7 @@ def _ways(
     ]
 
 
-class _Contest:
+class _Case:
     """The contenders on one pair, and what they took and gave."""
 
     def __init__(self, ways_by: Callable[[Profile], list[Way]], batches: list[text.Prompts]):
@@ -227,29 +227,29 @@ class _Contest:
 
 
 def _measure(
-    contests: list[_Contest], most: int, repeats: int, finals: int, profiled: Callable[..., Profile]
+    cases: list[_Case], most: int, repeats: int, finals: int, profiled: Callable[..., Profile]
 ) -> list[Profile]:
     """Runs them all; the profiles that `throughput` decided by."""
     profiles: list[Profile] = []
 
-    def run_in_turn(count: int, wanted: Callable[[_Contest, Way], bool]) -> None:
+    def run_in_turn(count: int, wanted: Callable[[_Case, Way], bool]) -> None:
         for turn in range(count):
             if turn % PROFILED == 0:
                 profiles.append(profiled(repeats=3) if profiles else profiled())
-            for contest in contests:
-                ways = [way for way in contest.ways_by(profiles[-1]) if wanted(contest, way)]
+            for case in cases:
+                ways = [way for way in case.ways_by(profiles[-1]) if wanted(case, way)]
                 if turn % PROFILED == 0:
-                    for way in (way for way in ways if way.adapts or not contest.times):
+                    for way in (way for way in ways if way.adapts or not case.times):
                         # Compiles, without what is learnt and with it: what is carried has seen every prompt twice. And
                         # the first run of a program's rounds takes half a second longer.
                         for _ in range(2):
-                            contest.seconds(way, most)
-                contest.run(ways[:: -1 if turn % 2 else 1], most)
+                            case.seconds(way, most)
+                case.run(ways[:: -1 if turn % 2 else 1], most)
 
-    run_in_turn(repeats, lambda contest, way: True)
-    for contest in contests:
-        contest.choose()
-    run_in_turn(finals, lambda contest, way: way.adapts or way.name in ("plain decoding", contest.best))
+    run_in_turn(repeats, lambda case, way: True)
+    for case in cases:
+        case.choose()
+    run_in_turn(finals, lambda case, way: way.adapts or way.name in ("plain decoding", case.best))
     return profiles
 
 
@@ -265,11 +265,11 @@ def _middle(profile: Profile) -> float:
     return statistics.mean(profile.contexts())
 
 
-def _lines(name: str, rows: int, contest: _Contest, profiles: list[Profile]) -> list[Line]:
-    times, results, best = contest.times, contest.last, contest.best
+def _lines(name: str, rows: int, case: _Case, profiles: list[Profile]) -> list[Line]:
+    times, results, best = case.times, case.last, case.best
     wanted = [row for out in results["plain decoding"] for row in out.new_tokens()]
     lines = []
-    for way in contest.ways_by(profiles[0]):
+    for way in case.ways_by(profiles[0]):
         outs, own = results[way.name], times[way.name]
         plain, winner = (times[other][: len(own)] for other in ("plain decoding", best))
         same = [row for out in outs for row in out.new_tokens()] == wanted
@@ -299,7 +299,7 @@ def _show(console: Console, lines: list[Line], profiles: list[Profile]) -> None:
     caption = []
     for profile, when in zip(profiles, ("before", "in turn"), strict=True):
         costs = profile.at(lines[0].batch, _middle(profile))
-        rounds, late = ", ".join(f"{steps:.2f}" for steps in costs.in_steps()), costs.catch_up[0] / costs.plain
+        rounds, late = ", ".join(f"{steps:.2f}" for steps in costs.in_steps()), costs.change / costs.plain
         caption.append(
             f"{when}: rounds of K = 0, 1, ... in plain steps of {1e3 * costs.plain:.2f} ms: {rounds}; "
             f"after a break {late:.2f} more"

@@ -12,6 +12,7 @@ Against `transformers` with a static cache and torch.compile on the same card. T
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
 import statistics
@@ -34,11 +35,12 @@ from rich.table import Table
 
 import specjax
 from specjax import text
-from specjax.cli import bench, bench_display, display, paired_timing
+from specjax.cli import bench, bench_display, comparison, display
 from specjax.cli.load_pair import load_pair
 from specjax.profiling import roofline
 from specjax.profiling.forward import time_pass
 from specjax.profiling.machine import Machine, this_machine
+from specjax.profiling.paired_timing import in_turn, paired_ratio
 from specjax.types import Generation
 
 LLAMA = {"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "max_position_embeddings": 131072, "model_type": "llama"}
@@ -102,7 +104,7 @@ def main(
         said["parts"][name] = {**_part(task, task.config(name), machine), "transformers": peers[name]}
         _show(name, said["parts"][name], task, machine)
         _write(json_file, said)
-    setting = paired_timing.Setting(
+    setting = comparison.Setting(
         tuple(sorted({min(5, draft_len), draft_len})),
         prompts=1 if rehearse else 8,
         max_new_tokens=max(128, 4 * (draft_len + 1)),
@@ -127,10 +129,13 @@ def _part(task: Task, config: dict[str, Any], machine: Machine) -> dict[str, Any
         "synthetic drafter, a small model's cost": _speculative(task, model, params, draft, draft_params),
     }
     outputs = {name: run(task.max_new_tokens, prompts).new_tokens() for name, run in runs.items()}  # compiles
-    timed: dict[str, list[paired_timing.Timed]] = {name: [] for name in runs}
-    for _ in range(task.repeats):
-        for name, run in runs.items():
-            timed[name].append(paired_timing.time_generations(run, [prompts], task.max_new_tokens))
+    timed = in_turn(
+        {
+            name: functools.partial(comparison.time_generations, run, [prompts], task.max_new_tokens)
+            for name, run in runs.items()
+        },
+        task.repeats,
+    )
     live = task.context + 5 * task.max_new_tokens / 8
     options = {"batch": task.batch, "live": live}
     least = roofline.seconds(roofline.step(model, params, **options), machine)
@@ -150,8 +155,7 @@ def _part(task: Task, config: dict[str, Any], machine: Machine) -> dict[str, Any
             "limit_seconds": roofline.seconds(passes_of[name], machine),
             "tokens_per_round": own[0].tokens_per_pass,
             "acceptance": own[0].acceptance,
-            "speedup": own[0].tokens_per_pass
-            * statistics.median(a.seconds / b.seconds for a, b in zip(plain, own, strict=True)),
+            "speedup": own[0].tokens_per_pass * paired_ratio([x.seconds for x in plain], [x.seconds for x in own]),
             "same_tokens": outputs[name] == outputs["plain"],
         }
         for name, own in timed.items()

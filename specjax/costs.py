@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
-FORMAT = 5  # raised too where numbers come to mean something else: 5 leaves out what the first round of a call adds
+_log = logging.getLogger(__name__)
+
+FORMAT = 6  # raised where fields change, or what their numbers mean
 
 
 class Costs(NamedTuple):
@@ -20,9 +24,7 @@ class Costs(NamedTuple):
     plain: float  # one autoregressive step
     rounds: tuple[float, ...]  # [K+1]: a whole round with a draft of 0, 1, ..., K tokens; 0 is a plain step inside it
     drafts: tuple[float, ...]  # [K+1]: of that, the drafting
-    # What drafts after rounds without one cost on top, going back to such rounds included: for the change, and for each
-    # of those rounds, whose tokens the drafter has to read.
-    catch_up: tuple[float, float]
+    change: float  # what a draft after a round without one costs on top, going back to such rounds included
 
     def in_steps(self) -> tuple[float, ...]:
         """[K+1]: rounds, in plain steps."""
@@ -49,7 +51,7 @@ class Profile(NamedTuple):
     def at(self, batch: int, context: float) -> Costs:
         """Costs for as many rows and so long a text: between measured ones in proportion, outside of them the nearest.
 
-        >>> few, many = (Costs(b, 64, 1.0 * b, (1.0 * b, 2.0 * b), (0.0, 0.5), (0.0, 0.0)) for b in (1, 3))
+        >>> few, many = (Costs(b, 64, 1.0 * b, (1.0 * b, 2.0 * b), (0.0, 0.5), 0.0) for b in (1, 3))
         >>> Profile("chip", (0, 1), (few, many)).at(2, 500).rounds
         (2.0, 4.0)
         """
@@ -63,10 +65,7 @@ class Profile(NamedTuple):
 
     def as_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it."""
-        costs = [
-            {**c._asdict(), "rounds": list(c.rounds), "drafts": list(c.drafts), "catch_up": list(c.catch_up)}
-            for c in self.costs
-        ]
+        costs = [{**c._asdict(), "rounds": list(c.rounds), "drafts": list(c.drafts)} for c in self.costs]
         return {
             "format": FORMAT,
             "device": self.device,
@@ -90,7 +89,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
     Raises:
       ValueError: it is none, or of another format; what is wrong is said.
 
-    >>> costs = Costs(1, 64, 1.0, (1.0, 1.2), (0.0, 0.1), (0.1, 0.01))
+    >>> costs = Costs(1, 64, 1.0, (1.0, 1.2), (0.0, 0.1), 0.1)
     >>> from_json(Profile("chip", (0, 1), (costs,)).as_json()).at(1, 64) == costs
     True
     """
@@ -100,7 +99,7 @@ def from_json(data: Mapping[str, Any]) -> Profile:
         costs = tuple(
             Costs(
                 int(c["batch"]), int(c["context"]), float(c["plain"]), tuple(map(float, c["rounds"])),
-                tuple(map(float, c["drafts"])), _pair(c["catch_up"]),
+                tuple(map(float, c["drafts"])), float(c["change"]),
             )
             for c in data["costs"]
         )  # fmt: skip
@@ -156,15 +155,23 @@ def check(profile: Profile) -> None:
         where = f"the profile's costs for batch {costs.batch}, context {costs.context}"
         if len(costs.rounds) != profile.longest + 1 or len(costs.drafts) != profile.longest + 1:
             raise ValueError(f"{where} must hold {profile.longest + 1} rounds and drafts, one for each draft length.")
-        if not np.all(np.isfinite((costs.plain, *costs.rounds, *costs.drafts, *costs.catch_up))):
+        if not np.all(np.isfinite((costs.plain, *costs.rounds, *costs.drafts, costs.change))):
             raise ValueError(f"{where} hold numbers that are not finite.")
         if min(costs.plain, *costs.rounds) <= 0:
             raise ValueError(f"{where} hold a time of 0 or less.")
 
 
-def _pair(values: Sequence[float]) -> tuple[float, float]:
-    first, second = values
-    return float(first), float(second)
+def warn_where_measured_elsewhere(profile: Profile, batch: int) -> None:
+    """Logs a warning, while tracing, where the profile is of another device, or of fewer or more rows than `batch`."""
+    here = jax.devices()[0].device_kind
+    if profile.device != here:
+        _log.warning("this profile is of %s, and this is %s: measure it here by specjax.profile", profile.device, here)
+    measured = sorted({found.batch for found in profile.costs})
+    if not measured[0] <= batch <= measured[-1]:
+        _log.warning(
+            "%d rows, and the profile is of %d to %d: costs are those of the nearest; profile with batch_sizes=(%d,)",
+            batch, measured[0], measured[-1], batch,
+        )  # fmt: skip
 
 
 def _along(parts: list[Costs], axis: str, value: float) -> Costs:
@@ -179,5 +186,5 @@ def _along(parts: list[Costs], axis: str, value: float) -> Costs:
         plain=at([part.plain for part in parts]),
         rounds=tuple(at(list(times)) for times in zip(*(part.rounds for part in parts), strict=True)),
         drafts=tuple(at(list(times)) for times in zip(*(part.drafts for part in parts), strict=True)),
-        catch_up=(at([part.catch_up[0] for part in parts]), at([part.catch_up[1] for part in parts])),
+        change=at([part.change for part in parts]),
     )

@@ -31,8 +31,8 @@ class Stats(NamedTuple):
     tested: Array  # [B, K] int32, how often its turn came: every token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
     by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row: what a round costs
-    resumed: Array  # [B] int32, of these, rounds with a draft after ones in which no row had any
-    caught_up: Array  # [B] int32, how many were without one before those
+    switches: Array  # [B] int32, changes between rounds with a draft and rounds in which no row had one; the first
+    # round counts as a change where it has none
 
 
 class Generation(NamedTuple):

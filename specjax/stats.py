@@ -73,7 +73,7 @@ def zeros(batch: int, draft_len: int) -> Stats:
     """The counts of rows that have done nothing: NumPy arrays."""
     none, by_position = np.zeros((batch,), np.int32), np.zeros((batch, draft_len), np.int32)
     by_longest = np.zeros((batch, draft_len + 1), np.int32)
-    return Stats(none, none, by_position, by_position, by_position, by_longest, none, none)  # type: ignore[arg-type]
+    return Stats(none, none, by_position, by_position, by_position, by_longest, none)  # type: ignore[arg-type]
 
 
 def acceptance_rate(stats: Stats) -> float:
@@ -141,7 +141,7 @@ def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
     last = int(np.argmax(stats.rounds))  # the last row to end took part in every round
     of_batch = by_longest[last]
     drafting = float(sum(count * seconds for count, seconds in zip(of_batch, costs.drafts, strict=False)))
-    drafting += float(stats.resumed[last]) * costs.catch_up[0] + float(stats.caught_up[last]) * costs.catch_up[1]
+    drafting += float(stats.switches[last] // 2) * costs.change
     verifying = zip(of_batch[1:], costs.verification()[1:], strict=False)
     verification = float(sum(count * seconds for count, seconds in verifying))
     return Split(drafting, verification, float(of_batch[0]) * costs.rounds[0])

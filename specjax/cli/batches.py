@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,7 @@ from specjax.decode.api import autoregressive, generate
 from specjax.decode.stream import Chunk, stream
 from specjax.detokenize.pieces import codec
 from specjax.noise import IMPLEMENTATION
+from specjax.profiling.paired_timing import in_turn
 from specjax.types import Controller, Generation, Sampling
 from specjax.viewer import trace
 from specjax.viewer.trace import TracedRow
@@ -164,19 +166,16 @@ def run_in_turn(batch: Batch, shown: float) -> Timed:
         took, tokens = _seconds(batch.plain, limit)
         return Timed(shown, took, [(took, shown)], tokens)
     batch.warm_up_calls()
-    first, tokens = _turn(batch, limit)
-    # XLA readies each branch when it first runs, for up to 0.1 s: in a short turn that is most of the time.
-    turns = [first] if sum(first) > _PATIENCE else []
-    while len(turns) < MOST_RUNS and sum(map(sum, turns)) <= _PATIENCE:
-        turns.append(_turn(batch, limit)[0])
-    plain, speculative = (statistics.median(times) for times in zip(*turns, strict=True))
-    return Timed(speculative, plain, turns, tokens)
-
-
-def _turn(batch: Batch, limit: int) -> tuple[tuple[float, float], list[list[int]]]:
-    """Seconds of plain decoding and of speculation, and the tokens of the former."""
-    plain, tokens = _seconds(batch.plain, limit)
-    return (plain, _seconds(batch.speculate, limit)[0]), tokens
+    jobs = {way: functools.partial(_seconds, way, limit) for way in (batch.plain, batch.speculate)}
+    began = time.perf_counter()
+    timed = in_turn(jobs, 1)
+    if time.perf_counter() - began <= _PATIENCE:
+        # XLA readies each branch when it first runs, for up to 0.1 s: in a short turn that is most of the time.
+        began = time.perf_counter()
+        timed = in_turn(jobs, MOST_RUNS, enough=lambda turns: time.perf_counter() - began > _PATIENCE)
+    plain, speculative = ([seconds for seconds, _ in timed[way]] for way in jobs)
+    turns = list(zip(plain, speculative, strict=True))
+    return Timed(statistics.median(speculative), statistics.median(plain), turns, timed[batch.plain][0][1])
 
 
 def _seconds(run: Callable[[int], Generation], limit: int) -> tuple[float, list[list[int]]]:

@@ -15,11 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from specjax import stats
-from specjax.cli.load_pair import Pair
-from specjax.cli.paired_timing import (
+from specjax.cli.comparison import (
     PLAIN,
     SHORTER,
-    Contest,
+    Comparison,
     Setting,
     Timed,
     Way,
@@ -29,6 +28,7 @@ from specjax.cli.paired_timing import (
     time_all,
     together,
 )
+from specjax.cli.load_pair import Pair
 from specjax.costs import Profile
 from specjax.profiling import roofline
 from specjax.profiling.machine import Machine, this_machine
@@ -95,21 +95,23 @@ def measure(
     Raises:
       ValueError: max_new_tokens below 4 * (K + 1): too few rounds to tell them from the rest.
     """
-    contest = prepare(pair, setting, busy, kept_in)
-    setting = contest.setting
+    comparison = prepare(pair, setting, busy, kept_in)
+    setting = comparison.setting
     dtype = floating_dtype(pair)
-    compile_all(contest, busy)
+    compile_all(comparison, busy)
     with busy("what this machine can do"):
         machine = machine or this_machine(dtype)
-    timed = time_all(contest, busy)
+    timed = time_all(comparison, busy)
     live = setting.context + (1 + 1 / SHORTER) * setting.max_new_tokens / 2
     with busy("counting bytes and operations"):
-        lines = [_line(pair, contest, machine, live, way, timed) for way in contest.runs]
+        lines = [_line(pair, comparison, machine, live, way, timed) for way in comparison.runs]
     return Speed(lines, setting, machine, live, str(dtype))
 
 
-def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way, timed: dict[Way, list[Timed]]) -> Line:
-    setting, own, plain = contest.setting, timed[way], timed[PLAIN]
+def _line(
+    pair: Pair, comparison: Comparison, machine: Machine, live: float, way: Way, timed: dict[Way, list[Timed]]
+) -> Line:
+    setting, own, plain = comparison.setting, timed[way], timed[PLAIN]
     whole = together(own[0].whole)
     lengths = stats.draft_lengths(whole)
     works = _works(pair, setting, live, way, lengths)
@@ -122,7 +124,7 @@ def _line(pair: Pair, contest: Contest, machine: Machine, live: float, way: Way,
     call = statistics.median(x.call_seconds for x in own)
     per_pass = own[0].tokens_per_pass  # the same in every repetition: so are the keys
     gain = speedup(plain, own)
-    split = _split(own[0].between, contest.profiles.get(way), live)
+    split = _split(own[0].between, comparison.profiles.get(way), live)
     return Line(
         draft_len=way.draft_len if way.policy else None,
         controller=way.policy.value if way.policy else None,

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from specjax.cli.bench import Line, Speed
 from specjax.cli.choose_controller import Policy
-from specjax.cli.paired_timing import Way
+from specjax.cli.comparison import Way
 from specjax.stats import BUSY, SpeedUp
 
 

@@ -13,8 +13,8 @@ import numpy as np
 from specjax import stats, text, verify
 from specjax.cli.batches import MOST_RUNS, Batch, Task, run_in_turn
 from specjax.cli.choose_controller import choose
+from specjax.cli.comparison import together
 from specjax.cli.load_pair import Pair, load_pair, load_target
-from specjax.cli.paired_timing import together
 from specjax.types import Sampling, Stats, Status
 from specjax.viewer.trace import Setting, Trace, TracedRow
 

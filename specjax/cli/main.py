@@ -13,7 +13,7 @@ import typer
 
 from specjax import Sampling, __version__, viewer
 from specjax.cli import bench as speed
-from specjax.cli import bench_display, exactness, interrupts, options, paired_timing, terminal
+from specjax.cli import bench_display, comparison, exactness, interrupts, options, terminal
 from specjax.cli import generate as generation
 from specjax.cli import plot as picture
 from specjax.cli.choose_controller import Policy
@@ -186,7 +186,7 @@ def bench(
         chosen = tuple(policy for policy in controller if policy is not Policy.fixed)
         found = []
         for rows in batch:
-            setting = paired_timing.Setting(
+            setting = comparison.Setting(
                 tuple(draft_len), chosen, rows, prompts, context, max_new_tokens, repeats, temperature
             )
             found.append(speed.measure(pair, setting, display.busy, kept_in=_profiles(cache)))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import logging
 from typing import NamedTuple
 
 import jax
@@ -15,8 +14,6 @@ from specjax import costs, integers
 from specjax.costs import Profile
 from specjax.rows import is_active
 from specjax.types import Array, Controller, Round, Rows
-
-_log = logging.getLogger(__name__)
 
 # Half or twice as large, each moves the mean cost over the cases of benchmarks/simulate.py by less than 2%
 # (`--constant _WAIT=12`). The worst case moves more: 1.25 of the best fixed length with `_LOSS` at 12.
@@ -36,7 +33,6 @@ class ThroughputState(NamedTuple):
     pair_accepted: Array  # [] float32
     wait: Array  # [] int32, n: rounds without a draft before the next probe
     waited: Array  # [] int32, rounds since the last draft, over texts
-    behind: Array  # [] int32, of these, rounds of this text: what the drafter has to catch up with
     last: Array  # [] int32, the longest draft of the last round
     active: Array  # [] int32, rows in the last round; 0 where a text begins
     emitted: Array  # [B] int32, tokens since the text began
@@ -65,7 +61,7 @@ def throughput(profile: Profile, *, prior: float = 0.7) -> Controller:
       ValueError: no usable profile, or a prior that is no share.
 
     >>> from specjax.costs import Costs, Profile
-    >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), (0.0, 0.0))
+    >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), 0.0)
     >>> throughput(Profile("chip", (0, 1, 2), (cheap,))).longest
     2
     """
@@ -75,13 +71,13 @@ def throughput(profile: Profile, *, prior: float = 0.7) -> Controller:
 
 @functools.cache
 def _throughput(profile: Profile, prior: float) -> Controller:
-    longest, sizes = profile.longest, np.arange(profile.longest + 1)
+    sizes = np.arange(profile.longest + 1)
 
     def init(batch: int) -> ThroughputState:
-        _warn(profile, batch)
+        costs.warn_where_measured_elsewhere(profile, batch)
         none, zero = jnp.zeros((batch,), jnp.float32), jnp.int32(0)
         mean = (jnp.float32(_SHRINK), jnp.float32(_SHRINK * prior))
-        counts = (jnp.int32(_WAIT), zero, zero, zero, zero, jnp.zeros((batch,), jnp.int32))
+        counts = (jnp.int32(_WAIT), zero, zero, zero, jnp.zeros((batch,), jnp.int32))
         return ThroughputState(none, none, *mean, *counts, jnp.float32(0), jnp.float32(0))
 
     def begin(state: ThroughputState) -> ThroughputState:
@@ -101,7 +97,8 @@ def _throughput(profile: Profile, prior: float) -> Controller:
 
         def decide() -> Array:
             room = jnp.maximum(jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits), 0)
-            steps, late = in_steps(len(left), jnp.max(jnp.where(active, rows.lengths, 0)))
+            steps, change = in_steps(len(left), jnp.max(jnp.where(active, rows.lengths, 0)))
+            ending = jnp.where((state.last > 0) & jnp.asarray(sizes == 0), change, 0.0)
             drafts = jnp.minimum(jnp.asarray(sizes)[None], room[:, None])  # [B, K+1]
 
             def needed(emitted: Array) -> Array:  # [K+1] plain steps until the last row ends
@@ -109,9 +106,9 @@ def _throughput(profile: Profile, prior: float) -> Controller:
                     left[:, None].astype(jnp.float32) / jnp.take_along_axis(emitted, drafts, 1) * steps[None], 0
                 )
 
-            best = jnp.argmin(needed(tokens(state)) + change(state, late)).astype(jnp.int32)
+            best = jnp.argmin(needed(tokens(state)) + ending).astype(jnp.int32)
             # A perfect draft would emit 1 + K: where not even that pays, nothing is tried.
-            perfect = needed(jnp.broadcast_to(jnp.asarray(1 + sizes, jnp.float32), drafts.shape)) + change(state, late)
+            perfect = needed(jnp.broadcast_to(jnp.asarray(1 + sizes, jnp.float32), drafts.shape)) + ending
             # What the batch would have gained were there no more drafts.
             gained = jnp.max(left + state.emitted) - jnp.max(left)
             best = jnp.where(state.ledger + gained.astype(jnp.float32) - state.spent > -_LOSS, best, 0)
@@ -125,7 +122,8 @@ def _throughput(profile: Profile, prior: float) -> Controller:
 
     def update(state: ThroughputState, info: Round) -> ThroughputState:
         size, batch = jnp.max(info.draft_lengths), len(state.tested)
-        steps, late = in_steps(batch, jnp.int32(profile.contexts()[0]))
+        steps, change = in_steps(batch, jnp.int32(profile.contexts()[0]))
+        ending = jnp.where((state.last > 0) & (size == 0), change, 0.0)
         # The token whose turn came is tested, whether it was accepted or replaced.
         tested = jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)
         tested, accepted = (x.astype(jnp.float32) for x in (tested, jnp.minimum(info.num_accepted, tested)))
@@ -137,11 +135,10 @@ def _throughput(profile: Profile, prior: float) -> Controller:
             pair_tested=state.pair_tested * pair_fade + jnp.sum(tested),
             pair_accepted=state.pair_accepted * pair_fade + jnp.sum(accepted),
             waited=jnp.where(size > 0, 0, state.waited + 1),
-            behind=jnp.where(size > 0, 0, state.behind + 1),
             last=size,
             active=jnp.sum(info.num_emitted > 0, dtype=jnp.int32),
             emitted=state.emitted + info.num_emitted,
-            spent=state.spent + (steps + change(state, late))[size],
+            spent=state.spent + steps[size] + ending,
         )
         slowest = jnp.min(jnp.where((info.num_emitted > 0)[:, None], tokens(seen), jnp.inf), 0)
         pays = jnp.max((slowest / steps)[1:]) * steps[0] > 1
@@ -157,30 +154,12 @@ def _throughput(profile: Profile, prior: float) -> Controller:
         return jnp.cumsum(acceptance[:, None] ** jnp.asarray(sizes, jnp.float32)[None], 1)
 
     def in_steps(batch: int, live: Array) -> tuple[Array, Array]:
-        """Plain steps: rounds of each draft length with `live` [] tokens in the longest row, and catching up."""
+        """Plain steps, [K+1] and []: a round of each draft length with `live` [] tokens in the longest row, and what
+        going to drafts and back costs on top."""
         contexts = profile.contexts()
-        table = jnp.asarray([(c.plain, *c.rounds, *c.catch_up) for c in (profile.at(batch, x) for x in contexts)])
+        table = jnp.asarray([(c.plain, c.change, *c.rounds) for c in (profile.at(batch, x) for x in contexts)])
         at = functools.partial(jnp.interp, live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32))
-        plain, *rest = jax.vmap(at, 1)(table.astype(jnp.float32))
-        return jnp.stack(rest[: longest + 1]) / plain, jnp.stack(rest[longest + 1 :]) / plain
-
-    def change(state: ThroughputState, late: Array) -> Array:
-        """[K+1] plain steps on top: going back to plain rounds; drafting, where the drafter has to catch up."""
-        is_draft = jnp.asarray(sizes > 0)
-        catching_up = late[1] * state.behind.astype(jnp.float32)
-        return jnp.where(state.last > 0, jnp.where(is_draft, 0.0, late[0]), jnp.where(is_draft, catching_up, 0.0))
+        plain, change, *rounds = jax.vmap(at, 1)(table.astype(jnp.float32))
+        return jnp.stack(rounds) / plain, change / plain
 
     return Controller(init, draft_len, update, profile.buckets, begin=begin)
-
-
-def _warn(profile: Profile, batch: int) -> None:
-    """Logs, while tracing, where the profile is not of this."""
-    here = jax.devices()[0].device_kind
-    if profile.device != here:
-        _log.warning("this profile is of %s, and this is %s: measure it here by specjax.profile", profile.device, here)
-    measured = sorted({found.batch for found in profile.costs})
-    if not measured[0] <= batch <= measured[-1]:
-        _log.warning(
-            "%d rows, and the profile is of %d to %d: costs are those of the nearest; profile with batch_sizes=(%d,)",
-            batch, measured[0], measured[-1], batch,
-        )  # fmt: skip

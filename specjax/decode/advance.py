@@ -68,7 +68,7 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
     """The counts after the round, by depth."""
     place = jnp.arange(stats.by_longest.shape[1])[None]
     longest = jnp.max(info.draft_lengths)
-    waited = jnp.where(was_active & (longest > 0), stats.by_longest[:, 0] - stats.caught_up, 0)
+    was_plain = stats.switches % 2 == 1  # as the start counts as a round with a draft
     was_drafted = place[:, :-1] < info.draft_lengths[:, None]
     # An emitted token that was not drafted replaces the draft token whose turn it was.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
@@ -80,6 +80,5 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
         tested=stats.tested + ((place[:, :-1] < num_tested) & was_drafted).astype(jnp.int32),
         accepted=stats.accepted + (place[:, :-1] < info.num_accepted[:, None]).astype(jnp.int32),
         by_longest=stats.by_longest + jnp.where(place == longest, took_part[:, None], 0),
-        resumed=stats.resumed + (waited > 0).astype(jnp.int32),
-        caught_up=stats.caught_up + waited,
+        switches=stats.switches + (was_active & (was_plain != (longest == 0))).astype(jnp.int32),
     )

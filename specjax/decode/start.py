@@ -77,4 +77,4 @@ def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
 def no_counts(batch: int, longest: int) -> Stats:
     """Of rows that have done nothing."""
     none, by_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, longest), jnp.int32)
-    return Stats(none, none, by_depth, by_depth, by_depth, jnp.zeros((batch, longest + 1), jnp.int32), none, none)
+    return Stats(none, none, by_depth, by_depth, by_depth, jnp.zeros((batch, longest + 1), jnp.int32), none)

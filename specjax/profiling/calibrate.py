@@ -61,7 +61,7 @@ def calibrate(
     >>> from specjax import testing
     >>> from specjax.costs import Costs, Profile
     >>> model, table = testing.table_model(1, 8), testing.random_table(jax.random.key(0), order=1, vocab_size=8)
-    >>> costs = Costs(1, 8, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), (0.0, 0.0))
+    >>> costs = Costs(1, 8, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), 0.0)
     >>> found = calibrate(model, table, specjax.drafters.draft_model(model), table, jnp.array([[1, 2]]),
     ...                   profile=Profile("chip", (0, 1, 2), (costs,)), thresholds=(0.0, 1.0))
     >>> found.threshold  # it drafts for itself: always right, so all of it pays

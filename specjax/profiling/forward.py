@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from specjax.decode.prefill import prefill
+from specjax.profiling.paired_timing import in_turn
 from specjax.types import Model
 
 
@@ -45,8 +46,12 @@ def time_passes(
     run = functools.partial(_time, model, params, cache)
     for block in blocks:
         run(block, passes)  # compiles
-    times = [[(run(block, 2 * passes) - run(block, passes)) / passes for block in blocks] for _ in range(repeats)]
-    return [[turn[index] for turn in times] for index in range(len(blocks))]
+
+    def seconds(block: jax.Array) -> float:
+        return (run(block, 2 * passes) - run(block, passes)) / passes
+
+    timed = in_turn({place: functools.partial(seconds, block) for place, block in enumerate(blocks)}, repeats)
+    return list(timed.values())
 
 
 def _time(model: Model, params: Any, cache: Any, ids: jax.Array, count: int) -> float:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -23,13 +22,14 @@ from specjax.decode.plain import plain_setup
 from specjax.decode.round import draft, plan_round
 from specjax.decode.start import no_counts
 from specjax.decode.state import Carry, Learnt
+from specjax.profiling.paired_timing import in_turn, paired_ratio
 from specjax.types import Array, Controller, Params, Rows, Sampling, Setup
 
 _TOKENS = 96  # emitted at most in a timed loop: the context stays near the one that is asked for
 _FEWEST, _MOST = 8, 32  # rounds of such a loop
 _SUSTAINED, _MOST_CALLS = 0.3, 20  # seconds that such loops last together, and how many they are at most
-_IDLE = 64  # rounds without a draft, before the one that catches up with a long way
-_BREAK, _AFTER, _BREAKS = 8, 2, 5  # rounds without a draft, rounds with one after them, and how often in a timed loop
+_PLAIN, _DRAFTS, _CHANGES = 8, 2, 5  # rounds without a draft, rounds with one after them, and how often in a timed loop
+_GROUP = 3  # jobs between two times of a plain step
 
 
 class _Orders(NamedTuple):
@@ -80,8 +80,8 @@ class Bench:
         longest = setup.longest
         grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
         self.middling = (longest + 1) // 2  # to draft between rounds without
-        mixed = _BREAKS * (_BREAK + _AFTER * (self.middling + 1))
-        capacity = setup.capacity + 2 + max(*grown, _IDLE + longest, mixed)
+        mixed = _CHANGES * (_PLAIN + _DRAFTS * (self.middling + 1))
+        capacity = setup.capacity + 2 + max(*grown, mixed)
         if setup.model.max_positions is not None:
             capacity = min(capacity, setup.model.max_positions)
         self.setup = setup._replace(capacity=capacity)
@@ -108,8 +108,7 @@ class Bench:
         """Medians over `repeats` turns of what each job takes in plain steps of the same turn."""
         buckets, longest = self.setup.controller.buckets, self.setup.longest
         carry = self._opened(context)
-        plain, times = self._turns(_Job(_steps, carry, _MOST), self._jobs(carry), repeats)
-        middle = {name: statistics.median(values) for name, values in times.items()}
+        plain, middle = self._in_steps(_Job(_steps, carry, _MOST), self._jobs(carry), repeats)
         # A wider round costs no less: where noise says so, both cost their mean. And none costs less than a plain step.
         widths = _never_falling([middle["round", k] for k in buckets])
         middle |= {("round", k): max(steps, 1.0) for k, steps in zip(buckets, widths, strict=True)}
@@ -120,46 +119,34 @@ class Bench:
             bucket = holding(buckets, k)
             rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
         drafts = map(min, drafts, rounds)
-        soon, late = (max(middle["late", idle] - middle["draft", 1], 0.0) for idle in (1, _IDLE))
-        each = max(late - soon, 0.0) / (_IDLE - 1)
-        # A change is more than a pass that catches up: cores that plain steps leave idle have to be woken.
-        more = statistics.median(map(operator.sub, times["breaks", _BREAKS], times["breaks", 1]))
-        change = max(more * (_BREAKS * (_BREAK + _AFTER) - 1) / (_BREAKS - 1), soon - each, 0.0)
+        more = middle["changes", _CHANGES] - middle["changes", 1]
+        change = max(more * (_CHANGES * (_PLAIN + _DRAFTS) - 1) / (_CHANGES - 1), 0.0)
         rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
-        return Costs(self.batch, context, plain, rounds, drafts, (plain * change, plain * each))
+        return Costs(self.batch, context, plain, rounds, drafts, plain * change)
 
     def _jobs(self, carry: Carry) -> dict[tuple[str, int], _Job]:
         buckets, longest = self.setup.controller.buckets, self.setup.longest
         jobs = {("round", k): _Job(_rounds, _told(carry, k), self._rounds(k)) for k in buckets}
         jobs |= {("draft", k): _Job(_drafts, _told(carry, k), _MOST) for k in {1, longest}}
-        for idle in (1, _IDLE):
-            jobs["late", idle] = _Job(_drafts, _told(self._call(_rounds, _told(carry, 0), idle), 1), _MOST)
         # The same rounds in two orders, with many changes and with one.
-        for breaks in (_BREAKS, 1):
-            orders = (self.middling, _BREAKS * _BREAK // breaks, _BREAKS * _AFTER // breaks)
-            jobs["breaks", breaks] = _Job(_rounds, _told(carry, *orders), _BREAKS * (_BREAK + _AFTER))
+        for changes in (_CHANGES, 1):
+            orders = (self.middling, _CHANGES * _PLAIN // changes, _CHANGES * _DRAFTS // changes)
+            jobs["changes", changes] = _Job(_rounds, _told(carry, *orders), _CHANGES * (_PLAIN + _DRAFTS))
         return jobs
 
-    def _turns(
+    def _in_steps(
         self, step: _Job, jobs: dict[tuple[str, int], _Job], repeats: int
-    ) -> tuple[float, dict[Any, list[float]]]:
-        """Seconds of a plain step, and of each other job the plain steps that it took in each turn.
-
-        Plain steps are timed again and again in between: what slows the machine down for a minute slows both. On a
-        busy machine that cuts the errors of ratios of two medians by a third or more.
-        """
+    ) -> tuple[float, dict[tuple[str, int], float]]:
+        """Seconds of a plain step, and how many plain steps each other job takes; a step is timed with every few."""
         plain: list[float] = []
-        times: dict[Any, list[float]] = {name: [] for name in jobs}
-        for _ in range(repeats):
-            between: list[float] = []
-            for place, (name, job) in enumerate(jobs.items()):
-                if place % 3 == 0:
-                    between.append(self._seconds(*step))
-                times[name].append(self._seconds(*job))
-            plain.append(statistics.median(between))
-            for values in times.values():
-                values[-1] /= plain[-1]
-        return statistics.median(plain), times
+        ratios: dict[tuple[str, int], float] = {}
+        names = list(jobs)
+        for group in (names[at : at + _GROUP] for at in range(0, len(names), _GROUP)):
+            chosen = {None: step, **{name: jobs[name] for name in group}}
+            timed = in_turn({name: functools.partial(self._seconds, *job) for name, job in chosen.items()}, repeats)
+            plain += timed[None]
+            ratios |= {name: paired_ratio(timed[name], timed[None]) for name in group}
+        return statistics.median(plain), ratios
 
     def _seconds(self, run: Callable[..., Any], carry: Carry, count: int) -> float:
         """Of one turn: what loops of so many take longer than loops of one, after one that brings their data near.

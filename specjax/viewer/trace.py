@@ -173,7 +173,6 @@ def counts(rows: Sequence[TracedRow]) -> Stats:
     by_longest: Any = np.zeros((len(rows), longest + 1), np.int32)
     for row, count in enumerate(rounds):
         np.add.at(by_longest[row], of_all[:count], 1)
-    waits: list[Any] = [_waits(of_all[:count]) for count in rounds]
     return Stats(
         rounds=rounds,
         emitted=emitted,
@@ -181,15 +180,14 @@ def counts(rows: Sequence[TracedRow]) -> Stats:
         tested=by_position(lambda one: min(num_accepted(one) + 1, len(one.emitted()), len(one.draft))),
         accepted=by_position(num_accepted),
         by_longest=by_longest,
-        resumed=np.array([len(each) for each in waits], np.int32),  # type: ignore[arg-type]
-        caught_up=np.array([sum(each) for each in waits], np.int32),  # type: ignore[arg-type]
+        switches=np.array([_switches(of_all[:count]) for count in rounds], np.int32),  # type: ignore[arg-type]
     )
 
 
-def _waits(lengths: Sequence[int]) -> list[int]:
-    """How many zeros are in a row, wherever something else comes after them."""
-    runs = [(is_draft, len(list(run))) for is_draft, run in itertools.groupby(lengths, bool)]
-    return [count for is_draft, count in runs[:-1] if not is_draft]
+def _switches(lengths: Sequence[int]) -> int:
+    """Changes between zeros and other lengths; the start counts as another length."""
+    kinds = [True, *map(bool, lengths)]
+    return sum(before != after for before, after in itertools.pairwise(kinds))
 
 
 def as_json(trace: Trace) -> dict[str, Any]:

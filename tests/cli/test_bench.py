@@ -15,7 +15,7 @@ import tiny
 from typer.testing import CliRunner
 
 from specjax import drafters, models, stats, testing, text
-from specjax.cli import bench, display, exactness, generate, main, paired_timing
+from specjax.cli import bench, comparison, display, exactness, generate, main
 from specjax.cli.batches import Batch
 from specjax.cli.choose_controller import Policy
 from specjax.cli.load_pair import in_int8, load_pair
@@ -158,8 +158,8 @@ def test_speed_as_a_table(made_up_machine):
 def test_prompts_are_as_long_as_asked_and_apart():
     """Catches rows that share a prompt, and contexts that real text cannot fill."""
     pair = load_pair(None, None, None, None)
-    setting = paired_timing.Setting(batch=5, prompts=15, context=700)
-    batches = paired_timing._prompts(pair, setting)
+    setting = comparison.Setting(batch=5, prompts=15, context=700)
+    batches = comparison._prompts(pair, setting)
     assert [(part.tokens.shape, part.lengths.tolist()) for part in batches] == [((5, 700), [700] * 5)] * 3
     assert len({row.tobytes() for part in batches for row in part.tokens}) == 15
 
@@ -168,21 +168,21 @@ def test_adaptive_controllers_are_compiled_before_they_are_timed():
     """Catches a program that is first compiled on the clock: with one batch of prompts, the one that is given what was
     learnt."""
     pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
-    setting = paired_timing.Setting((1,), (Policy.additive,), prompts=1, context=8, max_new_tokens=8, repeats=1)
-    prepared = paired_timing.prepare(pair, setting)
-    paired_timing.compile_all(prepared, lambda what: contextlib.nullcontext())
+    setting = comparison.Setting((1,), (Policy.additive,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    prepared = comparison.prepare(pair, setting)
+    comparison.compile_all(prepared, lambda what: contextlib.nullcontext())
     programs = api._generate._cache_size()
-    timed = paired_timing.time_all(prepared, lambda what: contextlib.nullcontext())
+    timed = comparison.time_all(prepared, lambda what: contextlib.nullcontext())
     assert api._generate._cache_size() == programs >= 3
     assert len(timed) == 3
 
 
 def test_a_time_of_nothing_is_not_passed_on_in_silence(made_up_machine, monkeypatch, caplog):
     """Catches negative times, as noise makes them of too few tokens, that nobody is told of."""
-    timed = paired_timing.time_generations
-    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed(*given)._replace(seconds=-1e-3))
+    timed = comparison.time_generations
+    monkeypatch.setattr(comparison, "time_generations", lambda *given: timed(*given)._replace(seconds=-1e-3))
     pair = load_pair(str(models.PRETRAINED / "draft"), str(models.PRETRAINED / "draft"), None, None)
-    setting = paired_timing.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
+    setting = comparison.Setting((1,), prompts=1, context=8, max_new_tokens=8, repeats=1)
     bench.measure(pair, setting, lambda what: contextlib.nullcontext())
     assert "its numbers are noise" in caplog.text
 
@@ -221,8 +221,8 @@ def test_turns_need_both_times():
 @pytest.mark.parametrize("as_json", [True, False])
 def test_a_busy_machine_gets_no_verdict(made_up_machine, monkeypatch, as_json):
     """Catches "3.18" from a machine where each turn says something else."""
-    timed, seconds = paired_timing.time_generations, iter([1.0, 0.5, 1.0, 3.0, 1.0, 0.9] * 2)
-    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed(*given)._replace(seconds=next(seconds)))
+    timed, seconds = comparison.time_generations, iter([1.0, 0.5, 1.0, 3.0, 1.0, 0.9] * 2)
+    monkeypatch.setattr(comparison, "time_generations", lambda *given: timed(*given)._replace(seconds=next(seconds)))
     small = str(models.PRETRAINED / "draft")
     arguments = [*SHORT, "--repeats", "3", "--prompts", "1", "--model", small, "--draft", small]
     result = CliRunner().invoke(main.app, [*arguments, *(["--json"] if as_json else [])])
@@ -286,14 +286,14 @@ def test_more_prompts_than_there_are_is_a_sentence():
     """Catches an IndexError, or memory for two billion prompts."""
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match=r"2147483647 prompts are asked for: \d+ are at hand"):
-        paired_timing._prompts(pair, paired_timing.Setting(prompts=2**31 - 1, context=2))
+        comparison._prompts(pair, comparison.Setting(prompts=2**31 - 1, context=2))
 
 
 def test_too_few_tokens_are_refused():
     """Catches a time of no rounds at all."""
     pair = load_pair(None, None, None, None)
     with pytest.raises(ValueError, match="at least 24"):
-        bench.measure(pair, paired_timing.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
+        bench.measure(pair, comparison.Setting(max_new_tokens=20), None)  # type: ignore[arg-type]
 
 
 def test_parts_in_int8():

@@ -17,11 +17,11 @@ from typer.testing import CliRunner
 
 import specjax
 from specjax import models, testing, text
-from specjax.cli import main, paired_timing
+from specjax.cli import comparison, main
+from specjax.cli.comparison import Comparison, Setting
 from specjax.cli.doctor import display as doctor_display
 from specjax.cli.doctor import problems, self_check
 from specjax.cli.load_pair import Pair
-from specjax.cli.paired_timing import Contest, Setting
 from specjax.types import Verdict, Verifier
 
 
@@ -67,9 +67,9 @@ def test_a_slow_machine_is_told_what_was_left_out(small_pair):
 def test_turns_end_with_the_time(monkeypatch):
     """Catches repetitions that go on past the time of the whole check."""
     timed = []
-    monkeypatch.setattr(paired_timing, "time_generations", lambda *given: timed.append(given))
-    whole: Any = Contest({paired_timing.PLAIN: None, 3: None}, [], Setting(repeats=5), {}, {})  # type: ignore[dict-item]
-    found = paired_timing.time_all(whole, lambda what: contextlib.nullcontext(), enough=lambda turns: turns == 2)
+    monkeypatch.setattr(comparison, "time_generations", lambda *given: timed.append(given))
+    whole: Any = Comparison({comparison.PLAIN: None, 3: None}, [], Setting(repeats=5), {}, {})  # type: ignore[dict-item]
+    found = comparison.time_all(whole, lambda what: contextlib.nullcontext(), enough=lambda turns: turns == 2)
     assert [len(turns) for turns in found.values()] == [2, 2]
 
 
@@ -124,7 +124,7 @@ def test_a_near_tie_is_no_failure(slope, is_tied):
         return lambda limit, prompts: SimpleNamespace(new_tokens=lambda: [list(tokens)])
 
     prompts = [text.Prompts(np.array([[1, 2]], np.int32), np.array([2], np.int32))]
-    runs = Contest({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, Setting(), {}, {})
+    runs = Comparison({None: says(3, 4, 1), 3: says(3, 3, 0)}, prompts, Setting(), {}, {})
     check = (Pair(target, target, None), runs, self_check._Clock(lambda what: contextlib.nullcontext()))
     if is_tied:
         assert (

@@ -248,7 +248,7 @@ def test_what_was_learnt_is_handed_on():
     fails deep inside."""
     model, params, draft, _ = _pair("table")
     drafter, bad = specjax.drafters.draft_model(draft), -params
-    controller = controllers.throughput(profile((1.0, 1.2, 1.4, 1.6), catch_up=(0.2, 0.02)))
+    controller = controllers.throughput(profile((1.0, 1.2, 1.4, 1.6), change=0.2))
     options = {"max_new_tokens": 60, "controller": controller}
     first = specjax.generate(model, params, drafter, bad, PROMPTS, LENGTHS, **options)
     second = specjax.generate(
@@ -319,16 +319,15 @@ def test_statistics_tell_what_was_paid_for():
     assert stats.draft_lengths(counted).sum() == counted.rounds.sum()
     assert stats.draft_lengths(counted)[0] >= counted.by_longest[:, 0].sum()
     assert counted.by_longest.sum() == counted.rounds.sum()
-    table = profile((1.0, 1.5, 2.0, 3.0), batch=3, catch_up=(0.5, 0.25))
+    table = profile((1.0, 1.5, 2.0, 3.0), batch=3, change=0.5)
     split = stats.time_split(counted, table, context=20)
     last = np.argmax(counted.rounds)
     longest_row = counted.by_longest[last]
     turns = "".join(
         "-" if size == 0 else "d" for size in ([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3] * 9)[: longest_row.sum()]
     )
-    breaks = re.findall("-+(?=d)", turns)
-    assert (counted.resumed[last], counted.caught_up[last]) == (len(breaks), len("".join(breaks)))
-    late = len(breaks) * 0.5 + len("".join(breaks)) * 0.25
+    assert counted.switches[last] == len(re.findall("-+|(?<=-)d", turns))
+    late = len(re.findall("-(?=d)", turns)) * 0.5
     assert split.total == pytest.approx(longest_row @ [1.0, 1.5, 2.0, 3.0] + late)
     assert split.plain == longest_row[0]
     assert split.drafting == pytest.approx(longest_row @ [0.0, 0.05, 0.1, 0.15] + late)

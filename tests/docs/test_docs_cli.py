@@ -13,7 +13,7 @@ import numpy as np
 import typer
 
 from specjax.aot import planning
-from specjax.cli import bench, bench_display, display, exactness, generate, main, paired_timing, plan_display
+from specjax.cli import bench, bench_display, comparison, display, exactness, generate, main, plan_display
 from specjax.cli.doctor import display as doctor_display
 from specjax.cli.doctor import problems
 from specjax.cli.doctor.self_check import SelfCheck
@@ -70,7 +70,7 @@ def _nested(key: str) -> set[str]:
 def test_json_keys_are_documented():
     """Catches a key that came, went or changed its name without the page, which calls them stable."""
     counts = np.ones((1, 2), np.int32)
-    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, *(counts[:, 0],) * 2)
+    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, counts[:, 0])
     row = generate.Row("prompt", "text", [1], [0], Status.LENGTH)
     in_turn = speedup_in_turn([1.0], [1.0])
     summary = generate.Summary([row], stats, 2, "fixed", 1.0, 1.0, in_turn, 1, True, 0.1, None, None, "cpu", False)
@@ -96,7 +96,7 @@ def test_json_keys_are_documented():
     plan = planning.Report(**nothing)  # type: ignore[arg-type]
     said = {
         "specjax generate": display.as_json(summary),
-        "specjax bench": bench_display.as_json([bench.Speed([line], paired_timing.Setting(), made_up, 1.0, "float32")]),
+        "specjax bench": bench_display.as_json([bench.Speed([line], comparison.Setting(), made_up, 1.0, "float32")]),
         "specjax bench --verify exactness": display.findings_as_json([finding], pair),  # type: ignore[arg-type]
         "specjax compile": plan_display.as_json(plan),
         "specjax doctor": doctor_display.as_json(checked),

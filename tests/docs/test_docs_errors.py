@@ -139,7 +139,7 @@ def _past_the_trial():
 
 
 def _profiled(device):
-    found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), (0.0, 0.0))
+    found = specjax.costs.Costs(2, 64, 1.0, (1.0, 1.2), (0.0, 0.1), 0.0)
     return specjax.controllers.throughput(specjax.costs.Profile(device, (0, 1), (found,)))
 
 

@@ -8,10 +8,10 @@ from specjax.costs import Costs, Profile
 from specjax.types import Controller, Round
 
 
-def profile(rounds=(1.0, 1.1, 1.2, 1.3), batch=1, buckets=None, catch_up=(0.0, 0.0), context=64):
+def profile(rounds=(1.0, 1.1, 1.2, 1.3), batch=1, buckets=None, change=0.0, context=64):
     """A made-up table: seconds of rounds with 0, 1, ... draft tokens."""
     drafts = tuple(0.05 * k for k in range(len(rounds)))
-    found = Costs(batch, context, rounds[0], tuple(rounds), drafts, catch_up)
+    found = Costs(batch, context, rounds[0], tuple(rounds), drafts, change)
     return Profile("no device", buckets or tuple(range(len(rounds))), (found,))
 
 

@@ -15,22 +15,22 @@ import jax.numpy as jnp
 from specjax import controllers, drafters, testing
 from specjax.cli.bench import floating_dtype
 from specjax.cli.choose_controller import Policy
-from specjax.cli.exactness import Finding
-from specjax.cli.load_pair import Pair
-from specjax.cli.paired_timing import (
+from specjax.cli.comparison import (
     PLAIN,
     SHORTER,
-    Contest,
+    Comparison,
     Setting,
     Way,
     compile_all,
-    paired_ratio,
     prepare,
     speedup,
     time_all,
 )
+from specjax.cli.exactness import Finding
+from specjax.cli.load_pair import Pair
 from specjax.decode.api import generate
 from specjax.profiling import forward
+from specjax.profiling.paired_timing import paired_ratio
 from specjax.stats import BUSY, SpeedUp
 from specjax.types import Sampling
 
@@ -128,11 +128,11 @@ def run(pair: Pair, busy: Busy, setting: Setting = SETTING, budget: float = _BUD
     """
     clock = _Clock(busy, budget)
     wide = _in_float32(pair)
-    contest = prepare(wide, setting)
+    comparison = prepare(wide, setting)
     paces: list[Pace] = []
 
     def measure() -> str:
-        pace = _pace(pair, contest if wide is pair else prepare(pair, setting), clock)
+        pace = _pace(pair, comparison if wide is pair else prepare(pair, setting), clock)
         if min(pace.step_seconds, pace.round_seconds, pace.round_cost, pace.pass_cost) <= 0:
             return f"times differ so much that they say nothing: {BUSY}"
         paces.append(pace)
@@ -142,7 +142,7 @@ def run(pair: Pair, busy: Busy, setting: Setting = SETTING, budget: float = _BUD
         )
 
     checks = {
-        "greedy speculation against plain decoding, float32": lambda: _same_tokens(wide, contest, clock),
+        "greedy speculation against plain decoding, float32": lambda: _same_tokens(wide, comparison, clock),
         "sampled speculation against its exact law": lambda: _same_law(clock),
         "time of steps and rounds": measure,
     }
@@ -203,25 +203,25 @@ def _in_float32(pair: Pair) -> Pair:
     return pair._replace(target=widened(pair.target), draft=widened(pair.draft))
 
 
-def _same_tokens(pair: Pair, contest: Contest, clock: _Clock) -> str:
+def _same_tokens(pair: Pair, comparison: Comparison, clock: _Clock) -> str:
     with clock.compile("plain decoding and speculation"):
-        compile_all(contest, clock.busy)
+        compile_all(comparison, clock.busy)
     began = time.perf_counter()
-    limit = contest.setting.max_new_tokens
+    limit = comparison.setting.max_new_tokens
     texts: list[list[list[list[int]]]] = []
-    for prompts in contest.prompts:
+    for prompts in comparison.prompts:
         if not texts or not clock.is_over():
-            texts.append([run(limit, prompts).new_tokens() for run in contest.runs.values()])
-    clock.repetition = (1 + 1 / SHORTER) * (time.perf_counter() - began) * len(contest.prompts) / len(texts)
+            texts.append([run(limit, prompts).new_tokens() for run in comparison.runs.values()])
+    clock.repetition = (1 + 1 / SHORTER) * (time.perf_counter() - began) * len(comparison.prompts) / len(texts)
     count = ties = 0
-    for prompts, (plain, ours) in zip(contest.prompts, texts, strict=False):
+    for prompts, (plain, ours) in zip(comparison.prompts, texts, strict=False):
         for prompt, length, wanted, got in zip(*prompts, plain, ours, strict=True):
             same = next((at for at, both in enumerate(zip(wanted, got, strict=False)) if len({*both}) > 1), len(wanted))
             count += same
             if got != wanted:
                 _refuse_unless_tied(pair, [*prompt[:length].tolist(), *wanted[:same]], wanted[same:], got[same:])
                 ties += 1
-    said = f"{count} tokens of {len(texts) * contest.setting.batch} texts, all the same"
+    said = f"{count} tokens of {len(texts) * comparison.setting.batch} texts, all the same"
     return said if ties == 0 else f"{said} up to {ties} near-tie{'s' * (ties > 1)}, where rounding decides"
 
 
@@ -261,26 +261,27 @@ def _same_law(clock: _Clock) -> str:
     return f"{_SAMPLES:,} texts of {_LENGTH} tokens (chi-square, false alarms at most {_FALSE_ALARM:g})"
 
 
-def _pace(pair: Pair, contest: Contest, clock: _Clock) -> Pace:
-    target, (draft_len,) = pair.target, contest.setting.draft_lens
-    widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": contest.setting.context, "passes": 16}
+def _pace(pair: Pair, comparison: Comparison, clock: _Clock) -> Pace:
+    target, (draft_len,) = pair.target, comparison.setting.draft_lens
+    widths: dict[str, Any] = {"widths": (1, draft_len + 1), "live": comparison.setting.context, "passes": 16}
     with clock.compile("what is timed"):
-        compile_all(contest, clock.busy)
+        compile_all(comparison, clock.busy)
         forward.time_passes(target.model, target.params, **widths, repeats=0)
-    most = contest.setting.repeats
+    most = comparison.setting.repeats
     repeats = min(most, max(_LEAST, int(_SECONDS / clock.repetition)))
-    setting = contest.setting._replace(repeats=repeats)
-    timed = time_all(contest._replace(setting=setting), clock.busy, enough=lambda turns: clock.is_over())
+    setting = comparison.setting._replace(repeats=repeats)
+    timed = time_all(comparison._replace(setting=setting), clock.busy, enough=lambda turns: clock.is_over())
     with clock.busy("measuring single passes"):
         repeats = 1 if clock.is_over() else 5
         one, several = forward.time_passes(target.model, target.params, **widths, repeats=repeats)
     plain, ours = timed[PLAIN], timed[Way(Policy.fixed, draft_len)]
+    steps, rounds = ([run.seconds for run in runs] for runs in (plain, ours))
     return Pace(
         draft_len=draft_len,
-        step_seconds=statistics.median(run.seconds for run in plain),
-        round_seconds=statistics.median(run.seconds for run in ours),
-        round_cost=paired_ratio(ours, plain),
-        pass_cost=statistics.median(b / a for a, b in zip(one, several, strict=True)),
+        step_seconds=statistics.median(steps),
+        round_seconds=statistics.median(rounds),
+        round_cost=paired_ratio(rounds, steps),
+        pass_cost=paired_ratio(several, one),
         tokens_per_round=ours[0].tokens_per_pass,
         acceptance=ours[0].acceptance,
         speedups=list(speedup(plain, ours).turns),

@@ -1,11 +1,11 @@
-"""Ways to decode, measured in turn on the same prompts: what `specjax bench` and `specjax doctor` time."""
+"""Ways to decode, compared on the same prompts, in turn: what `specjax bench` and `specjax doctor` time."""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -20,6 +20,7 @@ from specjax.cli.choose_controller import Policy, choose
 from specjax.cli.load_pair import Pair
 from specjax.costs import Profile
 from specjax.decode.api import autoregressive, generate
+from specjax.profiling.paired_timing import in_turn
 from specjax.stats import SpeedUp, speedup_in_turn
 from specjax.types import Controller, Generation, Sampling, Stats
 
@@ -76,7 +77,7 @@ class Timed(NamedTuple):
     whole: tuple[Stats, ...]  # of the long generation
 
 
-class Contest(NamedTuple):
+class Comparison(NamedTuple):
     """The ways to decode, and what all of them are given."""
 
     runs: dict[Way, Run]
@@ -91,7 +92,7 @@ def prepare(
     setting: Setting,
     busy: Callable[[str], AbstractContextManager[Any]] | None = None,
     kept_in: Path | None = None,
-) -> Contest:
+) -> Comparison:
     """Prompts, and plain decoding and speculation of each kind; only what needs a profile is compiled and measured.
     Errors as for `measure`."""
     least = SHORTER * (max(setting.draft_lens) + 1)
@@ -118,39 +119,33 @@ def prepare(
         runs[way], learn[way] = _adaptive(pair, setting, chosen.controller, prompts)
         if chosen.profile is not None:
             profiles[way] = chosen.profile
-    return Contest(runs, prompts, setting, profiles, learn)
+    return Comparison(runs, prompts, setting, profiles, learn)
 
 
-def compile_all(contest: Contest, busy: Callable[[str], AbstractContextManager[Any]]) -> None:
+def compile_all(comparison: Comparison, busy: Callable[[str], AbstractContextManager[Any]]) -> None:
     """Compiles every way to decode; adaptive controllers see all prompts once."""
-    for way, run in contest.runs.items():
+    for way, run in comparison.runs.items():
         with busy(f"compiling {way}"):
-            jax.block_until_ready(run(1, contest.prompts[0]))
-            if way in contest.learn:
-                contest.learn[way]()
-                jax.block_until_ready(run(1, contest.prompts[0]))  # another program: it is given a state
+            jax.block_until_ready(run(1, comparison.prompts[0]))
+            if way in comparison.learn:
+                comparison.learn[way]()
+                jax.block_until_ready(run(1, comparison.prompts[0]))  # another program: it is given a state
 
 
 def time_all(
-    contest: Contest,
+    comparison: Comparison,
     busy: Callable[[str], AbstractContextManager[Any]],
     enough: Callable[[int], bool] = lambda turns: False,
 ) -> dict[Way, list[Timed]]:
     """Every way to decode in turn, `setting.repeats` times, or until `enough` turns are done, but once at least."""
-    setting = contest.setting
-    timed: dict[Way, list[Timed]] = {way: [] for way in contest.runs}
-    for repeat in range(setting.repeats):
-        for way, run in contest.runs.items():
-            with busy(f"measuring, {repeat + 1} of {setting.repeats}"):
-                timed[way].append(time_generations(run, contest.prompts, setting.max_new_tokens))
-        if enough(repeat + 1):
-            break
-    return timed
-
-
-def paired_ratio(above: list[Timed], below: list[Timed]) -> float:
-    """Seconds of a step or round over those of another, each pair measured one after the other: the median."""
-    return statistics.median(a.seconds / b.seconds for a, b in zip(above, below, strict=True))
+    setting = comparison.setting
+    jobs = {
+        way: functools.partial(time_generations, run, comparison.prompts, setting.max_new_tokens)
+        for way, run in comparison.runs.items()
+    }
+    return in_turn(
+        jobs, setting.repeats, enough=enough, around=lambda turn: busy(f"measuring, {turn} of {setting.repeats}")
+    )
 
 
 def speedup(plain: list[Timed], ours: list[Timed]) -> SpeedUp:
