@@ -47,7 +47,7 @@ def draft_model(model: Model) -> Drafter:
     never seen the last drafted token; feeding two catches up without a step of its own, and every row does the same.
     A round without a draft leaves the model where it is; the next draft begins with passes over what it missed.
 
-    A draft model whose logits are not finite drafts from the uniform law: it costs speed, never correctness.
+    A draft model whose logits are not finite drafts from the uniform distribution: it costs speed, never correctness.
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """

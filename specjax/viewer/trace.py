@@ -57,9 +57,9 @@ class Token(NamedTuple):
     id: int
     text: str  # what it adds to the text before it; U+FFFD while it leaves a character incomplete
     kind: Kind
-    target_prob: float | None  # under the law that was verified against: temperature, top-p and the like applied
-    model_prob: float | None  # under the target's raw law: temperature 1, nothing applied
-    draft_prob: float | None = None  # under the law it was drawn from; None where it was not drafted
+    target_prob: float | None  # under the distribution used to verify: temperature, top-p and the like applied
+    model_prob: float | None  # under the target's raw distribution: temperature 1, nothing applied
+    draft_prob: float | None = None  # under the distribution it was drawn from; None where it was not drafted
 
 
 class TracedRound(NamedTuple):

@@ -122,20 +122,20 @@ def test_an_adapted_module_keeps_the_contract(kind, adapt):
 
 
 @pytest.mark.parametrize("kind", [foreign.SharedCursor, foreign.LoneCursor], ids=lambda kind: kind.__name__)
-def test_sampled_text_follows_the_modules_law(kind, adapt):
-    """Catches a wrong law at temperature 1. 20,000 sequences of 2 tokens over 3 rounds, false alarms 1e-6; the law is
-    that of the module without its cache."""
+def test_sampled_text_follows_the_modules_distribution(kind, adapt):
+    """Catches a wrong distribution at temperature 1. 20,000 sequences of 2 tokens over 3 rounds, false alarms 1e-6; the
+    distribution is that of the module without its cache."""
     adapted, plain = adapt(kind), adapt(kind, "uncached")
     samples, prompt, length = 20_000, [3, 1], 2
     settings = specjax.Sampling(temperature=1.0, top_k=6)
-    law = testing.exact_sequence_law(plain.model, plain.params, prompt, length, sampling=settings)
+    probs = testing.exact_sequence_probs(plain.model, plain.params, prompt, length, sampling=settings)
     table = testing.random_table(jax.random.key(4), order=1, vocab_size=VOCAB)
     out = specjax.generate(
         adapted.model, adapted.params, specjax.drafters.draft_model(testing.table_model(1, VOCAB)), table,
         jnp.tile(jnp.array([prompt]), (samples, 1)), max_new_tokens=length, sampling=settings,
         controller=specjax.controllers.fixed(1),
     )  # fmt: skip
-    testing.assert_same_law(testing.count_sequences(out.tokens, len(prompt), length, VOCAB), law)
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, len(prompt), length, VOCAB), probs)
 
 
 def test_long_prompts_in_chunks(adapt, monkeypatch):
