@@ -97,8 +97,8 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     def sampled() -> Array:
         scaled = logits / jnp.where(is_sampled, temperature, 1.0)
         is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-        kept = lax.cond(jnp.any(is_filtered), lambda: _filter(scaled, sampling), lambda: scaled)
-        return jnp.where(is_sampled, kept, greedy)
+        filtered = lax.cond(jnp.any(is_filtered), lambda: _filter(scaled, sampling), lambda: scaled)
+        return jnp.where(is_sampled, filtered, greedy)
 
     return lax.cond(jnp.any(is_sampled), sampled, lambda: greedy)
 

@@ -296,8 +296,8 @@ def examine(
 
 def _profiles(cache: bool) -> Path | None:
     """Where profiles of this machine are kept."""
-    kept = environment.usable_cache_folder() if cache else None
-    return None if kept is None else kept.parent / "profiles"
+    folder = environment.usable_cache_folder() if cache else None
+    return None if folder is None else folder.parent / "profiles"
 
 
 def _axes(mesh: str | None) -> dict[str, int] | None:

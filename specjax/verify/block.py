@@ -45,8 +45,8 @@ def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     joint = _joint(draft_prob, target_prob)  # [B, K+1]
 
     # Past the draft's end its distribution is zero: the residual there is the target's own distribution, times joint.
-    no_probs = jnp.zeros_like(target.probs[:, :1])
-    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([drafted_from, no_probs], 1), 0.0)
+    past_end = jnp.zeros_like(target.probs[:, :1])
+    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([drafted_from, past_end], 1), 0.0)
     mass = jnp.sum(residual, -1)
     rest = mass + 1 - joint
     inside = jnp.where(rest > 0, mass / jnp.where(rest > 0, rest, 1.0), 0.0)
