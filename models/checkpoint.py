@@ -82,11 +82,11 @@ def with_stop_tokens(loaded: Loaded) -> Loaded:
     if path is not None and path.is_file():
         found += _end_ids(read_json(path), str(path))
     size = loaded.model.vocab_size
-    kept = [end for end in dict.fromkeys(found) if 0 <= end < size]
-    if len(kept) < len(set(found)):
-        beyond = sorted(set(found) - set(kept))
+    valid = [end for end in dict.fromkeys(found) if 0 <= end < size]
+    if len(valid) < len(set(found)):
+        beyond = sorted(set(found) - set(valid))
         _log.warning("eos_token_id %s cannot be emitted, as ids are 0..%d: left out", beyond, size - 1)
-    return loaded._replace(model=loaded.model._replace(stop_tokens=tuple(kept)))
+    return loaded._replace(model=loaded.model._replace(stop_tokens=tuple(valid)))
 
 
 def _end_ids(content: dict[str, Any], file: str) -> list[int]:
@@ -278,8 +278,8 @@ def _check_tied(folder: Path, tensors: dict[str, _Tensor], built: Architecture, 
     if built.tied is None or built.tied[0] not in tensors:
         return
     whole = (slice(None), slice(None))
-    spare, kept = (tensors[name].read(whole) for name in (built.tied[0], source[built.tied[1]]))
-    if not np.array_equal(spare, kept):
+    output, embedding = (tensors[name].read(whole) for name in (built.tied[0], source[built.tied[1]]))
+    if not np.array_equal(output, embedding):
         raise ValueError(
             f"{folder}: config.json ties {built.tied[0]} to {built.tied[1]}, but the stored tensors differ. "
             "Set tie_word_embeddings to false in config.json if the output layer has weights of its own."

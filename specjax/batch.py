@@ -14,10 +14,11 @@ PyTree: TypeAlias = Any
 
 
 class Sampling(NamedTuple):
-    """How logits become a law, per row: every field is a scalar or [B] unless it says otherwise, and may be traced.
+    """How logits become a distribution, per row: every field is a scalar or [B] unless it says otherwise, and may be
+    traced.
 
-    One and the same law is used to draw draft tokens and to verify them; that is what keeps speculation exact. Logits
-    are changed in the order of the list; a field that is None costs nothing.
+    One and the same distribution is used to draw draft tokens and to verify them; that is what keeps speculation exact.
+    Logits are changed in the order of the list; a field that is None costs nothing.
 
     Attributes:
       repetition_penalty: above 0, 1 is none; divides (or multiplies) the logits of tokens in the prompt or generated.
@@ -26,7 +27,7 @@ class Sampling(NamedTuple):
       logit_bias: [V] or [B, V] float32, added; -inf forbids.
       bad_words: [n] or [B, n] ids that are never emitted, pad -1.
       min_new_tokens: no stop token among this many first tokens.
-      temperature: 0 is greedy, a one-hot law; what comes before it counts at 0 too, what comes after does not.
+      temperature: 0 is greedy, a one-hot distribution; what comes before it counts at 0 too, what comes after does not.
       top_k: 0 keeps all.
       top_p: in (0, 1]; 1 keeps all.
       min_p: in [0, 1), of the most likely token's probability; 0 keeps all.
@@ -99,7 +100,7 @@ class Rows(NamedTuple):
 
 
 class Process(Protocol):
-    """Logits of T places to processed logits, whose softmax is the law; the one path for draft and target."""
+    """Logits of T places to processed logits, whose softmax is the distribution; the one path for draft and target."""
 
     def __call__(
         self,
@@ -107,4 +108,4 @@ class Process(Protocol):
         drafted: Array,  # [B, N] int32: this round's draft tokens
         visible: Array,  # [B or 1, T, N] bool: which of them stand before each place
         depths: Array | None = None,  # [B or 1, N] int32: how many draft tokens stand before each; None is a chain
-    ) -> Array: ...  # [B, T, V] float32, -inf where the law is zero
+    ) -> Array: ...  # [B, T, V] float32, -inf where the distribution is zero

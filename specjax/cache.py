@@ -1,4 +1,4 @@
-"""Static key/value buffers: the one place that knows how keys and values are kept, read and written.
+"""Static key/value buffers: the one place that knows how keys and values are stored, read and written.
 
 A cache is a tuple of [B, Hkv, S, D] buffers per layer with one length per row. A *block* holds the keys and values of
 tokens not yet decided on (a prompt chunk, a draft, the K+1 tokens under verification): attention reads the live part
@@ -125,8 +125,8 @@ def attend(
       such a token gives NaN.
     """
     run = functools.partial(_attend, scale=scale, window=window, is_whole=_is_whole(layout))
-    kept = ("rows", "heads")
-    on_mesh = on_each(layout, run, (("rows", "query"), kept, kept, kept, kept, ("rows",)), ("rows", "query"))
+    roles = ("rows", "heads")
+    on_mesh = on_each(layout, run, (("rows", "query"), roles, roles, roles, roles, ("rows",)), ("rows", "query"))
     return on_mesh(query, cache_keys, cache_values, block_keys, block_values, placement)
 
 
@@ -230,8 +230,8 @@ def commit(
     new = (*block.keys, *block.values)
     if path is not None:
         new = tuple(jnp.take_along_axis(buffer, path[:, None, :, None], 2) for buffer in new)
-    kept = ("rows", "heads")
-    write = on_each(layout, _write_at_once if _is_whole(layout) else write_rows, (kept, kept, ("rows",)), kept)
+    roles = ("rows", "heads")
+    write = on_each(layout, _write_at_once if _is_whole(layout) else write_rows, (roles, roles, ("rows",)), roles)
     written = write((*cache.keys, *cache.values), new, after(cache.lengths, keep))
     layers = len(cache.keys)
     return KVCache(written[:layers], written[layers:], cache.lengths + keep)

@@ -1,7 +1,7 @@
 """What happens to logits before temperature: penalties, bias, bad words, minimum length, the caller's own rule.
 
 Every place of a forward pass is processed with the tokens before *it*: a place behind three draft tokens counts those
-three. So each place's law is the one that plain decoding would have there, and verification stays exact.
+three. So each place's distribution is the one that plain decoding would have there, and verification stays exact.
 """
 
 from __future__ import annotations

@@ -14,12 +14,12 @@ PyTree: TypeAlias = Any
 class LogProbs(NamedTuple):
     """The target's log-probability of each token, [B, C] float32; 0 outside the generated part.
 
-    At temperature 0 the processed law is one-hot, so `processed` is 0. No gradient flows through a generation: for a
-    policy gradient re-score `tokens` by one `model.apply` over them, which gives `raw` again, with a gradient.
+    At temperature 0 the processed distribution is one-hot, so `processed` is 0. No gradient flows through a generation:
+    for a policy gradient re-score `tokens` by one `model.apply` over them, which gives `raw` again, with a gradient.
     """
 
-    raw: Array  # under the model's own law: temperature 1, nothing processed, padding columns left out
-    processed: Array  # under the law that `Sampling` and the processor make of it
+    raw: Array  # under the model's own distribution: temperature 1, nothing processed, padding columns left out
+    processed: Array  # under the distribution that `Sampling` and the processor make of it
 
 
 class Stats(NamedTuple):

@@ -1,8 +1,8 @@
-"""From logits to a law: temperature, top-k, top-p and min-p, per row, traced, without sorting the vocabulary.
+"""From logits to a distribution: temperature, top-k, top-p and min-p, per row, traced, without sorting the vocabulary.
 
-One path for draft and target: a token is verified against the very law that it was drawn from. Order as in Hugging
-Face: what processors.py does, then temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort would
-keep an arbitrary one).
+One path for draft and target: a token is verified against the very distribution that it was drawn from. Order as in
+Hugging Face: what processors.py does, then temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort
+would keep an arbitrary one).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def per_row(sampling: Sampling, batch: int) -> RowSampling:
 
 
 def processing(rows: Rows, processor: Processor | None, vocab_size: int) -> Process:
-    """The one path from logits to a law for these rows, for draft and target alike; see `types.Process`."""
+    """The one path from logits to a distribution for these rows, for draft and target alike; see `types.Process`."""
 
     return Partial(functools.partial(_process_of, processor, vocab_size), rows)
 
@@ -69,7 +69,7 @@ def _process_of(
 
 
 def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
-    """Log-weights of the law to sample from; `jax.nn.softmax` of the result is that law.
+    """Log-weights of the distribution to sample from; `jax.nn.softmax` of the result is that distribution.
 
     Args:
       logits: [B, T, V] float32; columns from vocab_size on are padding and can never be drawn.
@@ -77,7 +77,7 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
       vocab_size: number of ids that may be emitted.
 
     Returns:
-      [B, T, V] float32; -inf where the law is zero.
+      [B, T, V] float32; -inf where the distribution is zero.
 
     >>> from specjax.types import Sampling
     >>> logits = jnp.log(jnp.array([[[0.4, 0.4, 0.1, 0.1]]]))
@@ -97,8 +97,8 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     def sampled() -> Array:
         scaled = logits / jnp.where(is_sampled, temperature, 1.0)
         is_filtered = (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
-        kept = lax.cond(jnp.any(is_filtered), lambda: _filter(scaled, sampling), lambda: scaled)
-        return jnp.where(is_sampled, kept, greedy)
+        filtered = lax.cond(jnp.any(is_filtered), lambda: _filter(scaled, sampling), lambda: scaled)
+        return jnp.where(is_sampled, filtered, greedy)
 
     return lax.cond(jnp.any(is_sampled), sampled, lambda: greedy)
 

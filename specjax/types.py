@@ -35,7 +35,7 @@ class Context(NamedTuple):
     rows: Rows  # text, lengths, keys and settings of each row
     target_params: PyTree  # for drafters that use the target's embedding, head or layers
     target_cache: PyTree  # for drafters that share it (early exit)
-    process: Process  # from logits to a law
+    process: Process  # from logits to a distribution
     draft_keys: Callable[[Array | int], Array]  # (step) -> keys [B]: the noise to draw the draft token at this step
     vocab_size: Array | int  # the target's: ids below it may be drafted
 
@@ -169,7 +169,7 @@ class Drawn(NamedTuple):
 
 class KeepDrafting(Protocol):
     """Whether to draft on after the token `drawn` at `step`; [B] bool. The token itself stays in the draft: were it
-    left out for what it is, those that stay would no longer follow the law that they were drawn from."""
+    left out for what it is, those that stay would no longer follow the distribution that they were drawn from."""
 
     def __call__(self, drawn: Drawn, step: Array | int) -> Array: ...
 

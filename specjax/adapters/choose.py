@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from specjax import integers
-from specjax.adapters.foreign import NO_CACHE, TRIED, Feed, Foreign, NoLogits
-from specjax.adapters.held import AT_END, AT_LENGTH, held, rows_apart
-from specjax.adapters.leaves import slots_ignored
-from specjax.adapters.trial import Trial, in_its_cache, on_a_tree, on_whole_texts
-from specjax.adapters.uncached import afresh, uncached
+from specjax.adapters.cache_axes import slots_ignored
+from specjax.adapters.cached_module import AT_END, AT_LENGTH, cached_module, row_by_row
+from specjax.adapters.trial import Trial, cache_error, handles_trees, make_trial
+from specjax.adapters.uncached import uncached, with_fresh_cache
+from specjax.adapters.wrapped import NO_CACHE, TRIED, NoLogits, PassInput, Wrapped
 from specjax.types import Model, PyTree
 
 _log = logging.getLogger(__name__)
@@ -66,7 +66,7 @@ class Adapted(NamedTuple):
 
 
 def choose(
-    forms: Sequence[Foreign],
+    forms: Sequence[Wrapped],
     params: PyTree,
     *,
     vocab_size: int | None,
@@ -82,25 +82,25 @@ def choose(
       ValueError: the module is no causal language model, or the strategy asked for is not right for it.
     """
     wanted = list(Strategy) if strategy is None else [_strategy(strategy)]
-    foreign, whole, failed, trial, size = _first_sound(forms, params, vocab_size)
+    wrapped, whole, failed, trial, size = _first_causal(forms, params, vocab_size)
     notes = [] if failed is None else [f"Not without a cache, as it is: {failed}."]
-    if foreign.init_cache is None:
+    if wrapped.init_cache is None:
         wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
-        notes.append(foreign.cache.note)
-    elif wanted != [Strategy.UNCACHED] and (ignored := slots_ignored(foreign.init_cache)) is not None:
+        notes.append(wrapped.cache.note)
+    elif wanted != [Strategy.UNCACHED] and (ignored := slots_ignored(wrapped.init_cache)) is not None:
         wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
         notes.append(ignored)
     for candidate in wanted:
         try:
-            model, reason = _attempt(candidate, foreign, whole, trial, size, max_positions)
+            model, reason = _attempt(candidate, wrapped, whole, trial, size, max_positions)
         except Exception as error:  # whatever someone else's module raises is a reason to try the next
             model, reason = None, f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("ValueError: ")
             reason = reason.rstrip(".")
         if model is not None:
-            if candidate is Strategy.UNCACHED and foreign.init_cache is not None and foreign.cache.note:
-                notes.append(foreign.cache.note)
+            if candidate is Strategy.UNCACHED and wrapped.init_cache is not None and wrapped.cache.note:
+                notes.append(wrapped.cache.note)
             adapted = Adapted(model, params, candidate, tuple(notes))
-            has_cache = foreign.takes.cache is not None or foreign.cache.note != NO_CACHE
+            has_cache = wrapped.takes.cache is not None or wrapped.cache.note != NO_CACHE
             level = logging.WARNING if candidate is Strategy.UNCACHED and has_cache else logging.INFO
             _log.log(level, "adapted a module: %s", adapted.describe())
             return adapted
@@ -113,38 +113,38 @@ def choose(
 
 
 def _attempt(
-    candidate: Strategy, foreign: Foreign, whole: Foreign, trial: Trial, vocab_size: int, max_positions: int | None
+    candidate: Strategy, wrapped: Wrapped, whole: Wrapped, trial: Trial, vocab_size: int, max_positions: int | None
 ) -> tuple[Model | None, str]:
     """The module as a Model by this strategy, or None and why not."""
     if candidate is Strategy.UNCACHED:
-        return _proven(uncached(whole, vocab_size, max_positions=max_positions), trial)
-    if candidate is Strategy.AT_END and foreign.takes.mask is None:
+        return _checked(uncached(whole, vocab_size, max_positions=max_positions), trial)
+    if candidate is Strategy.AT_END and wrapped.takes.mask is None:
         return None, "it takes no mask, which would have to show where the tokens of a round stand"
-    form = rows_apart(foreign) if candidate is Strategy.ROW_BY_ROW else foreign
-    standing = AT_END if candidate is Strategy.AT_END else AT_LENGTH
-    return _proven(held(form, standing, vocab_size, max_positions=max_positions), trial)
+    form = row_by_row(wrapped) if candidate is Strategy.ROW_BY_ROW else wrapped
+    placement = AT_END if candidate is Strategy.AT_END else AT_LENGTH
+    return _checked(cached_module(form, placement, vocab_size, max_positions=max_positions), trial)
 
 
-def _proven(model: Model, trial: Trial) -> tuple[Model | None, str]:
+def _checked(model: Model, trial: Trial) -> tuple[Model | None, str]:
     """The model where it gives the module's own logits, with trees only where those are right too."""
     slots = min(TRIED, model.max_positions or TRIED)
-    wrong = in_its_cache(trial, model, slots)
+    wrong = cache_error(trial, model, slots)
     if wrong is not None:
         return None, wrong
-    return model._replace(trees=model.trees and on_a_tree(trial, model, slots)), ""
+    return model._replace(trees=model.trees and handles_trees(trial, model, slots)), ""
 
 
-class _Sound(NamedTuple):
+class _Causal(NamedTuple):
     """A module that is a causal language model over whole texts."""
 
-    foreign: Foreign
-    whole: Foreign  # without its cache
+    wrapped: Wrapped
+    whole: Wrapped  # without its cache
     failed: str | None  # why that had to be given one, where it had to
     trial: Trial
     vocab_size: int
 
 
-def _first_sound(forms: Sequence[Foreign], params: PyTree, vocab_size: int | None) -> _Sound:
+def _first_causal(forms: Sequence[Wrapped], params: PyTree, vocab_size: int | None) -> _Causal:
     """The first of these forms that passes the checks; the first one's error where none does."""
     errors = []
     for form in forms:
@@ -156,32 +156,32 @@ def _first_sound(forms: Sequence[Foreign], params: PyTree, vocab_size: int | Non
                     f"vocab_size must be in 1..{columns}, the columns of the module's logits, got {vocab_size}."
                 )
             size = vocab_size or columns
-            return _Sound(form, whole, failed, on_whole_texts(whole, params, size), size)
+            return _Causal(form, whole, failed, make_trial(whole, params, size), size)
         except ValueError as error:
             errors.append(error)
     raise errors[0]
 
 
-def _whole(foreign: Foreign, params: PyTree) -> tuple[Foreign, str | None]:
+def _whole(wrapped: Wrapped, params: PyTree) -> tuple[Wrapped, str | None]:
     """The module over whole texts: without its cache, or with a fresh one where it can't do without."""
-    error = _error_of(foreign, params)
+    error = _error_of(wrapped, params)
     if error is None:
-        return foreign, None
-    if foreign.init_cache is not None:
-        alone, error = error, _error_of(afresh(foreign), params)
+        return wrapped, None
+    if wrapped.init_cache is not None:
+        alone, error = error, _error_of(with_fresh_cache(wrapped), params)
         if error is None:
-            return afresh(foreign), alone
+            return with_fresh_cache(wrapped), alone
     said = (
-        f"the module could not be called on tokens [3, 12]: {error}. It was called by {foreign.takes.describe()}. "
+        f"the module could not be called on tokens [3, 12]: {error}. It was called by {wrapped.takes.describe()}. "
         "Say otherwise by takes=adapters.Takes(...), or by call=, a function of your own."
     )
-    ignored = None if foreign.init_cache is None else slots_ignored(foreign.init_cache)
-    raise ValueError(f"{said} {foreign.cache.note}".rstrip() if ignored is None else f"{ignored} And {said}")
+    ignored = None if wrapped.init_cache is None else slots_ignored(wrapped.init_cache)
+    raise ValueError(f"{said} {wrapped.cache.note}".rstrip() if ignored is None else f"{ignored} And {said}")
 
 
-def _error_of(foreign: Foreign, params: PyTree) -> str | None:
+def _error_of(wrapped: Wrapped, params: PyTree) -> str | None:
     try:
-        jax.eval_shape(foreign.run, params, _feed())
+        jax.eval_shape(wrapped.run, params, _feed())
     except NoLogits:
         raise  # says all
     except Exception as error:  # as above
@@ -194,10 +194,10 @@ def count(value: Any, name: str) -> int | None:
     return None if value is None else integers.static(value, name)
 
 
-def _feed() -> Feed:
+def _feed() -> PassInput:
     rows, width = 3, 12
     whole = jnp.zeros((rows, width), jnp.int32)
-    return Feed(whole, whole, jnp.zeros((rows, width, width), bool))
+    return PassInput(whole, whole, jnp.zeros((rows, width, width), bool))
 
 
 def _strategy(name: str) -> Strategy:

@@ -9,7 +9,7 @@ from typing import Any
 from flax import linen
 
 from specjax.adapters.choose import Adapted, choose, count
-from specjax.adapters.foreign import Takes, cache_maker, check_shapes, foreign, mask_forms
+from specjax.adapters.wrapped import Takes, cache_maker, check_shapes, mask_forms, wrap
 from specjax.types import PyTree
 
 
@@ -70,7 +70,7 @@ def from_linen(
         return functools.partial(module.apply, params)
 
     function = type(module).__call__ if call is None else call
-    takings = mask_forms(function, takes, 1 if call is None else 2)  # less self, or module and variables
-    maker = cache_maker(module, variables, init_cache, takings[0], strategy)
-    forms = [foreign(function, bind, form, maker, max_positions) for form in takings]
+    calls = mask_forms(function, takes, 1 if call is None else 2)  # less self, or module and variables
+    maker = cache_maker(module, variables, init_cache, calls[0], strategy)
+    forms = [wrap(function, bind, form, maker, max_positions) for form in calls]
     return choose(forms, variables, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from specjax.adapters.choose import Adapted, choose, count
-from specjax.adapters.foreign import CacheMaker, Takes, cache_maker, check_shapes, foreign, leaf_name, mask_forms
+from specjax.adapters.wrapped import CacheMaker, Takes, cache_maker, check_shapes, leaf_name, mask_forms, wrap
 from specjax.types import PyTree
 
 _RECIPE = (
@@ -104,8 +104,8 @@ def from_nnx(
     forms_of_mask = mask_forms(function, takes)
     maker = cache_maker(module, state, init_cache, forms_of_mask[0], strategy)
     maker = maker._replace(note=_about_variables(module, maker) or maker.note)
-    takings = [foreign(function, bind, form, maker, max_positions) for form in forms_of_mask]
-    return choose(takings, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
+    calls = [wrap(function, bind, form, maker, max_positions) for form in forms_of_mask]
+    return choose(calls, state, vocab_size=vocab_size, max_positions=max_positions, strategy=strategy)
 
 
 def _about_variables(module: nnx.Module, maker: CacheMaker) -> str | None:
@@ -118,8 +118,8 @@ def _about_variables(module: nnx.Module, maker: CacheMaker) -> str | None:
         cache = jax.eval_shape(functools.partial(maker.make, 1, 2))
     except Exception:  # what someone else's function raises is said where its cache is used
         return None
-    held = set(_names(nnx.state(module)))
-    lacking = [name for name in _names(cache) if name not in held]
+    own_names = set(_names(nnx.state(module)))
+    lacking = [name for name in _names(cache) if name not in own_names]
     if not isinstance(cache, nnx.State) or not lacking:
         return None
     return (

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from specjax.adapters.foreign import Feed, Foreign
+from specjax.adapters.wrapped import PassInput, Wrapped
 from specjax.types import Array, Model, PyTree
 
 _ROWS, _WIDTH = 3, 12
@@ -26,7 +26,7 @@ class Trial(NamedTuple):
     tolerance: float  # most difference of logits that are the same
 
 
-def on_whole_texts(foreign: Foreign, params: PyTree, vocab_size: int) -> Trial:
+def make_trial(wrapped: Wrapped, params: PyTree, vocab_size: int) -> Trial:
     """Checks the module without its cache, and makes the trial of its caches.
 
     Raises:
@@ -39,12 +39,12 @@ def on_whole_texts(foreign: Foreign, params: PyTree, vocab_size: int) -> Trial:
         place = jnp.arange(width)
         causal = jnp.broadcast_to((place[None] <= place[:, None])[None], (rows, width, width))
         positions = jnp.broadcast_to(place[None], tokens.shape)
-        return foreign.run(params, Feed(tokens, positions, causal)).logits.astype(jnp.float32)
+        return wrapped.run(params, PassInput(tokens, positions, causal)).logits.astype(jnp.float32)
 
     tokens = jax.random.randint(jax.random.key(0), (_ROWS, _WIDTH), 0, vocab_size)
     eps = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params) if _is_float(leaf)), default=1.2e-7)
     with jax.default_matmul_precision("highest"):
-        params, effect = _responsive(whole, params, tokens, vocab_size)
+        params, effect = _text_dependent(whole, params, tokens, vocab_size)
         plain = whole(params, tokens)
         # Less than one token of the text makes: rounding in bfloat16 would allow more than a wrong cache does.
         tolerance = min(max(1e-3, 8 * eps) * float(jnp.max(jnp.abs(plain))), effect / 4)
@@ -54,7 +54,7 @@ def on_whole_texts(foreign: Foreign, params: PyTree, vocab_size: int) -> Trial:
     return trial
 
 
-def in_its_cache(trial: Trial, model: Model, slots: int) -> str | None:
+def cache_error(trial: Trial, model: Model, slots: int) -> str | None:
     """Whether passes through a cache, rows of different lengths, rejected tokens and an open block among them, give the
     logits of whole texts; None, or what they gave instead."""
     parts = np.split(np.asarray(trial.tokens), [_FIRST, _FIRST + _MORE, _FIRST + _MORE + _LAST], 1)[:3]
@@ -85,7 +85,7 @@ def in_its_cache(trial: Trial, model: Model, slots: int) -> str | None:
     return f"its logits are not those of the whole text: they differ by {worst:.2g}, allowed {trial.tolerance:.2g}"
 
 
-def on_a_tree(trial: Trial, model: Model, slots: int) -> bool:
+def handles_trees(trial: Trial, model: Model, slots: int) -> bool:
     """Whether a token sees its own branch alone: root 0 -> 1 -> 2 and 0 -> 3 -> 4, and a path can be kept."""
     visible = jnp.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]], bool)
     text = trial.tokens
@@ -111,7 +111,7 @@ def on_a_tree(trial: Trial, model: Model, slots: int) -> bool:
     return max(_difference(tree, wanted), _difference(end[:, 0], right[:, 5])) <= trial.tolerance
 
 
-def _responsive(whole, params: PyTree, tokens: Array, vocab_size: int) -> tuple[PyTree, float]:
+def _text_dependent(whole, params: PyTree, tokens: Array, vocab_size: int) -> tuple[PyTree, float]:
     """Parameters whose logits depend on the text: a fresh module may start from zeros, and would pass any check.
     With them, how much the first token changes later logits."""
     changed = tokens.at[:, 0].set((tokens[:, 0] + 1) % vocab_size)
@@ -123,11 +123,11 @@ def _responsive(whole, params: PyTree, tokens: Array, vocab_size: int) -> tuple[
         return params, effect
     leaves, structure = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    stirred = [
+    noisy = [
         leaf + (0.3 * jax.random.normal(key, leaf.shape)).astype(leaf.dtype) if _is_float(leaf) else leaf
         for key, leaf in zip(keys, leaves, strict=True)
     ]
-    params = structure.unflatten(stirred)
+    params = structure.unflatten(noisy)
     plain = whole(params, tokens)
     effect = _difference(whole(params, changed)[:, 1:], plain[:, 1:])
     if effect <= 1e-3 * float(jnp.max(jnp.abs(plain))):

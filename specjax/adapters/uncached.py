@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.adapters.foreign import Feed, Foreign, Given
+from specjax.adapters.wrapped import PassInput, PassOutput, Wrapped
 from specjax.types import Array, Model, Output, PyTree
 
 
@@ -26,7 +26,7 @@ class TextBlock(NamedTuple):
     filled: Array  # [] int32
 
 
-def uncached(foreign: Foreign, vocab_size: int, *, max_positions: int | None = None) -> Model:
+def uncached(wrapped: Wrapped, vocab_size: int, *, max_positions: int | None = None) -> Model:
     """Trees need a module that takes positions and mask; every other sees a chain by its own causal mask."""
 
     def init_cache(params: PyTree, batch: int, slots: int) -> Text:
@@ -64,7 +64,7 @@ def uncached(foreign: Foreign, vocab_size: int, *, max_positions: int | None = N
         seen = jnp.broadcast_to(slot[:, :, None] >= slot[:, None, :], (batch, slots, slots))
         if visible is not None:
             seen = _branches(seen, visible, block.filled, at, is_inside & (inside < size))
-        logits = foreign.run(params, Feed(text, positions, seen)).logits.astype(jnp.float32)
+        logits = wrapped.run(params, PassInput(text, positions, seen)).logits.astype(jnp.float32)
         places = order[None] if logits_at is None else block.filled + logits_at
         places = jnp.clip(cache.lengths[:, None] + places, 0, slots - 1)
         return Output(jnp.take_along_axis(logits, places[..., None], 1), (), appended)
@@ -79,7 +79,7 @@ def uncached(foreign: Foreign, vocab_size: int, *, max_positions: int | None = N
         return Text(append(cache.tokens, new, cache.lengths), cache.lengths + keep)
 
     return Model(
-        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=foreign.sees_trees, hidden=False
+        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=wrapped.sees_trees, hidden=False
     )
 
 
@@ -96,12 +96,12 @@ def _branches(seen: Array, visible: Array, filled: Array, at: Array, is_inside: 
     return jnp.where(both, own, seen)
 
 
-def afresh(foreign: Foreign) -> Foreign:
+def with_fresh_cache(wrapped: Wrapped) -> Wrapped:
     """A module that can't do without a cache: every pass gets an empty one, to throw away."""
-    assert foreign.init_cache is not None
-    make = foreign.init_cache
+    assert wrapped.init_cache is not None
+    make = wrapped.init_cache
 
-    def run(params: PyTree, feed: Feed) -> Given:
-        return foreign.run(params, feed._replace(cache=make(*feed.tokens.shape)))
+    def run(params: PyTree, feed: PassInput) -> PassOutput:
+        return wrapped.run(params, feed._replace(cache=make(*feed.tokens.shape)))
 
-    return foreign._replace(run=run)
+    return wrapped._replace(run=run)

@@ -14,7 +14,7 @@ from specjax.aot.programs import DRAFT, TARGET, WRITE, Arguments, Compiled, Work
 from specjax.kernels.attention import NAME as ATTENTION
 from specjax.profiling import roofline
 
-REST = "laws, sampling, bookkeeping"
+REST = "probabilities, sampling, bookkeeping"
 PARTS = {TARGET: "target", DRAFT: "draft", WRITE: "cache write", REST: REST}
 # How much of the cache is live: all of it, and an eighth.
 HALVINGS = {"full": 0, "eighth": 3}

@@ -29,7 +29,7 @@ def state_on(layout: Layout, state: PyTree, batch: int) -> PyTree:
         roles = ("rows",) if leaf.ndim and leaf.shape[0] == batch else (None,) * min(leaf.ndim, 1)
         if leaf.ndim == 4:  # [B, Hkv, slots, D]
             roles = (*roles, "heads")
-        if leaf.ndim == 3:  # [B, K, V], a draft's laws
+        if leaf.ndim == 3:  # [B, K, V], a draft's distributions
             roles = (*roles, None, "width")
         return jax.ShapeDtypeStruct(
             leaf.shape, leaf.dtype, sharding=NamedSharding(layout.mesh, spec(layout, roles, leaf.shape))

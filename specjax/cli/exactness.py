@@ -35,7 +35,7 @@ class Finding(NamedTuple):
 
 
 def suite(pair: Pair, samples: int = 20_000) -> Iterator[tuple[str, Callable[[], Finding]]]:
-    """The checks, as (name, run): verifiers on laws that can be enumerated, then the pair itself.
+    """The checks, as (name, run): verifiers on distributions that can be enumerated, then the pair itself.
 
     Args:
       pair: target, draft and tokenizer.
@@ -44,7 +44,8 @@ def suite(pair: Pair, samples: int = 20_000) -> Iterator[tuple[str, Callable[[],
     target, draft = pair.target, pair.draft
     for name in ("rejection", "block", "coupled"):
         rule = getattr(verify, name)()
-        yield _check(f"verifier {name}: the target's law, 7 adversaries", lambda rule=rule: _verifier(rule, samples))
+        title = f"verifier {name}: the target's distribution, 7 adversaries"
+        yield _check(title, lambda rule=rule: _verifier(rule, samples))
     for name, loaded in (("target", target), ("draft", draft)):
         yield _check(f"model: {name}", lambda loaded=loaded: _model(loaded))
     yield _check("drafter: draft_model", lambda: _drafter(pair))

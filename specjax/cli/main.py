@@ -79,7 +79,7 @@ def generate(
     min_new_tokens: Annotated[int | None, typer.Option(min=0, max=INT32, help="No end of text before as many.")] = None,
     stop: options.Stop = [],  # noqa: B006
     special: options.Special = False,
-    verifier: Annotated[Rule, typer.Option(help="How draft tokens are judged; lossy ones change the law.")] = (
+    verifier: Annotated[Rule, typer.Option(help="How draft tokens are judged; lossy ones change the distribution.")] = (
         Rule.rejection
     ),
     seed: Annotated[int, typer.Option(min=-INT32 - 1, max=INT32, help="Same seed, same text.")] = 0,
@@ -169,9 +169,9 @@ def bench(
 ) -> None:
     """Measure on this machine what speculation brings, beside what the machine allows at most.
 
-    With --verify exactness, check instead that speculation changes nothing; status 1 if it does: verifiers against laws
-    that can be enumerated, the contracts of both models and of the drafter, then speculation against plain decoding,
-    token for token, where near-ties that bfloat16 turns the other way are counted.
+    With --verify exactness, check instead that speculation changes nothing; status 1 if it does: verifiers against
+    distributions that can be enumerated, the contracts of both models and of the drafter, then speculation against
+    plain decoding, token for token, where near-ties that bfloat16 turns the other way are counted.
     """
     if plot is not None:
         picture.check(plot)
@@ -296,8 +296,8 @@ def examine(
 
 def _profiles(cache: bool) -> Path | None:
     """Where profiles of this machine are kept."""
-    kept = environment.usable_cache_folder() if cache else None
-    return None if kept is None else kept.parent / "profiles"
+    folder = environment.usable_cache_folder() if cache else None
+    return None if folder is None else folder.parent / "profiles"
 
 
 def _axes(mesh: str | None) -> dict[str, int] | None:

@@ -14,7 +14,7 @@ from specjax.controllers import buckets
 
 
 class Rule(enum.StrEnum):
-    """The verifiers, by the names of their makers; the lossy ones do not follow the target's law."""
+    """The verifiers, by the names of their makers; the lossy ones do not follow the target's distribution."""
 
     rejection = "rejection"
     block = "block"

@@ -40,8 +40,8 @@ def tables(report: Report) -> Iterator[Table | Text]:
         yield _costs(report)
         yield Text(
             "The estimate leaves out weights that are fetched ahead of their use. So a model's passes count as what "
-            "their bytes take at the rate of main memory, where that is more. Laws count as if a row asked for top-k "
-            "and top-p."
+            "their bytes take at the rate of main memory, where that is more. Sampling counts as if a row asked for "
+            "top-k and top-p."
         )
         if report.kernels:
             yield Text(

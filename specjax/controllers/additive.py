@@ -48,8 +48,8 @@ def _additive(longest: int, start: int, up: int, down: int) -> Controller:
         asked = info.draft_lengths
         # A draft that a limit or a stop token cut short says nothing of the length that was wanted.
         was_judged = (asked >= jnp.minimum(state, longest)) & (info.num_emitted > 0)
-        moved = jnp.where(info.num_accepted >= asked, state + up, state - down)
-        return jnp.where(was_judged, jnp.clip(moved, 1, longest), state)
+        changed = jnp.where(info.num_accepted >= asked, state + up, state - down)
+        return jnp.where(was_judged, jnp.clip(changed, 1, longest), state)
 
     def draft_len(state: Array, rows: Rows) -> Array:
         del rows

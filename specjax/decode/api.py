@@ -67,7 +67,7 @@ def generate(
     pad_token: int = 0,
     rounds_per_test: int = 1,
 ) -> Generation:
-    """Generates with speculation: the output follows the target's own law, in fewer target passes.
+    """Generates with speculation: the output follows the target's own distribution, in fewer target passes.
 
     A pure function: call it as it is, or inside your own jit, vmap or training loop. Parameters are arguments, never
     captured; a second call with the same shapes compiles nothing, whatever the values of the traced arguments.

@@ -321,8 +321,8 @@ def _logit_bias(bias: Any, batch: int, vocab_size: int) -> None:
     host = known(bias)
     if host is None:
         return
-    held = _in_float32(host)
-    if (np.isnan(held) | (held == np.inf)).any() or (np.isinf(held) & np.isfinite(host)).any():
+    narrow = _in_float32(host)
+    if (np.isnan(narrow) | (narrow == np.inf)).any() or (np.isinf(narrow) & np.isfinite(host)).any():
         raise ValueError(
             "sampling.logit_bias holds NaN, +inf or a number that float32 does not hold: use finite numbers, or -inf "
             "to forbid a token."

@@ -1,4 +1,4 @@
-"""The target's log-probability of what was emitted, under its raw and its processed law."""
+"""The target's log-probability of what was emitted, under its raw and its processed distribution."""
 
 from __future__ import annotations
 

@@ -73,13 +73,13 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
         return commit(setup, before.cache, scores, emitted)
 
     # score to commit, compiled at a few widths W: the narrowest that holds the draft runs
-    result, happened = at_narrowest_width(setup, judge, _nothing_yet(setup, params, carry), carry.rows, drafted)
+    result, happened = at_narrowest_width(setup, judge, _empty_result(setup, params, carry), carry.rows, drafted)
 
     # rows, drafter, controller and statistics move on
     return advance(setup, params, carry, drafter_state, result, happened)
 
 
-def _nothing_yet(setup: Setup, params: Params, carry: Carry) -> RoundResult:
+def _empty_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
     """The result before any: the caches as they are, and a round in which nothing happened."""
     rows, batch, layers = carry.rows, carry.rows.lengths.shape[0], setup.drafter.hidden_layers
 
@@ -118,10 +118,10 @@ def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[
 def draft_nothing(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
     """The empty draft of a plain round; the drafter is not asked."""
     del setup, params, plan
-    return _nothing(carry.rows), carry.drafter_state
+    return _empty_draft(carry.rows), carry.drafter_state
 
 
-def _nothing(rows: Rows) -> Draft:
+def _empty_draft(rows: Rows) -> Draft:
     return Draft(rows.tokens[:, :0], jnp.zeros_like(rows.lengths), None)
 
 
@@ -284,7 +284,7 @@ def commit(setup: Setup, cache: PyTree, scores: Scores, emitted: Emitted) -> Rou
 def first_token(setup: Setup, context: Context, logits: Array) -> Rows:
     """The rows with the token after the prompt, from its logits [B, V]; it is part of no round."""
     rows = context.rows
-    nothing = _nothing(rows)
+    nothing = _empty_draft(rows)
     scores = _scores(setup, context, nothing, tree.chain(0), logits[:, None])
     emitted = emit(setup, rows, nothing, scores, verify(setup, context, nothing, scores))
     return append_emitted(setup, rows, emitted.round, emitted.status)._replace(rounds=rows.rounds)

@@ -49,7 +49,7 @@ class Origin(enum.IntEnum):
 
     PROMPT_END = 0  # the first token, from the prompt's own forward pass
     ACCEPTED = 1  # drafted, and accepted
-    CORRECTED = 2  # from the residual law, in place of a rejected draft token
+    CORRECTED = 2  # from the residual distribution, in place of a rejected draft token
     BONUS = 3  # from the target, after a full acceptance
 
 
@@ -64,7 +64,7 @@ class Drafted(NamedTuple):
     """What one round drafted for one row, and what became of it."""
 
     tokens: list[int]  # the draft, in order
-    draft_probs: list[float]  # of each, under the law it was drawn from; 1 for an argmax
+    draft_probs: list[float]  # of each, under the distribution it was drawn from; 1 for an argmax
     target: list[LogProb]  # how likely the target found each, after the draft tokens before it
     accepted: list[int]  # which of them were emitted: 0, 1, ... of a chain, the path of a tree
     num_emitted: int  # those, and the corrected or bonus token; without it the row ended on the last of them

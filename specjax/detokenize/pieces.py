@@ -78,7 +78,7 @@ class Detokenizer:
 
     def flush(self) -> list[str]:
         """The texts of all tokens that are held, as nothing follows."""
-        return self._without_prompt(self._settle())
+        return self._without_prompt(self._release())
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
         """The end of the prompt, from a place that is not in a run of byte tokens."""
@@ -100,7 +100,7 @@ class Detokenizer:
             self._held.append(token)
             return []
         is_byte = token in self._codec.byte_tokens
-        texts = [] if self._is_run == is_byte else self._settle()
+        texts = [] if self._is_run == is_byte else self._release()
         if is_byte:
             self._is_run = True
             self._held.append(token)
@@ -117,7 +117,7 @@ class Detokenizer:
             return []
         if self._held and not whole.startswith(shown):  # the token completes it
             shown = shown[:-1]
-        texts = self._settle(shown)
+        texts = self._release(shown)
         added = beyond(shown, whole)
         if added.endswith(PARTIAL):
             self._held, self._shown = [token], whole
@@ -126,7 +126,7 @@ class Detokenizer:
         self._base = self._shown = whole
         return [*texts, added]
 
-    def _settle(self, shown: str | None = None) -> list[str]:
+    def _release(self, shown: str | None = None) -> list[str]:
         """Texts of the held tokens, which now belong to those before; `shown` is the text up to here."""
         if not self._held:
             return []

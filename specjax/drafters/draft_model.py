@@ -47,7 +47,7 @@ def draft_model(model: Model) -> Drafter:
     never seen the last drafted token; feeding two catches up without a step of its own, and every row does the same.
     A round without a draft leaves the model where it is; the next draft begins with passes over what it missed.
 
-    A draft model whose logits are not finite drafts from the uniform law: it costs speed, never correctness.
+    A draft model whose logits are not finite drafts from the uniform distribution: it costs speed, never correctness.
 
     Source: Leviathan et al., arXiv:2211.17192; Chen et al., arXiv:2302.01318.
     """
@@ -99,7 +99,7 @@ def _draft_model(model: Model) -> Drafter:
                 lax.dynamic_update_slice_in_dim(drafted.tokens, drawn.token[:, None], index, 1),
                 lax.dynamic_update_slice_in_dim(drafted.probs, drawn.probs[:, None], index, 1),
                 out.block,
-                drafted.goes_on if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
+                drafted.keeps_drafting if plan.keep_drafting is None else plan.keep_drafting(drawn, index),
             )
 
         def step(index: Array, drafted: _Drafted) -> _Drafted:
@@ -118,7 +118,7 @@ def _draft_model(model: Model) -> Drafter:
         if plan.keep_drafting is None:
             drafted = lax.fori_loop(1, plan.steps, step, drafted)
         else:
-            drafted, lengths = _while_it_goes_on(plan, step, drafted)
+            drafted, lengths = _draft_until_done(plan, step, drafted)
         draft = Draft(drafted.tokens, lengths, drafted.probs)
         return draft, state._replace(probs=drafted.probs, block=drafted.block)
 
@@ -131,16 +131,16 @@ class _Drafted(NamedTuple):
     tokens: Array  # [B, K] int32
     probs: Array  # [B, K, V] float32
     block: PyTree
-    goes_on: Array  # [B] bool, what `plan.keep_drafting` said of the last token
+    keeps_drafting: Array  # [B] bool, what `plan.keep_drafting` said of the last token
 
 
-def _while_it_goes_on(
+def _draft_until_done(
     plan: DraftPlan, step: Callable[[Array, _Drafted], _Drafted], drafted: _Drafted
 ) -> tuple[_Drafted, Array]:
     """Drafts until no row wants more; the draft, and its lengths [B]."""
 
     def wanting(wanted: Array, lengths: Array, drafted: _Drafted) -> Array:
-        return wanted & drafted.goes_on & (lengths < plan.lengths)
+        return wanted & drafted.keeps_drafting & (lengths < plan.lengths)
 
     def turn(carry):
         index, wanted, lengths, drafted = carry

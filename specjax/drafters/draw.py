@@ -10,11 +10,12 @@ from specjax.types import Array, Context, Drawn
 
 
 def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> Drawn:
-    """The draft token at `step` of a chain, the law that it was drawn from, and how sure the drafter was of it.
+    """The draft token at `step` of a chain, the distribution that it was drawn from, and how sure the drafter was of
+    it.
 
     The drafter's logits go the target's way: the same processors with the draft tokens before this one in view, the
     same temperature, top-k, top-p and min-p. Logits that are not finite, or of which nothing is left, become the
-    uniform law over the target's vocabulary: a bad drafter costs speed, never correctness.
+    uniform distribution over the target's vocabulary: a bad drafter costs speed, never correctness.
 
     Args:
       context: of this round.
@@ -23,7 +24,7 @@ def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> 
       step: 0..K-1, may be traced.
 
     Returns:
-      A Drawn: token and law for `Draft.tokens` and `Draft.probs`, the whole for `DraftPlan.keep_drafting`.
+      A Drawn: token and distribution for `Draft.tokens` and `Draft.probs`, the whole for `DraftPlan.keep_drafting`.
     """
     visible = (jnp.arange(drafted.shape[1]) < step)[None, None]
     processed = context.process(logits[:, None], drafted, visible)[:, 0]

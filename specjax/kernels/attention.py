@@ -37,8 +37,8 @@ def piece_slots(queries: int, keys: Array) -> int | None:
     if keys.dtype not in (jnp.float32, jnp.bfloat16) or slots % _LANES or head_dim % _LANES:
         return None
     for size in _PIECES:
-        moved = 2 * heads * size * head_dim * keys.dtype.itemsize
-        if size <= slots and moved <= _PIECE_BYTES and 4 * heads * queries * size <= _SCORE_BYTES:
+        piece_bytes = 2 * heads * size * head_dim * keys.dtype.itemsize
+        if size <= slots and piece_bytes <= _PIECE_BYTES and 4 * heads * queries * size <= _SCORE_BYTES:
             return size
     return None
 

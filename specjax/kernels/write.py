@@ -144,7 +144,7 @@ def _call(
         for index in range(count):
             send(index).wait()
 
-    moved = 2 * count * batch * heads * kind.window * head_dim * dtype.itemsize
+    bytes_accessed = 2 * count * batch * heads * kind.window * head_dim * dtype.itemsize
     anywhere = pl.BlockSpec(memory_space=pl.ANY)
     of_row = pl.BlockSpec((1, *new[0].shape[1:]), lambda row, starts: (row, 0, 0, 0))
     return pl.pallas_call(
@@ -162,6 +162,6 @@ def _call(
         ),
         out_shape=[jax.ShapeDtypeStruct(buffer.shape, dtype) for buffer in buffers],
         input_output_aliases={1 + count + index: index for index in range(count)},
-        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=moved),
+        cost_estimate=pl.CostEstimate(flops=0, transcendentals=0, bytes_accessed=bytes_accessed),
         interpret=interpret,
     )(starts, *new, *buffers)

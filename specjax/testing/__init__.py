@@ -1,5 +1,6 @@
-"""The exactness kit: models whose law is a small table, drafters that try to break a verifier, exact laws to compare
-with, and the contract of each role as one call. For specjax's own tests, and for anyone who writes a part:
+"""The exactness kit: models whose distribution is a small table, drafters that try to break a verifier, exact
+distributions to compare with, and the contract of each role as one call. For specjax's own tests, and for anyone who
+writes a part:
 
     from specjax import testing
     testing.check_drafter(my_drafter, my_params)
@@ -17,7 +18,7 @@ from specjax.testing.check_drafter import check_drafter
 from specjax.testing.check_model import check_model
 from specjax.testing.check_pair import Agreement, check_pair
 from specjax.testing.check_verifier import check_verifier
-from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law, numpy_law
+from specjax.testing.distributions import assert_same_distribution, count_sequences, exact_sequence_probs, numpy_probs
 from specjax.testing.tables import random_table, table_model
 
 __all__ = [
@@ -25,7 +26,7 @@ __all__ = [
     "Agreement",
     "adversarial_tables",
     "adversaries",
-    "assert_same_law",
+    "assert_same_distribution",
     "check_controller",
     "check_drafter",
     "check_model",
@@ -33,8 +34,8 @@ __all__ = [
     "check_verifier",
     "constant_drafter",
     "count_sequences",
-    "exact_sequence_law",
-    "numpy_law",
+    "exact_sequence_probs",
+    "numpy_probs",
     "random_table",
     "table_model",
     "time_varying_drafter",

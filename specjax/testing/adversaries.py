@@ -1,4 +1,4 @@
-"""Drafters that try to break a verifier: for each of them the output's law must still be the target's."""
+"""Drafters that try to break a verifier: for each of them the output's distribution must still be the target's."""
 
 from __future__ import annotations
 
@@ -38,8 +38,9 @@ def adversarial_tables(table: Array, vocab_size: int) -> dict[str, Array]:
 
 
 def adversaries(table: Array, vocab_size: int) -> list[Adversary]:
-    """Drafters for a target `table` [vocab_size + 1] * order + [V]: one for each table above, one whose law changes
-    from round to round and from place to place, and one that drafts a fixed token with a one-hot law."""
+    """Drafters for a target `table` [vocab_size + 1] * order + [V]: one for each table above, one whose distribution
+    changes from round to round and from place to place, and one that drafts a fixed token with a one-hot
+    distribution."""
     model = table_model(table.ndim - 1, vocab_size)
     tables = adversarial_tables(table, vocab_size)
     drafting = [Adversary(name, draft_model(model), changed) for name, changed in tables.items()]
@@ -57,7 +58,7 @@ def time_varying_drafter(vocab_size: int) -> Drafter:
         rows = context.rows
         order = params.ndim - 2
         before = jnp.full((rows.tokens.shape[0], order - 1), vocab_size, jnp.int32)
-        last, tokens, laws = last_tokens(rows, 1)[:, 0], jnp.zeros((len(before), plan.longest), jnp.int32), []
+        last, tokens, probs = last_tokens(rows, 1)[:, 0], jnp.zeros((len(before), plan.longest), jnp.int32), []
         for step in range(plan.longest):
             index = (rows.rounds + step) % len(params)
             logits = params[(index, *before.T, last)][:, None].astype(jnp.float32)
@@ -65,15 +66,15 @@ def time_varying_drafter(vocab_size: int) -> Drafter:
             processed = context.process(logits, tokens, visible)[:, 0]
             last = sample(context.draft_keys(step), processed, rows.sampling)
             tokens = tokens.at[:, step].set(last)
-            laws.append(jax.nn.softmax(processed, -1))
-        return Draft(tokens, plan.lengths, jnp.stack(laws, 1)), state
+            probs.append(jax.nn.softmax(processed, -1))
+        return Draft(tokens, plan.lengths, jnp.stack(probs, 1)), state
 
     return Drafter(propose, vocab_size=vocab_size)
 
 
 @functools.cache
 def constant_drafter(token: int) -> Drafter:
-    """Drafts `token`, always: a one-hot law, which an argmax drafter has too."""
+    """Drafts `token`, always: a one-hot distribution, which an argmax drafter has too."""
 
     def propose(params, state, context: Context, plan: DraftPlan):
         batch = context.rows.tokens.shape[0]

@@ -11,7 +11,7 @@ import numpy as np
 
 from specjax.decode.api import autoregressive, generate
 from specjax.testing.adversaries import Adversary, adversaries
-from specjax.testing.laws import assert_same_law, count_sequences, exact_sequence_law
+from specjax.testing.distributions import assert_same_distribution, count_sequences, exact_sequence_probs
 from specjax.testing.tables import random_table, table_model
 from specjax.types import Array, Controller, Drafter, Generation, PyTree, Sampling, Verifier
 
@@ -96,7 +96,7 @@ def _each_alone(sampled: Callable[..., Array]) -> Callable[..., Array]:
     return jax.jit(jax.vmap(row, in_axes=(None, 0, 0, 0)))
 
 
-def check_laws(
+def check_distributions(
     adversary: Adversary,
     verifier: Verifier,
     controller: Controller,
@@ -107,7 +107,7 @@ def check_laws(
     said: str,
     alone: bool = False,
 ) -> Iterator[str]:
-    """Whole sequences of `length` tokens at three settings follow their exact law; yields what was checked.
+    """Whole sequences of `length` tokens at three settings follow their exact distribution; yields what was checked.
 
     Args:
       samples: sequences a setting.
@@ -123,9 +123,11 @@ def check_laws(
     tokens = (_each_alone(sampled) if alone else sampled)(adversary.params, prompts, seeds, sampling)
     for (name, setting), texts in zip(_SETTINGS.items(), np.split(np.asarray(tokens), len(_SETTINGS)), strict=True):
         case = f"{name} against {adversary.name}, {said}"
-        law = exact_sequence_law(_MODEL, _table(), _PROMPT, length, sampling=setting)
+        probs = exact_sequence_probs(_MODEL, _table(), _PROMPT, length, sampling=setting)
         try:
-            assert_same_law(count_sequences(texts, len(_PROMPT), length, _VOCAB), law, false_alarm=false_alarm)
+            assert_same_distribution(
+                count_sequences(texts, len(_PROMPT), length, _VOCAB), probs, false_alarm=false_alarm
+            )
         except AssertionError as error:
             raise AssertionError(f"{case}: {error}") from None
         yield case

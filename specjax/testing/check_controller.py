@@ -1,9 +1,9 @@
-"""The contract of a Controller: whatever it decides, the output is the target's, to the token or to the law."""
+"""The contract of a Controller: whatever it decides, the output is the target's (same tokens or same distribution)."""
 
 from __future__ import annotations
 
 from specjax import integers, verify
-from specjax.testing.cases import check_greedy, check_laws, check_rows, opponents
+from specjax.testing.cases import check_distributions, check_greedy, check_rows, opponents
 from specjax.types import Controller, Verifier
 
 
@@ -17,9 +17,9 @@ def check_controller(
 ) -> list[str]:
     """Checks `controller` on a target that can be enumerated, with seven drafters made to break a verifier.
 
-    Greedy output must equal greedy decoding. Sequences of 5 tokens at three settings are compared with their exact law
-    by a chi-square test: a draft length that depends on what it must not (the noise of verification, or a token that is
-    then left out) shows there. Each sequence is a batch of its own.
+    Greedy output must equal greedy decoding. Sequences of 5 tokens at three settings are compared with their exact
+    distribution by a chi-square test: a draft length that depends on what it must not (the noise of verification, or a
+    token that is then left out) shows there. Each sequence is a batch of its own.
 
     Args:
       controller: under test.
@@ -48,7 +48,7 @@ def check_controller(
         done.append(check_greedy(adversary, rule, controller))
         if rows_apart:
             done.append(check_rows(adversary, rule, controller))
-        done += check_laws(
+        done += check_distributions(
             adversary, rule, controller, length=5, samples=samples, false_alarm=false_alarm, said="this controller",
             alone=True,
         )  # fmt: skip

@@ -1,4 +1,4 @@
-"""The contract of a Drafter: it says from which law it drew, keeps to its row, and never changes the output."""
+"""The contract of a Drafter: it states the distribution it drew from, keeps to its row, never changes the output."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def check_drafter(
       drafter: under test.
       params: its parameters.
       target, target_params: what it drafts for; default a random table over the last token.
-      samples: rows that draw, for the comparison of what was drawn with the stated laws; 100 or more.
+      samples: rows that draw, for the comparison of what was drawn with the stated distributions; 100 or more.
       false_alarm: bound on the chance that an honest drafter fails that comparison.
 
     Returns:
@@ -69,8 +69,8 @@ def check_drafter(
     _check_rows(bench)
     _check_output(bench)
     return [
-        "drafts hold valid ids, lengths within the plan, and laws that sum to 1",
-        "tokens are drawn from the law that the drafter states",
+        "drafts hold valid ids, lengths within the plan, and distributions that sum to 1",
+        "tokens are drawn from the distribution that the drafter states",
         "a row's draft does not depend on the other rows",
         "greedy output is that of greedy decoding, with ragged prompts and rows that end early",
     ]
@@ -128,7 +128,8 @@ def _check_shapes(bench: _Bench) -> None:
 
 
 def _check_honest(bench: _Bench, samples: int, false_alarm: float) -> None:
-    """Tokens against the laws they are said to come from, all rows and places together, whatever those laws are.
+    """Tokens against the distributions they are said to come from, all rows and places together, whatever those
+    distributions are.
 
     Counted are how often one of the n most likely tokens came, for a few n, and how often each id did: each count is a
     sum of independent draws with known probabilities, so Bernstein's inequality bounds how far it may stray.
@@ -136,26 +137,27 @@ def _check_honest(bench: _Bench, samples: int, false_alarm: float) -> None:
     draft = bench.propose(jnp.tile(bench.prompts(1), (samples, 1)), None, None, Sampling(1.0))
     tokens, width = np.asarray(draft.tokens), bench.target.vocab_size
     is_drafted = np.arange(tokens.shape[1])[None] < np.asarray(draft.lengths)[:, None]
-    laws = np.eye(width)[tokens] if draft.probs is None else np.asarray(draft.probs, np.float64)[..., :width]
-    laws, tokens = laws[is_drafted], tokens[is_drafted]
-    own = laws[np.arange(len(tokens)), tokens]
-    ranked = -np.sort(-laws, -1)
+    probs = np.eye(width)[tokens] if draft.probs is None else np.asarray(draft.probs, np.float64)[..., :width]
+    probs, tokens = probs[is_drafted], tokens[is_drafted]
+    own = probs[np.arange(len(tokens)), tokens]
+    ranked = -np.sort(-probs, -1)
     kinds = {}
     for place in range(min(_RANKS, width)):
         least = ranked[:, place]  # ties are taken together
-        prob = np.where(laws >= least[:, None], laws, 0.0).sum(-1)
+        prob = np.where(probs >= least[:, None], probs, 0.0).sum(-1)
         kinds[f"one of the {place + 1} most likely tokens"] = (own >= least, prob)
     for token in range(width):
-        if laws[:, token].sum() >= 5:
-            kinds[f"token {token}"] = (tokens == token, laws[:, token])
+        if probs[:, token].sum() >= 5:
+            kinds[f"token {token}"] = (tokens == token, probs[:, token])
     bound = math.log(2 * max(len(kinds), 1) / false_alarm)
     for what, (came, prob) in kinds.items():
         expected, variance = prob.sum(), (prob * (1 - prob)).sum()
         allowed = bound / 3 + math.sqrt(bound**2 / 9 + 2 * variance * bound)
         if abs(came.sum() - expected) > allowed:
             raise AssertionError(
-                f"draft tokens do not follow the law that the drafter states: {what} came {int(came.sum())} times in "
-                f"{len(tokens)} draws, {expected:.0f} were to be expected, give or take {allowed:.0f} at most."
+                "draft tokens do not follow the distribution that the drafter states: "
+                f"{what} came {int(came.sum())} times in {len(tokens)} draws, {expected:.0f} were to be expected, "
+                f"give or take {allowed:.0f} at most."
             )
 
 

@@ -1,9 +1,9 @@
-"""The contract of a Verifier: whole sequences over several rounds follow the target's law, whatever the drafter."""
+"""The contract of a Verifier: sequences of several rounds follow the target's distribution, whatever the drafter."""
 
 from __future__ import annotations
 
 from specjax import controllers, integers
-from specjax.testing.cases import check_greedy, check_laws, check_rows, opponents
+from specjax.testing.cases import check_distributions, check_greedy, check_rows, opponents
 from specjax.types import Verifier
 
 
@@ -14,11 +14,11 @@ def check_verifier(
 
     Greedy output must equal greedy decoding, and no row may change with its neighbours, its rounds included. Where
     `lossless`, sequences of 4 tokens are drawn at three settings with every adversary, 1 and 3 draft tokens a round
-    (up to 3 rounds), and compared with their exact law by a chi-square test.
+    (up to 3 rounds), and compared with their exact distribution by a chi-square test.
 
     Args:
       verifier: under test.
-      lossless: False for a rule that does not claim to follow the target's law.
+      lossless: False for a rule that does not claim to follow the target's distribution.
       samples: sequences a case; 100 or more.
       false_alarm: bound on the chance that an exact verifier fails a case.
 
@@ -41,7 +41,7 @@ def check_verifier(
         done += [check(adversary, verifier, controllers.fixed(3)) for check in (check_greedy, check_rows)]
         if lossless and not verifier.greedy_only:
             for draft_len in (1, 3):
-                done += check_laws(
+                done += check_distributions(
                     adversary, verifier, controllers.fixed(draft_len), length=4, samples=samples,
                     false_alarm=false_alarm, said=f"K = {draft_len}",
                 )  # fmt: skip

@@ -1,4 +1,4 @@
-"""Models whose law is a small table: every sequence of theirs can be enumerated."""
+"""Models whose distribution is a small table: every sequence of theirs can be enumerated."""
 
 from __future__ import annotations
 

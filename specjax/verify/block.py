@@ -15,7 +15,8 @@ from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted
 
 @functools.cache
 def block() -> Verifier:
-    """Every emitted token follows the target's law exactly; on average at least as many stay as by `rejection()`.
+    """Every emitted token follows the target's distribution exactly; on average at least as many stay as by
+    `rejection()`.
 
     Token-level rejection forgets how likely the target finds the tokens so far. Here the running ratio
     joint_i = min(joint_{i-1} * target(x_i) / draft(x_i), 1) says with what probability at least i tokens must stay, and
@@ -43,9 +44,9 @@ def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     draft_prob, target_prob = (at_tokens(probs, draft.tokens) for probs in (drafted_from, target.probs[:, :longest]))
     joint = _joint(draft_prob, target_prob)  # [B, K+1]
 
-    # Past the draft's end its law is zero: the residual there is the target's own law, times joint.
-    no_law = jnp.zeros_like(target.probs[:, :1])
-    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([drafted_from, no_law], 1), 0.0)
+    # Past the draft's end its distribution is zero: the residual there is the target's own distribution, times joint.
+    past_end = jnp.zeros_like(target.probs[:, :1])
+    residual = jnp.maximum(joint[..., None] * target.probs - jnp.concatenate([drafted_from, past_end], 1), 0.0)
     mass = jnp.sum(residual, -1)
     rest = mass + 1 - joint
     inside = jnp.where(rest > 0, mass / jnp.where(rest > 0, rest, 1.0), 0.0)
@@ -56,11 +57,11 @@ def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     passed = (noise.uniforms(accept_keys, longest) < passes) & drafted(draft)
     num_accepted = jnp.max(jnp.where(passed, jnp.arange(1, longest + 1)[None], 0), -1)
 
-    law = at_place(residual, num_accepted)
-    # No mass is left only where both laws agree up to rounding; then either of them is right.
-    law = jnp.where(jnp.sum(law, -1, keepdims=True) > 0, law, at_place(target.probs, num_accepted))
+    probs = at_place(residual, num_accepted)
+    # No mass is left only where both distributions agree up to rounding; then either of them is right.
+    probs = jnp.where(jnp.sum(probs, -1, keepdims=True) > 0, probs, at_place(target.probs, num_accepted))
     residual_keys = noise.derive(rows.keys, Role.RESIDUAL, rows.rounds)
-    return Verdict(num_accepted, sample(residual_keys, jnp.log(law), rows.sampling))
+    return Verdict(num_accepted, sample(residual_keys, jnp.log(probs), rows.sampling))
 
 
 def _joint(draft_prob: Array, target_prob: Array) -> Array:

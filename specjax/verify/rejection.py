@@ -16,14 +16,14 @@ from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted, num
 
 @functools.cache
 def rejection() -> Verifier:
-    """Every emitted token follows the target's law exactly, whatever the drafter.
+    """Every emitted token follows the target's distribution exactly, whatever the drafter.
 
     A draft token x stays with probability min(1, target(x) / draft(x)); at the first rejection the next token comes
-    from the residual law max(target - draft, 0), after a full acceptance from the target's own (the bonus token).
-    At temperature 0 both laws are one-hot and the rule becomes greedy verification.
+    from the residual distribution max(target - draft, 0), after a full acceptance from the target's own (the bonus
+    token). At temperature 0 both distributions are one-hot and the rule becomes greedy verification.
 
     Sources: Leviathan et al., arXiv:2211.17192, algorithm 1; Chen et al., arXiv:2302.01318, algorithm 2.
-    Unlike either, rows stop at their own draft length and a draft without probabilities has a one-hot law.
+    Unlike either, rows stop at their own draft length and a draft without probabilities has a one-hot distribution.
 
     >>> from specjax.verify import rejection
     >>> rejection() is rejection()
@@ -46,12 +46,13 @@ def keep_or_resample(
     accepted = (noise.uniforms(accept_keys, longest) * draft_prob < target_prob) | also_kept
     num_accepted = num_leading(accepted & drafted(draft))
 
-    target_law = at_place(target.probs, num_accepted)  # [B, V]
-    # Past the draft's end its law is zero, and the residual is the target's own law: the bonus token's.
-    rejected_law = at_place(drafted_from, jnp.minimum(num_accepted, longest - 1))
-    rejected_law = jnp.where((num_accepted < draft.lengths)[:, None], rejected_law, 0.0)
-    residual = jnp.maximum(target_law - rejected_law, 0.0)
-    # No mass is left only where both laws agree up to rounding; then either of them is right.
-    residual = jnp.where(jnp.sum(residual, -1, keepdims=True) > 0, residual, target_law)
+    target_probs = at_place(target.probs, num_accepted)  # [B, V]
+    # Past the draft's end its distribution is zero, and the residual is the target's own distribution: the bonus
+    # token's.
+    rejected_probs = at_place(drafted_from, jnp.minimum(num_accepted, longest - 1))
+    rejected_probs = jnp.where((num_accepted < draft.lengths)[:, None], rejected_probs, 0.0)
+    residual = jnp.maximum(target_probs - rejected_probs, 0.0)
+    # No mass is left only where both distributions agree up to rounding; then either of them is right.
+    residual = jnp.where(jnp.sum(residual, -1, keepdims=True) > 0, residual, target_probs)
     residual_keys = noise.derive(rows.keys, Role.RESIDUAL, rows.rounds)
     return Verdict(num_accepted, sample(residual_keys, jnp.log(residual), rows.sampling))

@@ -13,10 +13,10 @@ from specjax.verify.rejection import keep_or_resample
 
 
 def top_k_lossy(k: int = 3) -> Verifier:
-    """LOSSY: the output does not follow the target's law. Token-level rejection sampling, except that a draft token
-    stays in any case if it is one of the k most likely under the target's processed law.
+    """LOSSY: the output does not follow the target's distribution. Token-level rejection sampling, except that a draft
+    token stays in any case if it is one of the k most likely under the target's processed distribution.
 
-    So it keeps at least what `rejection()` keeps. At temperature 0 the law is one-hot, and the rule is greedy
+    So it keeps at least what `rejection()` keeps. At temperature 0 the distribution is one-hot, and the rule is greedy
     verification, which loses nothing.
 
     Args:

@@ -14,18 +14,18 @@ from specjax.verify.prefix import at_place, at_tokens, drafted, num_leading
 
 
 def typical_lossy(epsilon: float = 0.3, delta: float = 0.09) -> Verifier:
-    """LOSSY: the output does not follow the target's law. A draft token stays if its target probability exceeds
-    min(epsilon, delta * exp(-entropy of the target's law)).
+    """LOSSY: the output does not follow the target's distribution. A draft token stays if its target probability
+    exceeds min(epsilon, delta * exp(-entropy of the target's distribution)).
 
-    Longer accepted drafts for a text that is plausible rather than sampled. At temperature 0 the law is one-hot, and
-    the rule is greedy verification, which loses nothing.
+    Longer accepted drafts for a text that is plausible rather than sampled. At temperature 0 the distribution is
+    one-hot, and the rule is greedy verification, which loses nothing.
 
     Args:
       epsilon: in (0, 1]; the probability that is always enough.
       delta: above 0; scales the threshold where the target is uncertain.
 
     Source: Cai et al., Medusa, arXiv:2401.10774, section 2.3.1. Unlike there, the next token is sampled from the
-    target's law, and the first draft token is not exempt.
+    target's distribution, and the first draft token is not exempt.
 
     >>> typical_lossy() is typical_lossy()
     True

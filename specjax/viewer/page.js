@@ -146,7 +146,7 @@ function cell(element, column, label) {
 }
 
 function spoken(token) {
-  const parts = laws(token).map(([name, , value]) => `${name} ${probability(value)}`);
+  const parts = probabilities(token).map(([name, , value]) => `${name} ${probability(value)}`);
   return [`${token.kind} ${JSON.stringify(token.text)}`, ...parts].join(", ");
 }
 
@@ -216,7 +216,7 @@ function show(place, column = active.column) {
 
 // ---- Probabilities of the cell that is pointed at or focused ----
 
-function laws(token) {
+function probabilities(token) {
   const all = [["draft", "--quiet", token.draft_prob], ["target", "--focus", token.target_prob], ["target, raw", "--bonus-line", token.model_prob]];
   return all.filter(([, , value], place) => value !== null && (place < 2 || probability(value) !== probability(token.target_prob)));
 }
@@ -229,11 +229,11 @@ function tokenOf(element) {
 
 function drawTip(token, place, column) {
   const where = place === 0 ? "" : column > drafts ? `round ${place},` : `round ${place}, position ${column},`;
-  const bars = laws(token).map(([name, colour, value]) => {
-    const bar = make("div", { className: "law" }, make("b", {}, probability(value)));
+  const bars = probabilities(token).map(([name, colour, value]) => {
+    const bar = make("div", { className: "probability" }, make("b", {}, probability(value)));
     bar.dataset.name = name;
     bar.style.setProperty("--share", value);
-    bar.style.setProperty("--law", `var(${colour})`);
+    bar.style.setProperty("--prob-colour", `var(${colour})`);
     return bar;
   });
   const note = make("p", {}, `${token.kind}: ${KINDS[token.kind]}`);

@@ -57,9 +57,9 @@ class Token(NamedTuple):
     id: int
     text: str  # what it adds to the text before it; U+FFFD while it leaves a character incomplete
     kind: Kind
-    target_prob: float | None  # under the law that was verified against: temperature, top-p and the like applied
-    model_prob: float | None  # under the target's raw law: temperature 1, nothing applied
-    draft_prob: float | None = None  # under the law it was drawn from; None where it was not drafted
+    target_prob: float | None  # under the distribution used to verify: temperature, top-p and the like applied
+    model_prob: float | None  # under the target's raw distribution: temperature 1, nothing applied
+    draft_prob: float | None = None  # under the distribution it was drawn from; None where it was not drafted
 
 
 class TracedRound(NamedTuple):
@@ -141,11 +141,11 @@ def collect(
     Trace of 1 row: 13 tokens, 2 rounds, 6.00 tokens per round
     """
     strings, naming = stop_strings(stop), name or (lambda _: None)
-    rounds: list[list[_Happened]] = [[] for _ in prompts]
+    rounds: list[list[_RoundRecord]] = [[] for _ in prompts]
     status = [Status.ACTIVE] * len(prompts)
     for chunk in chunks:
         for row, known in enumerate(rounds):
-            known += _happened(chunk, row)
+            known += _round_records(chunk, row)
             status[row] = Status(chunk.status[row])
     told = zip(prompts, rounds, status, strict=True)
     rows = [_row(list(prompt), known, end, decode, naming, strings) for prompt, known, end in told]
@@ -211,7 +211,7 @@ def as_json(trace: Trace) -> dict[str, Any]:
     return {"format": FORMAT, "settings": dict(trace.settings), "totals": _totals(trace.rows), "rows": rows}
 
 
-class _Happened(NamedTuple):
+class _RoundRecord(NamedTuple):
     """One round of a row, as chunks tell it."""
 
     drafted: Drafted
@@ -221,15 +221,15 @@ class _Happened(NamedTuple):
         return [token for token, _, _ in self.emitted]
 
 
-def _happened(chunk: Chunk, row: int) -> Iterator[_Happened]:
+def _round_records(chunk: Chunk, row: int) -> Iterator[_RoundRecord]:
     emitted = zip(chunk.tokens[row], chunk.log_probs[row], chunk.origins[row], strict=True)
     outside = len(chunk.tokens[row]) - sum(one.num_emitted for one in chunk.rounds[row])
     for drafted in [_NO_DRAFT] * outside + chunk.rounds[row]:
-        yield _Happened(drafted, list(itertools.islice(emitted, drafted.num_emitted)))
+        yield _RoundRecord(drafted, list(itertools.islice(emitted, drafted.num_emitted)))
 
 
 def _row(
-    prompt: list[int], known: list[_Happened], status: Status, decode: Decode, name: Name, stop: Sequence[str]
+    prompt: list[int], known: list[_RoundRecord], status: Status, decode: Decode, name: Name, stop: Sequence[str]
 ) -> TracedRow:
     """A row once all of it is known: only then is it known which text each token completed."""
     emitted = [token for one in known for token in one.ids()]
@@ -251,7 +251,9 @@ def _row(
     return TracedRow(decode(prompt), start, rounds, Status.STOPPED if finder.found else status)
 
 
-def _round(one: _Happened, texts: list[str], num_kept: int, before: list[int], codec: Codec, name: Name) -> TracedRound:
+def _round(
+    one: _RoundRecord, texts: list[str], num_kept: int, before: list[int], codec: Codec, name: Name
+) -> TracedRound:
     """A round and its tokens' texts. A stop string may end the row after `num_kept` of the tokens that it emitted."""
     drafted, emitted = one
     draft = []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import foreign
+import flax_modules
 import jax
 import jax.numpy as jnp
 import lowering
@@ -19,23 +19,23 @@ from specjax.aot import hlo
 from specjax.decode import prefill
 from specjax.types import Drafter
 
-VOCAB = foreign.VOCAB
+VOCAB = flax_modules.VOCAB
 PROMPTS = np.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
 LENGTHS = np.array([4, 1, 2])
 EXPECTED = {
-    foreign.SharedCursor: ("at-end", True),
-    foreign.RowCursors: ("per-row", False),
-    foreign.LoneCursor: ("row-by-row", False),
-    foreign.SlidingBySlot: ("row-by-row", True),
-    foreign.Stack: ("uncached", False),
-    foreign.Flat: ("uncached", True),
-    foreign.Held: ("at-end", True),
+    flax_modules.SharedCursor: ("at-end", True),
+    flax_modules.RowCursors: ("per-row", False),
+    flax_modules.LoneCursor: ("row-by-row", False),
+    flax_modules.SlidingBySlot: ("row-by-row", True),
+    flax_modules.Stack: ("uncached", False),
+    flax_modules.Flat: ("uncached", True),
+    flax_modules.Held: ("at-end", True),
 }
 
 
 def _linen(kind):
     ids, mask, key = jnp.zeros((2, 3), jnp.int32), jnp.ones((2, 1, 3, 3), bool), jax.random.key(0)
-    inputs = (ids, ids, mask) if kind is foreign.Flat else (ids, ids, None, mask)
+    inputs = (ids, ids, mask) if kind is flax_modules.Flat else (ids, ids, None, mask)
     module = kind()
     return module, module.init({"params": key, "dropout": key}, *inputs)
 
@@ -58,13 +58,13 @@ def adapt():
 
 def _own_logits(kind):
     """The module's logits of one text, called as its author would."""
-    if kind is foreign.Flat:
+    if kind is flax_modules.Flat:
         module, variables = _linen(kind)
 
         def call(ids):
             mask = linen.make_causal_mask(ids)
             return module.apply(variables, ids, jnp.arange(ids.shape[1])[None], mask, deterministic=True)
-    elif kind is foreign.Held:
+    elif kind is flax_modules.Held:
         module, variables = _linen(kind)
 
         def call(ids):
@@ -74,11 +74,11 @@ def _own_logits(kind):
         module.eval()
 
         def call(ids):
-            if kind is foreign.Stack:
+            if kind is flax_modules.Stack:
                 return module(ids)
-            if kind is foreign.RowCursors:
+            if kind is flax_modules.RowCursors:
                 return module(ids, module.init_cache(*ids.shape))[0]
-            if kind is foreign.LoneCursor:
+            if kind is flax_modules.LoneCursor:
                 return module(ids)[0]
             mask = jnp.tril(jnp.ones((1, ids.shape[1], ids.shape[1]), bool))
             return module(ids, jnp.arange(ids.shape[1])[None], None, mask)[0]
@@ -121,26 +121,26 @@ def test_an_adapted_module_keeps_the_contract(kind, adapt):
     assert len(checks) == 6 + adapted.model.trees
 
 
-@pytest.mark.parametrize("kind", [foreign.SharedCursor, foreign.LoneCursor], ids=lambda kind: kind.__name__)
-def test_sampled_text_follows_the_modules_law(kind, adapt):
-    """Catches a wrong law at temperature 1. 20,000 sequences of 2 tokens over 3 rounds, false alarms 1e-6; the law is
-    that of the module without its cache."""
+@pytest.mark.parametrize("kind", [flax_modules.SharedCursor, flax_modules.LoneCursor], ids=lambda kind: kind.__name__)
+def test_sampled_text_follows_the_modules_distribution(kind, adapt):
+    """Catches a wrong distribution at temperature 1. 20,000 sequences of 2 tokens over 3 rounds, false alarms 1e-6; the
+    distribution is that of the module without its cache."""
     adapted, plain = adapt(kind), adapt(kind, "uncached")
     samples, prompt, length = 20_000, [3, 1], 2
     settings = specjax.Sampling(temperature=1.0, top_k=6)
-    law = testing.exact_sequence_law(plain.model, plain.params, prompt, length, sampling=settings)
+    probs = testing.exact_sequence_probs(plain.model, plain.params, prompt, length, sampling=settings)
     table = testing.random_table(jax.random.key(4), order=1, vocab_size=VOCAB)
     out = specjax.generate(
         adapted.model, adapted.params, specjax.drafters.draft_model(testing.table_model(1, VOCAB)), table,
         jnp.tile(jnp.array([prompt]), (samples, 1)), max_new_tokens=length, sampling=settings,
         controller=specjax.controllers.fixed(1),
     )  # fmt: skip
-    testing.assert_same_law(testing.count_sequences(out.tokens, len(prompt), length, VOCAB), law)
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, len(prompt), length, VOCAB), probs)
 
 
 def test_long_prompts_in_chunks(adapt, monkeypatch):
     """Catches chunks that stand where live tokens are: the last slots of a cache that is nearly full."""
-    adapted = adapt(foreign.SharedCursor)
+    adapted = adapt(flax_modules.SharedCursor)
     prompts = jax.random.randint(jax.random.key(4), (3, 23), 0, VOCAB)
     lengths = jnp.array([23, 8, 9])
     whole = specjax.autoregressive(adapted.model, adapted.params, prompts, lengths, max_new_tokens=3, capacity=27)
@@ -149,7 +149,7 @@ def test_long_prompts_in_chunks(adapt, monkeypatch):
     assert whole.new_tokens() == chunked.new_tokens()
 
 
-@pytest.mark.parametrize("kind", [foreign.SharedCursor, foreign.Stack], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", [flax_modules.SharedCursor, flax_modules.Stack], ids=lambda kind: kind.__name__)
 def test_an_optimiser_step_compiles_nothing(kind):
     """Catches parameters that are captured: a training loop would generate with those of its first step."""
     module = kind(nnx.Rngs(0))
@@ -165,7 +165,7 @@ def test_an_optimiser_step_compiles_nothing(kind):
 
     def loss(module):
         ids = jnp.array([[1, 2, 3, 4]])
-        if kind is foreign.Stack:
+        if kind is flax_modules.Stack:
             return jnp.sum(module(ids)[..., 0])
         return jnp.sum(module(ids, jnp.arange(4)[None], None, jnp.tril(jnp.ones((1, 4, 4), bool)))[0][..., 0])
 
@@ -180,7 +180,7 @@ def test_an_optimiser_step_compiles_nothing(kind):
 def test_an_adapted_module_and_a_model_of_ours(adapt):
     """Catches parts that fit their own kind only: either may draft for the other."""
     ours, our_params = tiny.model("llama", vocab_size=VOCAB)
-    theirs = adapt(foreign.SharedCursor)
+    theirs = adapt(flax_modules.SharedCursor)
     pairs = [(ours, our_params, theirs.model, theirs.params), (theirs.model, theirs.params, ours, our_params)]
     for target, params, draft, draft_params in pairs:
         draft = specjax.drafters.draft_model(draft)
@@ -191,29 +191,29 @@ def test_an_adapted_module_and_a_model_of_ours(adapt):
 
 def test_a_cache_in_the_modules_own_variables():
     """Catches a `call` that isn't used, and caches that can only be had through one."""
-    module = foreign.OwnVariables(nnx.Rngs(0))
+    module = flax_modules.OwnVariables(nnx.Rngs(0))
 
     def call(module, ids, cache):
         nnx.update(module, cache)
         return module(ids), nnx.state(module, nnx.Cache)
 
     def init_cache(batch, slots):
-        return nnx.state(foreign.OwnVariables(nnx.Rngs(0), batch, slots), nnx.Cache)
+        return nnx.state(flax_modules.OwnVariables(nnx.Rngs(0), batch, slots), nnx.Cache)
 
     adapted = adapters.from_nnx(module, call=call, init_cache=init_cache)
     assert adapted.strategy == "per-row"
     out = specjax.autoregressive(adapted.model, adapted.params, PROMPTS, LENGTHS, max_new_tokens=12)
-    assert out.new_tokens() == _greedy(foreign.RowCursors, 12)
+    assert out.new_tokens() == _greedy(flax_modules.RowCursors, 12)
 
 
 def test_why_not_faster_is_said(adapt):
     """Catches a choice that the user can't follow."""
-    shared = adapt(foreign.SharedCursor).describe()
+    shared = adapt(flax_modules.SharedCursor).describe()
     assert "row 1's logits changed when row 0's length changed: this cache keeps one cursor for all rows" in shared
-    assert "it takes no mask" in adapt(foreign.LoneCursor).describe()
-    assert "It takes no cache" in adapt(foreign.Stack).describe()
+    assert "it takes no mask" in adapt(flax_modules.LoneCursor).describe()
+    assert "It takes no cache" in adapt(flax_modules.Stack).describe()
 
-    class Homeless(foreign.SharedCursor):
+    class Homeless(flax_modules.SharedCursor):
         init_cache = None
 
     assert "has no init_cache: pass init_cache=" in adapters.from_nnx(Homeless(nnx.Rngs(0))).describe()
@@ -222,14 +222,14 @@ def test_why_not_faster_is_said(adapt):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (foreign.Mixing, "row 0's logits changed when row 1's tokens changed"),
-        (foreign.Bidirectional, "the module is not causal"),
-        (foreign.Blind, "do not depend on earlier tokens"),
-        (foreign.Broken, "not finite"),
-        (foreign.NoLogits, "returned no logits: expected an array .B, T, V. = .3, 12, V."),
-        (foreign.Vision, "also wants images: pass takes="),
-        (foreign.Loud, "is dropout on"),
-        (foreign.Fails, "could not be called.*out of luck"),
+        (flax_modules.Mixing, "row 0's logits changed when row 1's tokens changed"),
+        (flax_modules.Bidirectional, "the module is not causal"),
+        (flax_modules.Blind, "do not depend on earlier tokens"),
+        (flax_modules.Broken, "not finite"),
+        (flax_modules.NoLogits, "returned no logits: expected an array .B, T, V. = .3, 12, V."),
+        (flax_modules.Vision, "also wants images: pass takes="),
+        (flax_modules.Loud, "is dropout on"),
+        (flax_modules.Fails, "could not be called.*out of luck"),
     ],
 )
 def test_modules_that_cannot_be_used(kind, message):
@@ -239,12 +239,12 @@ def test_modules_that_cannot_be_used(kind, message):
         adapters.from_nnx(module)
 
 
-class _Recurrent(foreign.LoneCursor):
+class _Recurrent(flax_modules.LoneCursor):
     def init_cache(self, batch_size, max_len):
         return {**super().init_cache(batch_size, max_len), "state": jnp.zeros((batch_size, 4))}
 
 
-class _Ring(foreign.LoneCursor):
+class _Ring(flax_modules.LoneCursor):
     def init_cache(self, batch_size, max_len):
         return super().init_cache(batch_size, min(max_len, 100))
 
@@ -261,7 +261,7 @@ def test_caches_that_cannot_be_used(adapt):
 
 def test_rounding_hides_no_wrong_cache():
     """Catches a tolerance made for bfloat16 that lets a cache through whose window is in the wrong place."""
-    module = foreign.Faint(nnx.Rngs(0))
+    module = flax_modules.Faint(nnx.Rngs(0))
     nnx.update(module, jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), nnx.state(module)))
     with jax.numpy_dtype_promotion("standard"):  # sines are in float32
         adapted = adapters.from_nnx(module, init_cache=lambda rows, slots: module.init_cache(rows, slots, jnp.float32))
@@ -270,8 +270,8 @@ def test_rounding_hides_no_wrong_cache():
 
 def test_a_table_of_positions_ends():
     """Catches a round that reaches past the table: draft tokens are NaN there, and a masked NaN spoils the others."""
-    adapted = adapters.from_nnx(foreign.Table(nnx.Rngs(0)), max_positions=40)
-    plain = adapters.from_nnx(foreign.Table(nnx.Rngs(0)), max_positions=40, strategy="uncached")
+    adapted = adapters.from_nnx(flax_modules.Table(nnx.Rngs(0)), max_positions=40)
+    plain = adapters.from_nnx(flax_modules.Table(nnx.Rngs(0)), max_positions=40, strategy="uncached")
     draft = specjax.drafters.draft_model(adapted.model)
     parts = (adapted.model, adapted.params, draft, adapted.params, PROMPTS, LENGTHS)
     with pytest.raises(ValueError, match="has 40: make capacity smaller by 6"):
@@ -285,7 +285,7 @@ def test_a_table_of_positions_ends():
 
 def test_bad_arguments():
     """Catches mistakes that would surface far away."""
-    module = foreign.SharedCursor(nnx.Rngs(0))
+    module = flax_modules.SharedCursor(nnx.Rngs(0))
     takes = adapters.Takes(tokens="tokens", positions="positions", mask="attention_mask")
     for arguments, message in [
         ({"vocab_size": 12}, "vocab_size must be in 1..11"),
@@ -297,31 +297,33 @@ def test_bad_arguments():
         with pytest.raises(ValueError, match=message):
             adapters.from_nnx(module, **arguments)
     with pytest.raises(ValueError, match="For a Linen module use from_linen"):
-        adapters.from_nnx(foreign.Held())
+        adapters.from_nnx(flax_modules.Held())
     with pytest.raises(ValueError, match="For an NNX module use from_nnx"):
         adapters.from_linen(module, {"params": {}})
     with pytest.raises(ValueError, match="a dict with 'params' in it"):
-        adapters.from_linen(foreign.Held(), {})
+        adapters.from_linen(flax_modules.Held(), {})
 
 
 def test_parameters_of_another_module(adapt):
     """Catches the state of half a module, which would be merged into something else."""
-    adapted = adapt(foreign.Stack)
-    other = nnx.state(foreign.SharedCursor(nnx.Rngs(0)))
+    adapted = adapt(flax_modules.Stack)
+    other = nnx.state(flax_modules.SharedCursor(nnx.Rngs(0)))
     with pytest.raises(ValueError, match=r"have 9 arrays, the module has 19 or 23: pass nnx\.state"):
         specjax.autoregressive(adapted.model, other, PROMPTS, max_new_tokens=2)
 
 
 def test_drafters_that_read_hidden_states_are_refused(adapt):
     """Catches a feature-level drafter that would get no features."""
-    adapted = adapt(foreign.Stack)
+    adapted = adapt(flax_modules.Stack)
     drafter = Drafter(propose=lambda: None, hidden_layers=(1,))
     with pytest.raises(ValueError, match="reads the target's hidden states"):
         specjax.generate(adapted.model, adapted.params, drafter, (), PROMPTS)
 
 
 @pytest.mark.parametrize(
-    "kind", [foreign.SharedCursor, foreign.RowCursors, foreign.LoneCursor], ids=lambda kind: kind.__name__
+    "kind",
+    [flax_modules.SharedCursor, flax_modules.RowCursors, flax_modules.LoneCursor],
+    ids=lambda kind: kind.__name__,
 )
 def test_no_cache_is_copied_in_the_compiled_loop(kind, adapt):
     """Catches a write that may run before the last read: XLA would copy the module's cache in every round."""
@@ -334,6 +336,6 @@ def test_no_cache_is_copied_in_the_compiled_loop(kind, adapt):
     )
     looped = [step.instruction for step in hlo.parse(lowered.compile().as_text()).walk() if step.loops]
     slots = PROMPTS.shape[1] + 400 + 4  # the draft's table keeps no cache, so this is the module's
-    held = [item for item in looped if any(len(shape.dims) >= 4 and slots in shape.dims for shape in item.shapes)]
-    assert any("dynamic-update-slice" in item.text or "scatter" in item.text for item in held)
-    assert not [item.text for item in held if item.op == "copy"]
+    inside = [item for item in looped if any(len(shape.dims) >= 4 and slots in shape.dims for shape in item.shapes)]
+    assert any("dynamic-update-slice" in item.text or "scatter" in item.text for item in inside)
+    assert not [item.text for item in inside if item.op == "copy"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import foreign
+import flax_modules
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,7 +16,7 @@ PROMPTS = np.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]])
 LENGTHS = np.array([4, 1, 2])
 
 
-class _UntoldLinen(foreign.Held):
+class _UntoldLinen(flax_modules.Held):
     def init_cache(self, config, n):
         return super().init_cache(config["rows"], n)
 
@@ -27,11 +27,11 @@ def _untold_linen():
     return module, module.init(jax.random.key(0), ids, ids, None, linen.make_causal_mask(ids))
 
 
-class _NoFunction(foreign.SharedCursor):
+class _NoFunction(flax_modules.SharedCursor):
     init_cache = 7
 
 
-class _NeedsACache(foreign.RowCursors):
+class _NeedsACache(flax_modules.RowCursors):
     def init_cache(self, config, n):
         return super().init_cache(config["rows"], n)
 
@@ -41,16 +41,18 @@ def test_an_init_cache_whose_arguments_cannot_be_told():
     for strategy in ("uncached", None):
         linen_module, variables = _untold_linen()
         for adapted in (
-            adapters.from_nnx(foreign.Untold(nnx.Rngs(0)), strategy=strategy),
+            adapters.from_nnx(flax_modules.Untold(nnx.Rngs(0)), strategy=strategy),
             adapters.from_linen(linen_module, variables, strategy=strategy),
         ):
             assert adapted.strategy == "uncached"
             assert "Which arguments of its init_cache(config, n) are rows and slots can't be told" in adapted.notes[0]
             assert "pass init_cache=lambda batch, slots: module.init_cache(...)" in adapted.describe()
     assert "init_cache are rows and slots can't be told" in adapters.from_nnx(_NoFunction(nnx.Rngs(0))).notes[0]
-    unused = adapters.from_nnx(foreign.Stack(nnx.Rngs(0)), init_cache=lambda batch, slots: 1 / 0, strategy="uncached")
+    unused = adapters.from_nnx(
+        flax_modules.Stack(nnx.Rngs(0)), init_cache=lambda batch, slots: 1 / 0, strategy="uncached"
+    )
     assert unused.strategy == "uncached"
-    module = foreign.Untold(nnx.Rngs(0))
+    module = flax_modules.Untold(nnx.Rngs(0))
     told = adapters.from_nnx(module, init_cache=lambda batch, slots: module.init_cache({"rows": batch}, slots))
     assert told.strategy == "at-end"
     with pytest.raises(ValueError, match=r"could not be called.*init_cache\(config, n\) are rows and slots"):
@@ -62,7 +64,7 @@ def test_a_number_that_is_none_is_refused_before_anything_is_tried(name, given):
     """Catches positions of -1, which no text fits into, and of 4.5, which no array has."""
     linen_module, variables = _untold_linen()
     for adapt in (
-        lambda: adapters.from_nnx(foreign.Stack(nnx.Rngs(0)), **{name: given}),
+        lambda: adapters.from_nnx(flax_modules.Stack(nnx.Rngs(0)), **{name: given}),
         lambda: adapters.from_linen(linen_module, variables, **{name: given}),
     ):
         with pytest.raises(ValueError, match=rf"{name} must be .*1 or more, got {given!r}"):
@@ -71,15 +73,15 @@ def test_a_number_that_is_none_is_refused_before_anything_is_tried(name, given):
 
 def test_a_cache_that_ignores_the_slots_asked_for():
     """Catches "recurrent", said of keys and values that are only too many or too few; the first note is the reason."""
-    fixed = adapters.from_nnx(foreign.FixedSlots(nnx.Rngs(0)))
+    fixed = adapters.from_nnx(flax_modules.FixedSlots(nnx.Rngs(0)))
     assert fixed.strategy == "uncached"
     assert fixed.notes[0].startswith("Its init_cache ignores the number of slots that it is asked for: 48 and 64 slots")
     assert "['k'] float32[2, 100, 2, 8]" in fixed.notes[0]
     assert len(fixed.notes) == 1  # said once, not once for each strategy
     with pytest.raises(ValueError, match=r"module\. Its init_cache ignores the number of slots"):
-        adapters.from_nnx(foreign.FixedSlots(nnx.Rngs(0)), strategy="at-end")
+        adapters.from_nnx(flax_modules.FixedSlots(nnx.Rngs(0)), strategy="at-end")
 
-    class Needed(foreign.FixedSlots):
+    class Needed(flax_modules.FixedSlots):
         def __call__(self, tokens, positions, cache, attention_mask):
             return super().__call__(tokens, positions, dict(cache), attention_mask)
 
@@ -89,7 +91,7 @@ def test_a_cache_that_ignores_the_slots_asked_for():
 
 def test_shapes_that_no_longer_fit_past_the_trial():
     """Catches a table that ends past the trial's texts: the error names an addition in the module, not a cure."""
-    module = foreign.Sliced(nnx.Rngs(0))
+    module = flax_modules.Sliced(nnx.Rngs(0))
     adapted = adapters.from_nnx(module)
     with pytest.raises(ValueError, match=r"failed at 6\d places.*pass max_positions=.*It said: TypeError") as caught:
         specjax.autoregressive(adapted.model, adapted.params, PROMPTS, LENGTHS, max_new_tokens=60)
@@ -98,7 +100,7 @@ def test_shapes_that_no_longer_fit_past_the_trial():
     out = specjax.autoregressive(told.model, told.params, PROMPTS, LENGTHS, max_new_tokens=60)
     assert [len(new) for new in out.new_tokens()] == [36, 39, 38]  # to the table's last place
 
-    square = foreign.SquareMask(nnx.Rngs(0))
+    square = flax_modules.SquareMask(nnx.Rngs(0))
     adapted = adapters.from_nnx(square)
     assert adapted.strategy == "at-end"
     with pytest.raises(ValueError, match="pass max_positions="):
@@ -112,9 +114,9 @@ def test_shapes_that_no_longer_fit_past_the_trial():
     def limited(batch, slots):
         if slots > 70:
             raise TypeError("at most 70")
-        return foreign.LoneCursor.init_cache(module, batch, slots)
+        return flax_modules.LoneCursor.init_cache(module, batch, slots)
 
-    adapted = adapters.from_nnx(foreign.LoneCursor(nnx.Rngs(0)), init_cache=limited)
+    adapted = adapters.from_nnx(flax_modules.LoneCursor(nnx.Rngs(0)), init_cache=limited)
     assert adapted.strategy == "row-by-row"
     with pytest.raises(ValueError, match=r"pass max_positions=.*at most 70"):
         specjax.autoregressive(adapted.model, adapted.params, PROMPTS, LENGTHS, max_new_tokens=80)
@@ -124,7 +126,10 @@ class _DecodeMode(nnx.Module):
     """Flax's own attention in decode mode: its cache Variables exist only after init_cache."""
 
     def __init__(self, rngs):
-        self.embed, self.out = nnx.Embed(foreign.VOCAB, 16, rngs=rngs), nnx.Linear(16, foreign.VOCAB, rngs=rngs)
+        self.embed, self.out = (
+            nnx.Embed(flax_modules.VOCAB, 16, rngs=rngs),
+            nnx.Linear(16, flax_modules.VOCAB, rngs=rngs),
+        )
         self.attention = nnx.MultiHeadAttention(2, 16, decode=True, rngs=rngs)
 
     def __call__(self, tokens):
@@ -148,6 +153,6 @@ def test_cache_variables_that_the_module_must_hold():
         ValueError, match=r"does not hold \(attention\.cache_index, .*adapt a module that already holds"
     ):
         adapters.from_nnx(_DecodeMode(nnx.Rngs(0)), call=call, init_cache=init_cache)
-    silent = adapters.from_nnx(foreign.OwnVariables(nnx.Rngs(0), 3, 40)).describe()
+    silent = adapters.from_nnx(flax_modules.OwnVariables(nnx.Rngs(0), 3, 40)).describe()
     assert "keeps a cache in its own Variables (ends, keys, values)" in silent
     assert "pass call=, a function (module, tokens, ..., cache) that does nnx.update(module, cache)" in silent

@@ -59,7 +59,7 @@ def _environment(folder: Path, packages: list[str]) -> Path:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_third_party_modules(family, request):
     """Catches an adapter that only knows modules written for it: greedy text equal to the module's own uncached passes,
-    sampled text by its law, other parameters without a new program, the contract of a Model."""
+    sampled text by its distribution, other parameters without a new program, the contract of a Model."""
     pytest.importorskip("uv", reason="pip install uv")
     packages, expected = FAMILIES[family]
     python = _environment(request.config.cache.mkdir(f"third-party-{family}"), packages)

@@ -151,7 +151,7 @@ def test_weights_are_fetched_ahead_past_kernels(loop):
 
 def test_what_a_round_costs_by_part(loop):
     """Catches parts that the report no longer finds in the program, a cache write that takes over, and logits that come
-    in another layout than laws are taken of: 7.7 million cycles of laws and bookkeeping then, 6.4 without."""
+    in another layout than the probabilities need: 7.7 million cycles of sampling and bookkeeping then, 6.4 without."""
     rate = bytes_per_cycle(TOPOLOGY)
     model, params = loop.given.setup.model, loop.given.params.target
     count = roofline.count(model, params, batch=BATCH, tokens=DRAFT_LEN + 1, live=CAPACITY)

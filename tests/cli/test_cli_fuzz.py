@@ -121,7 +121,7 @@ def test_no_integer_is_too_strange(run, command, option):
 @pytest.mark.parametrize(("command", "option"), _options(float))
 @pytest.mark.usefixtures("small")
 def test_no_float_is_too_strange(run, command, option):
-    """Catches numbers that are none, in what would be a law."""
+    """Catches numbers that are none, in what would be a distribution."""
     for value in NO_FLOATS:
         result = run(command, *LEAST[command], f"{option}={value}")
         assert option in result.err or option[2:].replace("-", "_") in result.err

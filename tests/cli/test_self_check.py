@@ -136,8 +136,8 @@ def test_a_near_tie_is_no_failure(slope, is_tied):
             self_check._same_tokens(*check)
 
 
-def test_a_wrong_law_is_found(monkeypatch):
-    """Catches a chi-square test too blunt for a rule that is right at temperature 0 and another law above."""
+def test_a_wrong_distribution_is_found(monkeypatch):
+    """Catches a chi-square test too blunt for a rule that is right at temperature 0 and another distribution above."""
     lossy = specjax.verify.typical_lossy()
     monkeypatch.setattr(specjax.verify, "rejection", lambda: lossy)
     with pytest.raises(AssertionError, match=r"chi-square \d+"):

@@ -67,7 +67,7 @@ def test_greedy_speculation_is_greedy_decoding(pair, name):
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "fixed"])
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
-def test_sampled_output_follows_the_law(rule, name):
+def test_sampled_output_follows_the_distribution(rule, name):
     """Catches a draft length that leaks: from the token that ends a draft, from noise that verification will use, or in
     block verification from where the draft ends. Whole sequences over up to 4 rounds against seven adversaries;
     false alarms 1e-6 a test."""
@@ -91,9 +91,9 @@ def test_leaving_the_last_token_out_is_noticed():
         model, table, honest._replace(propose=propose), -table, jnp.ones((20_000, 1), jnp.int32), max_new_tokens=3,
         sampling=specjax.Sampling(1.0), controller=controllers.fixed(2), capacity=8,
     )  # fmt: skip
-    law = testing.exact_sequence_law(model, table, [1], 3, sampling=specjax.Sampling(1.0))
+    probs = testing.exact_sequence_probs(model, table, [1], 3, sampling=specjax.Sampling(1.0))
     with pytest.raises(AssertionError, match="chi-square"):
-        testing.assert_same_law(testing.count_sequences(out.tokens, 1, 3, 4), law)
+        testing.assert_same_distribution(testing.count_sequences(out.tokens, 1, 3, 4), probs)
 
 
 @pytest.mark.parametrize("name", ["additive", "confidence", "sometimes"])
@@ -213,8 +213,8 @@ def test_additive_moves_by_its_steps():
 
 
 def test_confidence_stops_at_the_first_doubt():
-    """Catches a rule that reads the one-hot law of temperature 0, or drops the doubtful token. Each draft's tokens but
-    the last are at or above the threshold, and the last below, unless it has K."""
+    """Catches a rule that reads the one-hot distribution of temperature 0, or drops the doubtful token. Each draft's
+    tokens but the last are at or above the threshold, and the last below, unless it has K."""
     model, params, draft, draft_params = _pair("table")
     seen = set()
     for temperature in (0.0, 1.0):

@@ -28,11 +28,11 @@ def _rescore(model, params, out, sampling, row):
     raw, processed = [], []
     one = Sampling(*(None if x is None else np.asarray(x)[row] if np.ndim(x) and len(x) == 3 else x for x in sampling))
     for place in range(start, end):
-        law = testing.numpy_law(
+        probs = testing.numpy_probs(
             logits[place - 1], one, text=text[:place].tolist(), prompt_length=start, stop_tokens=[STOP]
         )
-        processed.append(np.log(law[text[place]]))
-        raw.append(np.log(testing.numpy_law(logits[place - 1], Sampling(1.0))[text[place]]))
+        processed.append(np.log(probs[text[place]]))
+        raw.append(np.log(testing.numpy_probs(logits[place - 1], Sampling(1.0))[text[place]]))
     return np.array(raw), np.array(processed)
 
 
@@ -58,14 +58,14 @@ def test_equal_to_rescoring_in_one_forward(family, rule):
         np.testing.assert_allclose(np.asarray(out.log_probs.processed)[row, is_new[row]], processed, atol=1e-4)
     assert not np.asarray(out.log_probs.raw)[~is_new].any()
     assert not np.asarray(out.log_probs.processed)[~is_new].any()
-    assert (np.asarray(out.log_probs.processed)[0] == 0).all()  # greedy: a one-hot law
+    assert (np.asarray(out.log_probs.processed)[0] == 0).all()  # greedy: a one-hot distribution
 
 
 @pytest.mark.parametrize("is_plain", [False, True])
 def test_padding_columns_have_no_share(is_plain):
     """Catches raw log-probabilities normalised over columns that are no tokens, which models pad their vocabulary with:
-    they hold large logits here. A table, so the law of each place is a line of it. In plain decoding, in rounds, and
-    of draft tokens in a stream."""
+    they hold large logits here. A table, so the distribution of each place is a line of it. In plain decoding, in
+    rounds, and of draft tokens in a stream."""
     vocab, temperature = 5, 0.7
     table = testing.random_table(jax.random.key(2), order=1, vocab_size=vocab)
     padded = jnp.concatenate([table, jnp.full((vocab + 1, 3), 4.0)], -1)

@@ -59,10 +59,10 @@ def _nothing_after_two(logits, tokens, length):
 
 @pytest.mark.parametrize("logits_size", [4, 9])
 @pytest.mark.parametrize("rule", RULES)
-def test_a_dead_end_ahead_changes_no_law(rule, logits_size):
-    """Catches NaN from a place without a law in rules that judge the whole draft at once, and a draft from padding
-    columns there. A grammar that allows nothing after the id 2; texts of 4 tokens, K = 3, chi-square over 20,000 texts,
-    those that end early a cell of their own; false alarms 1e-6."""
+def test_a_dead_end_ahead_changes_no_distribution(rule, logits_size):
+    """Catches NaN from a place without a distribution in rules that judge the whole draft at once, and a draft from
+    padding columns there. A grammar that allows nothing after the id 2; texts of 4 tokens, K = 3, chi-square over
+    20,000 texts, those that end early a cell of their own; false alarms 1e-6."""
     model, draft = testing.table_model(1, 4), testing.table_model(1, 4, logits_size)
     table = testing.random_table(jax.random.key(0), order=1, vocab_size=4)
     params = jnp.pad(-table, ((0, 0), (0, logits_size - 4)), constant_values=9.0)
@@ -72,14 +72,14 @@ def test_a_dead_end_ahead_changes_no_law(rule, logits_size):
         max_new_tokens=4, sampling=sampling, verifier=RULES[rule], controller=controllers.fixed(3),
         processor=_nothing_after_two,
     )  # fmt: skip
-    law = testing.exact_sequence_law(model, table, [1, 3], 4, sampling=sampling, processor=_nothing_after_two)
+    probs = testing.exact_sequence_probs(model, table, [1, 3], 4, sampling=sampling, processor=_nothing_after_two)
     whole = np.asarray(out.status == Status.LENGTH)
     ended = np.asarray(out.status == Status.DEAD_END)
     assert (whole | ended).all()
     last = np.take_along_axis(np.asarray(out.tokens), np.asarray(out.lengths)[:, None] - 1, 1)[:, 0]
     assert (last[ended] == 2).all()
     counts = testing.count_sequences(np.asarray(out.tokens)[whole], 2, 4, 4).ravel()
-    testing.assert_same_law(np.append(counts, ended.sum()), np.append(law.ravel(), 1 - law.sum()))
+    testing.assert_same_distribution(np.append(counts, ended.sum()), np.append(probs.ravel(), 1 - probs.sum()))
     early = np.asarray(out.lengths)[ended] - 2  # tokens before the end, 1 to 4
     first_two = np.bincount(early, minlength=5)[1] / 20_000
     expected = float(jax.nn.softmax(table[3])[2])

@@ -9,8 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import flax_modules
 import folders
-import foreign
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,27 +114,27 @@ def _adapted(kind, **options):
 
 
 def _half_a_state():
-    adapted = _adapted(foreign.Stack)
-    _plain(adapted.model, nnx.state(foreign.SharedCursor(nnx.Rngs(0))))
+    adapted = _adapted(flax_modules.Stack)
+    _plain(adapted.model, nnx.state(flax_modules.SharedCursor(nnx.Rngs(0))))
 
 
 def _a_module_for_its_state():
-    _plain(_adapted(foreign.Stack).model, foreign.Stack(nnx.Rngs(0)))
+    _plain(_adapted(flax_modules.Stack).model, flax_modules.Stack(nnx.Rngs(0)))
 
 
 def _a_narrower_state():
-    adapted = _adapted(foreign.RowCursors)
+    adapted = _adapted(flax_modules.RowCursors)
     _plain(adapted.model, jax.tree.map(lambda leaf: leaf[..., :8], adapted.params))
 
 
 def _a_tables_end():
-    adapted = _adapted(foreign.Table, max_positions=40)
+    adapted = _adapted(flax_modules.Table, max_positions=40)
     draft = specjax.drafters.draft_model(adapted.model)
     specjax.generate(adapted.model, adapted.params, draft, adapted.params, PROMPTS, max_new_tokens=60)
 
 
 def _past_the_trial():
-    adapted = _adapted(foreign.Sliced)
+    adapted = _adapted(flax_modules.Sliced)
     _plain(adapted.model, adapted.params, max_new_tokens=61)
 
 
@@ -232,20 +232,20 @@ ERRORS = {
     "no tokenizers": lambda: _without("tokenizers", lambda: text.load_tokenizer(models.PRETRAINED / "draft")),
     "no libtpu": lambda: _without("libtpu", lambda: topology.make_mesh("v5e:2x16", {})),
     "too few tokens": lambda: bench.prepare(None, bench.Setting(max_new_tokens=20)),  # type: ignore[arg-type]
-    "not causal": lambda: _adapted(foreign.Bidirectional),
-    "rows mixed": lambda: _adapted(foreign.Mixing),
-    "dropout": lambda: _adapted(foreign.Loud),
-    "blind": lambda: _adapted(foreign.Blind),
-    "images": lambda: _adapted(foreign.Vision),
-    "no logits": lambda: _adapted(foreign.NoLogits),
-    "a forced strategy": lambda: _adapted(foreign.Stack, strategy="per-row"),
+    "not causal": lambda: _adapted(flax_modules.Bidirectional),
+    "rows mixed": lambda: _adapted(flax_modules.Mixing),
+    "dropout": lambda: _adapted(flax_modules.Loud),
+    "blind": lambda: _adapted(flax_modules.Blind),
+    "images": lambda: _adapted(flax_modules.Vision),
+    "no logits": lambda: _adapted(flax_modules.NoLogits),
+    "a forced strategy": lambda: _adapted(flax_modules.Stack, strategy="per-row"),
     "half a state": _half_a_state,
-    "a cache nobody takes": lambda: _adapted(foreign.Stack, init_cache=lambda batch, slots: {}),
+    "a cache nobody takes": lambda: _adapted(flax_modules.Stack, init_cache=lambda batch, slots: {}),
     "a module for its state": _a_module_for_its_state,
     "a narrower state": _a_narrower_state,
     "a table's end": _a_tables_end,
     "shapes past the trial": _past_the_trial,
-    "slots ignored": lambda: _adapted(foreign.FixedSlots, strategy="at-end"),
+    "slots ignored": lambda: _adapted(flax_modules.FixedSlots, strategy="at-end"),
     "memory": _out_of_memory,
     "device": _no_device,
 }

@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     tokens: np.ndarray  # [K]
     length: int
-    draft: np.ndarray  # [K, V], the law of each draft token
+    draft: np.ndarray  # [K, V], the distribution of each draft token
     target: np.ndarray  # [K+1, V]
     uniforms: np.ndarray  # [K]
     residual_noise: np.ndarray  # [V] Gumbel
@@ -79,7 +79,7 @@ def block(case: Case) -> Decision:
             rest = mass + 1 - joint[count]
             passes = mass / rest if rest > 0 else 0.0
             if rest < 1e-6 and joint[count] == 1.0:
-                continue  # both laws agree: the next token stays, whatever happens here
+                continue  # both distributions agree: the next token stays, whatever happens here
         if 0 < passes < 1:
             margin = min(margin, abs(case.uniforms[count - 1] - passes))
         if case.uniforms[count - 1] < passes:
@@ -91,7 +91,7 @@ def block(case: Case) -> Decision:
 
 def coupled(case: Case) -> Decision:
     """Daliri et al., section 3: the target's own draws, and how long the draft agrees with them."""
-    scores = [_log(law) + noise for law, noise in zip(case.target, case.target_noise, strict=True)]
+    scores = [_log(probs) + noise for probs, noise in zip(case.target, case.target_noise, strict=True)]
     margin = min(float(np.diff(np.sort(score)[-2:])[0]) for score in scores)
     draws = [int(np.argmax(score)) for score in scores]
     return _while(case, lambda place: case.tokens[place] == draws[place], lambda place: draws[place], margin)
@@ -99,7 +99,7 @@ def coupled(case: Case) -> Decision:
 
 def greedy(case: Case) -> Decision:
     """Greedy decoding, and how long the draft agrees with it."""
-    best = [int(np.argmax(law)) for law in case.target]
+    best = [int(np.argmax(probs)) for probs in case.target]
     return _while(case, lambda place: case.tokens[place] == best[place], lambda place: best[place], 1.0)
 
 
@@ -108,8 +108,8 @@ def typical_lossy(case: Case, epsilon: float = 0.3, delta: float = 0.09) -> Deci
     margins = [1.0]
 
     def judge(place: int) -> bool:
-        law, own = case.target[place], case.target[place, case.tokens[place]]
-        entropy = -sum(p * np.log(p) for p in law if p > 0)
+        probs, own = case.target[place], case.target[place, case.tokens[place]]
+        entropy = -sum(p * np.log(p) for p in probs if p > 0)
         threshold = min(epsilon, delta * np.exp(-entropy))
         margins.append(abs(own - threshold))
         return own > threshold
@@ -146,9 +146,9 @@ def _next(case: Case, kept: int, residual: np.ndarray, margin: float) -> Decisio
     return Decision(kept, _draw(case, residual), margin if mass > 1e-5 else 0.0)
 
 
-def _draw(case: Case, law: np.ndarray) -> int:
-    return int(np.argmax(_log(law) + case.residual_noise))
+def _draw(case: Case, probs: np.ndarray) -> int:
+    return int(np.argmax(_log(probs) + case.residual_noise))
 
 
-def _log(law: np.ndarray) -> np.ndarray:
-    return np.log(law, where=law > 0, out=np.full(law.shape, -np.inf))
+def _log(probs: np.ndarray) -> np.ndarray:
+    return np.log(probs, where=probs > 0, out=np.full(probs.shape, -np.inf))

@@ -1,4 +1,4 @@
-"""Tiny random models, sharp enough that their laws are far from uniform."""
+"""Tiny random models, sharp enough that their distributions are far from uniform."""
 
 from __future__ import annotations
 

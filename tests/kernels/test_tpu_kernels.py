@@ -244,7 +244,7 @@ def test_attention_reads_what_is_live(dtype, dim, groups, width, window, lengths
 
 
 def test_a_row_is_what_it_is_alone():
-    """Catches a result that depends on the neighbours' lengths: the law of a row must not depend on its batch."""
+    """Catches a result that depends on the neighbours' lengths: a row's distribution must not depend on its batch."""
     lengths = jnp.array([700, 0, 130], jnp.int32)
     keys, values = (_normal(seed, 3, HEADS, 1024, 128) for seed in (1, 2))
     query, own_keys, own_values = (_normal(seed, 3, HEADS, 2, 128) for seed in (3, 4, 5))

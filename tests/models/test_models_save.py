@@ -44,9 +44,9 @@ def test_sharded_save_is_byte_identical_and_reads_back(raw_tensors, tmp_path):
     assert len(files) > 5
     sizes = []
     for file in files:
-        held = safetensors.numpy.load_file(saved / file)
-        assert set(held) == {name for name, where in index["weight_map"].items() if where == file}
-        sizes.append((sum(value.nbytes for value in held.values()), len(held)))
+        tensors = safetensors.numpy.load_file(saved / file)
+        assert set(tensors) == {name for name, where in index["weight_map"].items() if where == file}
+        sizes.append((sum(value.nbytes for value in tensors.values()), len(tensors)))
     assert all(size <= 200_000 or count == 1 for size, count in sizes)
     again = models.load(saved)
     assert jax.tree.all(jax.tree.map(lambda a, b: (a == b).all(), again.params, loaded.params))

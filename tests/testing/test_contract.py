@@ -1,4 +1,4 @@
-"""Every drafter with every verifier, processor and model: the output is the target's, to the token or to the law."""
+"""Every drafter with every verifier, processor and model: the output is the target's (same tokens or distribution)."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _as_rows(settings):
 
 @pytest.mark.parametrize("drafter", range(3), ids=["draft_model", "time-varying", "one-hot"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sampled_output_follows_the_law(family, drafter):
+def test_sampled_output_follows_the_distribution(family, drafter):
     """Catches a combination of parts that is not exact. For each of 2 verifiers, 4 settings, with and without a custom
     processor: 4,000 texts (500 by networks) of 3 tokens, K = 2, chi-square, false alarms 1e-6 each, in one batch."""
     samples = SAMPLES[family]
@@ -93,11 +93,11 @@ def test_sampled_output_follows_the_law(family, drafter):
         verifier=_by_row(list(SAMPLED.values()), which), controller=controllers.fixed(2),
     )  # fmt: skip
     for (rule, name, prompt), tokens in zip(cases, np.split(np.asarray(out.tokens), len(cases)), strict=True):
-        law = testing.exact_sequence_law(
+        probs = testing.exact_sequence_probs(
             model, params, PROMPTS[prompt], LENGTH, sampling=SETTINGS[name], stop_tokens=[STOP], processor=_processor
         )
         try:
-            testing.assert_same_law(testing.count_sequences(tokens, 2, LENGTH, VOCAB), law)
+            testing.assert_same_distribution(testing.count_sequences(tokens, 2, LENGTH, VOCAB), probs)
         except AssertionError as error:
             raise AssertionError(f"{rule}, {name}, {prompt}: {error}") from None
 
@@ -142,7 +142,7 @@ def test_models_keep_the_contract(family):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_drafters_keep_the_contract(family):
-    """Catches a drafter that misstates its law, or reads its neighbours."""
+    """Catches a drafter that misstates its distribution, or reads its neighbours."""
     model, params = tiny.model(family, vocab_size=VOCAB)
     for name, part, part_params in _drafters(family)[: None if family == "table" else 1]:
         checked = testing.check_drafter(part, part_params, target=model, target_params=params)

@@ -1,4 +1,4 @@
-"""Sampled speculation follows the target's law exactly: whole sequences, several rounds, hostile drafters."""
+"""Sampled speculation follows the target's distribution exactly: whole sequences, several rounds, hostile drafters."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ MODEL = testing.table_model(ORDER, VOCAB)
 PLAIN, FILTERED = specjax.Sampling(1.0), specjax.Sampling(1.3, top_k=3, min_p=0.1)
 
 
-def _law(sampling):
-    return testing.exact_sequence_law(MODEL, TABLE, PROMPT, LENGTH, sampling=sampling)
+def _probs(sampling):
+    return testing.exact_sequence_probs(MODEL, TABLE, PROMPT, LENGTH, sampling=sampling)
 
 
 def _count(drafter, drafter_params, draft_len, sampling, model=MODEL, params=TABLE):
@@ -33,7 +33,7 @@ def _count(drafter, drafter_params, draft_len, sampling, model=MODEL, params=TAB
 @pytest.mark.parametrize(
     "rule", [verify.rejection(), verify.block(), verify.coupled()], ids=["token", "block", "coupled"]
 )
-def test_exact_verifiers_follow_the_target_law(rule):
+def test_exact_verifiers_follow_the_target_distribution(rule):
     """Catches any bias of a verifier, one that shows only over several rounds included (known bugs 1 to 4).
 
     Sequences of 4 tokens in up to 3 rounds, 7 adversaries, 3 settings, K = 1 and 3: 42 chi-square tests of 20,000
@@ -55,18 +55,18 @@ def test_lossy_rules_are_seen_to_be_lossy(rule):
         testing.check_verifier(rule)
 
 
-def test_filters_and_longer_drafts_follow_the_target_law():
+def test_filters_and_longer_drafts_follow_the_target_distribution():
     """Catches a residual or bonus token taken at the wrong place. 60,000 sequences, false alarms 1e-6."""
     drafter = specjax.drafters.draft_model(MODEL)
     counts, stats = _count(drafter, testing.adversarial_tables(TABLE, VOCAB)["uniform"], 4, FILTERED)
-    testing.assert_same_law(counts, _law(FILTERED))
+    testing.assert_same_distribution(counts, _probs(FILTERED))
     assert int(stats.rounds.max()) == LENGTH - 1  # some sequences took a round for every token after the first
 
 
 def test_a_drafter_that_goes_nan_costs_speed_only():
-    """Catches NaN from the draft reaching the residual law. 60,000 sequences, false alarms 1e-6."""
+    """Catches NaN from the draft reaching the residual distribution. 60,000 sequences, false alarms 1e-6."""
     counts, _ = _count(specjax.drafters.draft_model(MODEL), TABLE.at[1].set(jnp.nan), 1, PLAIN)
-    testing.assert_same_law(counts, _law(PLAIN))
+    testing.assert_same_distribution(counts, _probs(PLAIN))
 
 
 def test_padded_vocabularies_change_nothing():
@@ -78,27 +78,27 @@ def test_padded_vocabularies_change_nothing():
     draft = specjax.drafters.draft_model(testing.table_model(ORDER, VOCAB, VOCAB + 1))
     model = testing.table_model(ORDER, VOCAB, VOCAB + 3)
     counts, _ = _count(draft, pad(-TABLE, 1), 1, PLAIN, model, pad(TABLE, 3))
-    testing.assert_same_law(counts, _law(PLAIN))
+    testing.assert_same_distribution(counts, _probs(PLAIN))
 
 
-def test_the_autoregressive_baseline_follows_the_law_too():
+def test_the_autoregressive_baseline_follows_the_distribution_too():
     """Catches a wrong baseline, against which everything else is compared."""
     prompts = jnp.tile(jnp.array([PROMPT]), (SAMPLES, 1))
     out = specjax.autoregressive(MODEL, TABLE, prompts, max_new_tokens=LENGTH, sampling=FILTERED)
-    testing.assert_same_law(testing.count_sequences(out.tokens, len(PROMPT), LENGTH, VOCAB), _law(FILTERED))
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, len(PROMPT), LENGTH, VOCAB), _probs(FILTERED))
 
 
 def test_the_test_can_fail():
-    """A slightly wrong law must be noticed: sampling at temperature 1.05 against the law at 1."""
+    """A slightly wrong distribution must be noticed: sampling at temperature 1.05 against the distribution at 1."""
     counts, _ = _count(specjax.drafters.draft_model(MODEL), TABLE, 1, specjax.Sampling(1.05))
     with pytest.raises(AssertionError, match="chi-square"):
-        testing.assert_same_law(counts, _law(PLAIN))
+        testing.assert_same_distribution(counts, _probs(PLAIN))
 
 
-def test_the_exact_law_is_that_of_the_table():
+def test_the_exact_distribution_is_that_of_the_table():
     """Catches a wrong enumeration: each probability again by hand, as a product of softmaxes."""
-    law = _law(PLAIN)
+    probs = _probs(PLAIN)
     host = np.exp(np.asarray(TABLE, np.float64))
     host /= host.sum(-1, keepdims=True)
-    for a, b, c in np.ndindex(law.shape):
-        np.testing.assert_allclose(law[a, b, c], host[1, 2, a] * host[2, a, b] * host[a, b, c], rtol=1e-9)
+    for a, b, c in np.ndindex(probs.shape):
+        np.testing.assert_allclose(probs[a, b, c], host[1, 2, a] * host[2, a, b] * host[a, b, c], rtol=1e-9)

@@ -26,19 +26,19 @@ from specjax.verify.prefix import at_tokens
 pytestmark = pytest.mark.usefixtures("fresh_programs")
 
 
-def _follows_the_law(verifier, drafter=DRAFTER, params=-TABLE, draft_len=2):
-    """20,000 sequences of 4 tokens in up to 3 rounds, against the exact law."""
+def _follows_the_distribution(verifier, drafter=DRAFTER, params=-TABLE, draft_len=2):
+    """20,000 sequences of 4 tokens in up to 3 rounds, against the exact distribution."""
     out = specjax.generate(
         MODEL, TABLE, drafter, params, jnp.tile(jnp.array([[1, 2]]), (20_000, 1)), key=jax.random.key(1),
         max_new_tokens=4, sampling=Sampling(1.0), verifier=verifier, controller=controllers.fixed(draft_len),
     )  # fmt: skip
-    law = testing.exact_sequence_law(MODEL, TABLE, [1, 2], 4, sampling=Sampling(1.0))
-    testing.assert_same_law(testing.count_sequences(out.tokens, 2, 4, VOCAB), law)
+    probs = testing.exact_sequence_probs(MODEL, TABLE, [1, 2], 4, sampling=Sampling(1.0))
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, 2, 4, VOCAB), probs)
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_bug_1_noise_that_a_later_round_sees_again(monkeypatch, rule):
-    _follows_the_law(getattr(verify, rule)())
+    _follows_the_distribution(getattr(verify, rule)())
     derive = noise.derive
 
     def without_rounds(keys, role, index):
@@ -47,7 +47,7 @@ def test_bug_1_noise_that_a_later_round_sees_again(monkeypatch, rule):
     monkeypatch.setattr(noise, "derive", without_rounds)
     jax.clear_caches()
     with pytest.raises(AssertionError, match="chi-square"):
-        _follows_the_law(getattr(verify, rule)())
+        _follows_the_distribution(getattr(verify, rule)())
 
 
 def test_bug_1_one_stream_for_two_roles(monkeypatch):
@@ -56,7 +56,7 @@ def test_bug_1_one_stream_for_two_roles(monkeypatch):
         noise, "derive", lambda keys, role, index: derive(keys, Role.DRAFT if role == Role.ACCEPT else role, index)
     )
     with pytest.raises(AssertionError, match="chi-square"):
-        _follows_the_law(verify.rejection())
+        _follows_the_distribution(verify.rejection())
 
 
 def test_bug_2_argmax_drafts_with_softmax_probabilities():
@@ -66,10 +66,10 @@ def test_bug_2_argmax_drafts_with_softmax_probabilities():
 
     wrong = DRAFTER._replace(propose=propose)
     for samples in (256, 2000):
-        with pytest.raises(AssertionError, match="do not follow the law that the drafter states"):
+        with pytest.raises(AssertionError, match="do not follow the distribution that the drafter states"):
             testing.check_drafter(wrong, -TABLE, target=MODEL, target_params=TABLE, samples=samples)
     with pytest.raises(AssertionError, match="chi-square"):
-        _follows_the_law(verify.rejection(), wrong, draft_len=1)
+        _follows_the_distribution(verify.rejection(), wrong, draft_len=1)
 
 
 def test_bug_3_the_minimum_over_the_batch():
@@ -101,7 +101,7 @@ def test_bug_4_block_verification_with_a_wrong_joint_ratio(monkeypatch, formula)
 
     monkeypatch.setattr(importlib.import_module("specjax.verify.block"), "_joint", wrong)
     with pytest.raises(AssertionError, match="chi-square"):
-        _follows_the_law(verify.block(), params=0.3 * TABLE, draft_len=3)
+        _follows_the_distribution(verify.block(), params=0.3 * TABLE, draft_len=3)
 
 
 def test_bug_5_lengths_that_count_unverified_tokens():
@@ -263,4 +263,4 @@ def test_taking_the_wrong_probability_is_caught():
         return verdict._replace(num_accepted=jnp.minimum(verdict.num_accepted, jnp.sum(own > 0.3, -1)))
 
     with pytest.raises(AssertionError):
-        _follows_the_law(Verifier(wrong))
+        _follows_the_distribution(Verifier(wrong))

@@ -82,7 +82,7 @@ def _scores_and_tokens_are_plain_ones():
 
 
 def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
-    """Noise of the position before, used a second time; and logits of padding columns in the raw law."""
+    """Noise of the position before, used a second time; and logits of padding columns in the raw distribution."""
     _scores_and_tokens_are_plain_ones()
     right = round._plain_token
 
@@ -105,22 +105,22 @@ def test_a_small_residual_that_is_left_out_is_caught(rule):
 
     def wrong(seen, draft, target):
         verdict = right.verify(seen, draft, target)
-        law = at_place(target.probs, verdict.num_accepted)
-        own = jnp.pad(draft_probs(draft, law.shape[-1]), ((0, 0), (0, 1), (0, 0)))
-        residual = jnp.maximum(law - at_place(own, verdict.num_accepted), 0.0)
+        probs = at_place(target.probs, verdict.num_accepted)
+        own = jnp.pad(draft_probs(draft, probs.shape[-1]), ((0, 0), (0, 1), (0, 0)))
+        residual = jnp.maximum(probs - at_place(own, verdict.num_accepted), 0.0)
         keys = noise.derive(seen.rows.keys, Role.RESIDUAL, seen.rows.rounds)
-        anew = sampling.sample(keys, jnp.log(law), seen.rows.sampling)
+        anew = sampling.sample(keys, jnp.log(probs), seen.rows.sampling)
         return verdict._replace(next_token=jnp.where(jnp.sum(residual, -1) < 0.05, anew, verdict.next_token))
 
-    def follows_the_law(verifier):
+    def follows_the_distribution(verifier):
         """20,000 sequences of 4 tokens, K = 2, false alarms 1e-6."""
         out = specjax.generate(
             MODEL, target, DRAFTER, draft, jnp.tile(jnp.array([[1, 2]]), (20_000, 1)), key=jax.random.key(1),
             max_new_tokens=4, sampling=Sampling(1.0), verifier=verifier, controller=controllers.fixed(2),
         )  # fmt: skip
-        law = testing.exact_sequence_law(MODEL, target, [1, 2], 4, sampling=Sampling(1.0))
-        testing.assert_same_law(testing.count_sequences(out.tokens, 2, 4, VOCAB), law)
+        probs = testing.exact_sequence_probs(MODEL, target, [1, 2], 4, sampling=Sampling(1.0))
+        testing.assert_same_distribution(testing.count_sequences(out.tokens, 2, 4, VOCAB), probs)
 
-    follows_the_law(right)
+    follows_the_distribution(right)
     with pytest.raises(AssertionError, match="chi-square"):
-        follows_the_law(Verifier(wrong))
+        follows_the_distribution(Verifier(wrong))

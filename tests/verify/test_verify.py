@@ -1,4 +1,4 @@
-"""Verifiers against NumPy with the same noise, on thousands of random inputs; degenerate laws among them."""
+"""Verifiers against NumPy with the same noise, on thousands of random inputs; degenerate distributions among them."""
 
 from __future__ import annotations
 
@@ -87,24 +87,24 @@ def test_matches_numpy(name, seed, target_kind, draft_kind, dtype):
     random = np.random.default_rng(seed)
     logits = _logits(random, (ROWS, LONGEST + 1, WIDTH), target_kind, dtype)
     draft_logits = logits[:, :LONGEST]
-    if draft_kind == "close":  # what is left of the target's law is little, and must decide all the same
+    if draft_kind == "close":  # what is left of the target's distribution is little, and must decide all the same
         draft_logits = draft_logits + 0.05 * random.normal(size=draft_logits.shape).astype(np.float32)
     elif draft_kind != "same":
         kind = "one-hot" if draft_kind == "argmax" else draft_kind
         draft_logits = _logits(random, (ROWS, LONGEST, WIDTH), kind, dtype)
-    laws = jax.nn.softmax(draft_logits, -1)
+    draft_probs = jax.nn.softmax(draft_logits, -1)
     tokens = jnp.asarray(np.argmax(np.asarray(draft_logits) + random.gumbel(size=draft_logits.shape), -1), jnp.int32)
     lengths = jnp.asarray(random.integers(0, LONGEST + 1, ROWS), jnp.int32)
-    draft = Draft(tokens, lengths, None if draft_kind == "argmax" else laws)
+    draft = Draft(tokens, lengths, None if draft_kind == "argmax" else draft_probs)
     verdict, probs, numbers = _compiled(name)(seed, temperature, draft, logits)
 
-    accepted, following, tokens, lengths, laws, probs, uniforms, residual_noise, target_noise = (
-        np.asarray(x) for x in (verdict.num_accepted, verdict.next_token, tokens, lengths, laws, probs, *numbers)
+    accepted, following, tokens, lengths, draft_probs, probs, uniforms, residual_noise, target_noise = (
+        np.asarray(x) for x in (verdict.num_accepted, verdict.next_token, tokens, lengths, draft_probs, probs, *numbers)
     )
     close = 0
     for row in range(ROWS):
         case = reference.Case(
-            tokens[row], int(lengths[row]), laws[row].astype(np.float64), probs[row].astype(np.float64),
+            tokens[row], int(lengths[row]), draft_probs[row].astype(np.float64), probs[row].astype(np.float64),
             uniforms[row], residual_noise[row], target_noise[row],
         )  # fmt: skip
         decision = wanted(case)
@@ -144,18 +144,18 @@ def test_an_accepted_token_has_target_mass(name):
 
 
 def test_block_keeps_at_least_as_much_as_token_level():
-    """Catches a block rule that gives its gain away. Same laws, drafts and uniforms, 40,000 rows."""
+    """Catches a block rule that gives its gain away. Same distributions, drafts and uniforms, 40,000 rows."""
     rows = 2000
     random = np.random.default_rng(5)
     logits = _logits(random, (1, LONGEST + 1, WIDTH), "dense", jnp.float32)
-    laws = jax.nn.softmax(_logits(random, (1, LONGEST, WIDTH), "dense", jnp.float32), -1)
+    probs = jax.nn.softmax(_logits(random, (1, LONGEST, WIDTH), "dense", jnp.float32), -1)
 
     @jax.jit
     def accepted(seed):
         drawn = jax.random.categorical(
-            jax.random.fold_in(jax.random.key(9), seed), jnp.log(laws), shape=(rows, LONGEST)
+            jax.random.fold_in(jax.random.key(9), seed), jnp.log(probs), shape=(rows, LONGEST)
         )
-        draft = Draft(drawn.astype(jnp.int32), jnp.full((rows,), LONGEST), jnp.repeat(laws, rows, 0))
+        draft = Draft(drawn.astype(jnp.int32), jnp.full((rows,), LONGEST), jnp.repeat(probs, rows, 0))
         full = jnp.repeat(logits, rows, 0)
         target = Target(full, jax.nn.softmax(full, -1))
         rules = (verify.rejection(), verify.block())

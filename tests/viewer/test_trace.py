@@ -1,4 +1,4 @@
-"""Traces say what happened: the tokens and counts of `generate`, the laws of both models, the text."""
+"""Traces say what happened: the tokens and counts of `generate`, the distributions of both models, the text."""
 
 from __future__ import annotations
 
@@ -85,25 +85,26 @@ def test_a_trace_is_what_generate_made(temperature, rule, rounds_per_dispatch):
     assert kinds == set(Kind) - {Kind.FIRST}
 
 
-def test_probabilities_are_the_laws_own():
+def test_probabilities_are_those_of_the_distributions():
     """Catches a probability of the place before or after, of the other model, before the temperature where it should
     be after it and the other way round: of draft tokens, of the target's, of the one after the prompt and of those of
     rounds without a draft, and wherever a trace shows them."""
     temperature = 0.7
     found, _ = _run(sampling=specjax.Sampling(temperature), controller=by_plan([3, 0, 2, 0, 0, 3, 1]))
-    laws = [np.asarray(jax.nn.softmax(table, -1)) for table in (TABLE / temperature, TABLE, DRAFT_TABLE / temperature)]
+    tables = (TABLE / temperature, TABLE, DRAFT_TABLE / temperature)
+    distributions = [np.asarray(jax.nn.softmax(table, -1)) for table in tables]
     compared = 0
     for row, prompt in zip(found.rows, IDS, strict=True):
         written = list(prompt)
         for one in (row.start, *row.rounds):
             before = [written[-1], *(token.id for token in one.draft)]
             for previous, token in zip(before, one.draft, strict=False):
-                wanted = [law[previous, token.id] for law in laws]
+                wanted = [probs[previous, token.id] for probs in distributions]
                 np.testing.assert_allclose([token.target_prob, token.model_prob, token.draft_prob], wanted, atol=1e-5)
                 compared += 1
             written += [token.id for token in one.emitted()]
             if one.target is not None:
-                wanted = [law[written[-2], one.target.id] for law in laws[:2]]
+                wanted = [probs[written[-2], one.target.id] for probs in distributions[:2]]
                 np.testing.assert_allclose([one.target.target_prob, one.target.model_prob], wanted, atol=1e-5)
     assert compared > 20
     token = found.rows[0].rounds[0].draft[0]
@@ -113,7 +114,7 @@ def test_probabilities_are_the_laws_own():
     assert f'title="{token.kind}, {hint}"' in found._repr_html_()
 
 
-def test_a_drafter_without_a_law_drafts_with_certainty():
+def test_a_drafter_without_a_distribution_drafts_with_certainty():
     """Catches a softmax, or a crash, where `Draft.probs` is None."""
     constant = testing.constant_drafter(3)
     found, _ = _run(drafter=constant, sampling=specjax.Sampling(1.0))
@@ -165,14 +166,14 @@ def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
     chunks = list(specjax.stream(*given, **options, sampling=specjax.Sampling(0.0)))
     plain = specjax.autoregressive(MODEL, TABLE, PROMPTS, LENGTHS, max_new_tokens=20).new_tokens()
     assert [[token for chunk in chunks for token in chunk.tokens[row]] for row in range(3)] == plain
-    law = np.asarray(jax.nn.log_softmax(TABLE, -1))
+    probs = np.asarray(jax.nn.log_softmax(TABLE, -1))
     written = [[*ids, *chunks[0].tokens[row]] for row, ids in enumerate(IDS)]
     paths = set()
     for chunk in chunks[1:]:
         for row, ended in enumerate(written):
             for drafted in filter(lambda one: one.tokens, chunk.rounds[row]):
                 before = [ended[-1] if parent < 0 else drafted.tokens[parent] for parent in parents.tolist()]
-                wanted = [law[previous, token] for previous, token in zip(before, drafted.tokens, strict=False)]
+                wanted = [probs[previous, token] for previous, token in zip(before, drafted.tokens, strict=False)]
                 np.testing.assert_allclose([score.raw for score in drafted.target], wanted, atol=1e-5)
                 kept = [drafted.tokens[place] for place in drafted.accepted]
                 assert kept == chunk.tokens[row][: len(kept)]

@@ -85,8 +85,8 @@ def show(browser, tmp_path):
 def _tip(page):
     """What the tooltip says: the numbers by their names."""
     return page.evaluate(
-        "tip.hidden ? null : Object.fromEntries([...tip.querySelectorAll('.law')]"
-        ".map(law => [law.dataset.name, law.textContent]))"
+        "tip.hidden ? null : Object.fromEntries([...tip.querySelectorAll('.probability')]"
+        ".map(bar => [bar.dataset.name, bar.textContent]))"
     )
 
 

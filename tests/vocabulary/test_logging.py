@@ -72,7 +72,7 @@ def test_a_program_is_announced_once(said):
 
 def test_a_stream_tells_of_rows_in_trouble(said):
     """Catches a NaN that a caller who looks at tokens alone never hears of, and healthy rows that are complained of."""
-    # Token 5 has no law: the first row meets it, the second does not.
+    # Token 5 has no distribution: the first row meets it, the second does not.
     table = jnp.full_like(TABLE, -9.0).at[2, 5].set(9.0).at[5].set(jnp.nan).at[4, 4].set(9.0)
     for _ in specjax.stream(MODEL, table, DRAFTER, table, PROMPTS, max_new_tokens=4):
         pass

@@ -1,4 +1,4 @@
-"""Keys of every implementation that this JAX has: rows of their own, the right law, the same answer to a seed."""
+"""Keys of every implementation that this JAX has: rows of their own, the right distribution, one answer to one seed."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ VOCAB = 997
 MODEL, UNIFORM = testing.table_model(1, VOCAB), jnp.zeros((VOCAB + 1, VOCAB))
 PROMPTS, SEEDS = jnp.array([[1, 2], [3, 4], [5, 6], [1, 2]]), jnp.array([7, 8, 9, 10])
 LIMITS = jnp.array([1, 14, 14, 9])
-# The law of this pair's texts is uniform, so that a number drawn twice is seen: 46 tokens of 997 ids.
+# The distribution of this pair's texts is uniform, so that a number drawn twice is seen: 46 tokens of 997 ids.
 WAYS = {
     "plain": None,
     "rejection": verify.rejection(),
@@ -31,7 +31,7 @@ def _texts(way, key, rows):
     }  # fmt: skip
     if WAYS[way] is None:
         return specjax.autoregressive(MODEL, UNIFORM, PROMPTS[rows], **options).new_tokens()
-    draft = UNIFORM.at[:, : VOCAB // 2].add(1.0)  # another law, so that some draft tokens are rejected
+    draft = UNIFORM.at[:, : VOCAB // 2].add(1.0)  # another distribution, so that some draft tokens are rejected
     return specjax.generate(
         MODEL, UNIFORM, specjax.drafters.draft_model(MODEL), draft, PROMPTS[rows], verifier=WAYS[way],
         controller=controllers.fixed(2), **options,
@@ -69,8 +69,8 @@ def test_the_exactness_suite_under_other_implementations(implementation):
         model, prompts = testing.table_model(2, 4), jnp.tile(jnp.array([[1, 2]]), (20_000, 1))
         sampling = specjax.Sampling(1.0)
         out = specjax.autoregressive(model, table, prompts, key=jax.random.key(1), max_new_tokens=3, sampling=sampling)
-        law = testing.exact_sequence_law(model, table, [1, 2], 3, sampling=sampling)
-        testing.assert_same_law(testing.count_sequences(out.tokens, 2, 3, 4), law)
+        probs = testing.exact_sequence_probs(model, table, [1, 2], 3, sampling=sampling)
+        testing.assert_same_distribution(testing.count_sequences(out.tokens, 2, 3, 4), probs)
 
 
 def test_a_key_counts_with_all_its_bits():

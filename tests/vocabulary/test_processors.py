@@ -1,4 +1,4 @@
-"""Processors are exact at every drafted place: each law sees the draft tokens before it."""
+"""Processors are exact at every drafted place: each distribution sees the draft tokens before it."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ def _as_rows(settings, each):
 
 @pytest.mark.parametrize("processor", [None, _alternate])
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
-def test_sequences_follow_the_processed_law(rule, processor):
+def test_sequences_follow_the_processed_distribution(rule, processor):
     """Catches a penalty, a mask or a grammar that does not see the draft tokens before a place, or sees others; a
-    draft whose law is not the one it was drawn from. 4 tokens, K = 2, so 3 rounds where drafts fail; the draft is the
-    reversed target. 10,000 sequences a setting, all settings in one batch, false alarms 1e-6 each."""
+    draft whose distribution is not the one it was drawn from. 4 tokens, K = 2, so 3 rounds where drafts fail; the draft
+    is the reversed target. 10,000 sequences a setting, all settings in one batch, false alarms 1e-6 each."""
     sampling = _as_rows(SETTINGS.values(), SAMPLES)
     out = specjax.generate(
         MODEL, TABLE, DRAFT, -TABLE, jnp.tile(jnp.array([PROMPT]), (SAMPLES * len(SETTINGS), 1)),
@@ -61,18 +61,19 @@ def test_sequences_follow_the_processed_law(rule, processor):
         verifier=getattr(verify, rule)(), controller=specjax.controllers.fixed(2),
     )  # fmt: skip
     for (name, setting), tokens in zip(SETTINGS.items(), np.split(np.asarray(out.tokens), len(SETTINGS)), strict=True):
-        law = testing.exact_sequence_law(
+        probs = testing.exact_sequence_probs(
             MODEL, TABLE, PROMPT, LENGTH, sampling=setting, stop_tokens=[STOP], processor=processor
         )
-        assert law.sum() == pytest.approx(1), name
-        testing.assert_same_law(testing.count_sequences(tokens, len(PROMPT), LENGTH, VOCAB), law)
+        assert probs.sum() == pytest.approx(1), name
+        testing.assert_same_distribution(testing.count_sequences(tokens, len(PROMPT), LENGTH, VOCAB), probs)
     assert int(out.stats.rounds.max()) == LENGTH - 1
 
 
 @pytest.mark.parametrize("rule", ["rejection", "coupled"])
 def test_a_draft_is_processed_as_the_target_is(rule):
     """Catches a drafter whose penalties, minimum length or grammar do not see its own draft tokens: the text keeps its
-    law, but fewer tokens stay. Drafting for itself, every one must, in every row; the grammar binds half of them."""
+    distribution, but fewer tokens stay. A model that drafts for itself must keep every token in every row; a grammar
+    binds half of the rows."""
 
     def grammar(logits, tokens, length):
         return jnp.where(tokens[0] == 1, _alternate(logits, tokens, length), logits)
@@ -91,21 +92,21 @@ def test_a_draft_is_processed_as_the_target_is(rule):
     assert (out.stats.rounds == 4).all()
 
 
-def test_plain_decoding_follows_the_processed_law():
+def test_plain_decoding_follows_the_processed_distribution():
     """Catches a processor that works in verification only."""
     setting = SETTINGS["all"]
     prompts = jnp.tile(jnp.array([PROMPT]), (SAMPLES, 1))
     out = specjax.autoregressive(
         MODEL, TABLE, prompts, max_new_tokens=LENGTH, sampling=setting, processor=_alternate, stop_tokens=[STOP]
     )
-    law = testing.exact_sequence_law(
+    probs = testing.exact_sequence_probs(
         MODEL, TABLE, PROMPT, LENGTH, sampling=setting, stop_tokens=[STOP], processor=_alternate
     )
-    testing.assert_same_law(testing.count_sequences(out.tokens, len(PROMPT), LENGTH, VOCAB), law)
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, len(PROMPT), LENGTH, VOCAB), probs)
 
 
 def test_nothing_asked_for_is_nothing_done():
-    """Catches a neutral setting that changes a law: the same tokens with every field neutral and with none."""
+    """Catches a neutral setting that changes a distribution: the same tokens with every field neutral and with none."""
     prompts = jax.random.randint(jax.random.key(1), (64, 5), 0, VOCAB)
     outs = [
         specjax.generate(MODEL, TABLE, DRAFT, -TABLE, prompts, max_new_tokens=12, sampling=sampling)
@@ -184,7 +185,7 @@ def test_a_tree_is_processed_branch_by_branch():
 
 
 def test_bad_settings_are_refused():
-    """Catches a wrong shape or value that would broadcast into a wrong law."""
+    """Catches a wrong shape or value that would broadcast into a wrong distribution."""
 
     def run(processor=None, **fields):
         return specjax.generate(

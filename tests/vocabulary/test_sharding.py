@@ -120,7 +120,7 @@ def test_draft_lengths_that_vary():
 
 @pytest.mark.parametrize("kind", ["one-hot", "time-varying"])
 def test_drafters_without_a_model(kind):
-    """Catches draft laws that lie otherwise than the target's."""
+    """Catches draft distributions that lie otherwise than the target's."""
     tables = jnp.stack([testing.random_table(jax.random.key(seed), order=2, vocab_size=VOCAB) for seed in range(3)])
     drafter = (constant_drafter(1), ()) if kind == "one-hot" else (time_varying_drafter(VOCAB), tables)
     wanted = _run("llama", None, None, drafter).new_tokens()

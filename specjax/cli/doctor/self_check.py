@@ -254,10 +254,10 @@ def _same_law(clock: _Clock) -> str:
         ).tokens  # fmt: skip
 
     with clock.compile("a model small enough to enumerate"):
-        law = testing.exact_sequence_law(model, table, _PROMPT, _LENGTH, sampling=Sampling(1.0))
+        law = testing.exact_sequence_probs(model, table, _PROMPT, _LENGTH, sampling=Sampling(1.0))
         jax.block_until_ready(draw())
     counts = testing.count_sequences(draw(), len(_PROMPT), _LENGTH, 3)
-    testing.assert_same_law(counts, law, false_alarm=_FALSE_ALARM)
+    testing.assert_same_distribution(counts, law, false_alarm=_FALSE_ALARM)
     return f"{_SAMPLES:,} texts of {_LENGTH} tokens (chi-square, false alarms at most {_FALSE_ALARM:g})"
 
 

@@ -87,8 +87,8 @@ def _greedy(own_logits, params):
 
 
 def _sampled(adapted, draft, draft_params, own_logits):
-    """20,000 texts of three tokens, one from the prompt and two by rounds, against the module's own law, enumerated
-    over all texts from its own logits; false alarms 1e-6."""
+    """20,000 texts of three tokens, one from the prompt and two by rounds, against the module's own distribution,
+    enumerated over all texts from its own logits; false alarms 1e-6."""
     prompt, sampling = [3, 1], specjax.Sampling(temperature=1.0, top_k=5)
     out = specjax.generate(
         adapted.model, adapted.params, draft, draft_params, jnp.tile(jnp.array([prompt]), (SAMPLES, 1)),
@@ -96,13 +96,13 @@ def _sampled(adapted, draft, draft_params, own_logits):
     )  # fmt: skip
     vocab = adapted.model.vocab_size
     whole = jax.jit(own_logits)
-    first = testing.numpy_law(np.asarray(whole(adapted.params, jnp.array([prompt])))[0, -1, :vocab], sampling)
+    first = testing.numpy_probs(np.asarray(whole(adapted.params, jnp.array([prompt])))[0, -1, :vocab], sampling)
     texts = jnp.array([[*prompt, token] for token in range(vocab)])
-    second = [testing.numpy_law(row[:vocab], sampling) for row in np.asarray(whole(adapted.params, texts))[:, -1]]
-    law = np.zeros((vocab, vocab, vocab))
+    second = [testing.numpy_probs(row[:vocab], sampling) for row in np.asarray(whole(adapted.params, texts))[:, -1]]
+    probs = np.zeros((vocab, vocab, vocab))
     pairs = jnp.array([[*prompt, a, b] for a in range(vocab) for b in range(vocab)])
     third = np.asarray(whole(adapted.params, pairs))[:, -1, :vocab]
     for index, (a, b) in enumerate(np.ndindex(vocab, vocab)):
         if first[a] and second[a][b]:
-            law[a, b] = first[a] * second[a][b] * testing.numpy_law(third[index], sampling)
-    testing.assert_same_law(testing.count_sequences(out.tokens, len(prompt), 3, vocab), law)
+            probs[a, b] = first[a] * second[a][b] * testing.numpy_probs(third[index], sampling)
+    testing.assert_same_distribution(testing.count_sequences(out.tokens, len(prompt), 3, vocab), probs)

@@ -14,7 +14,7 @@ from specjax.types import Array, PyTree
 _ROWS, _SLOTS = (2, 3), (48, 64)
 
 
-class Leaf(NamedTuple):
+class LeafAxes(NamedTuple):
     """One array of a cache."""
 
     path: str
@@ -22,7 +22,7 @@ class Leaf(NamedTuple):
     slots: int | None  # the axis that counts slots; None is a cursor
 
 
-def leaves_of(init_cache: Callable[[int, int], PyTree]) -> list[Leaf]:
+def axes_of(init_cache: Callable[[int, int], PyTree]) -> list[LeafAxes]:
     """Read off the shapes of caches of different sizes; nothing is computed.
 
     Raises:
@@ -47,7 +47,7 @@ def leaves_of(init_cache: Callable[[int, int], PyTree]) -> list[Leaf]:
             )
         if slots is not None and rows is None:
             raise ValueError(f"the cache's {name} {list(leaf.shape)} has slots but no axis for rows")
-        found.append(Leaf(name, rows, slots))
+        found.append(LeafAxes(name, rows, slots))
     return found
 
 
@@ -59,10 +59,10 @@ def slots_ignored(init_cache: Callable[[int, int], PyTree]) -> str | None:
         return None
     if [leaf.shape for _, leaf in few] != [leaf.shape for _, leaf in many]:
         return None
-    held = ", ".join(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in few[:3])
+    arrays = ", ".join(f"{jax.tree_util.keystr(path)} {leaf.dtype}{list(leaf.shape)}" for path, leaf in few[:3])
     return (
         f"Its init_cache ignores the number of slots that it is asked for: {_SLOTS[0]} and {_SLOTS[1]} slots for "
-        f"{_ROWS[0]} rows give the same arrays ({held or 'none'}{', ...' if len(few) > 3 else ''}). Pass "
+        f"{_ROWS[0]} rows give the same arrays ({arrays or 'none'}{', ...' if len(few) > 3 else ''}). Pass "
         "init_cache=lambda batch, slots: ... that makes as many slots as it is asked for. (If these are no slots but a "
         "state that every token changes, as recurrent layers have it: that can't be rolled back from outside.)"
     )
@@ -73,11 +73,11 @@ def _shapes(init_cache: Callable[[int, int], PyTree], rows: int, slots: int) -> 
     return jax.tree_util.tree_leaves_with_path(jax.eval_shape(lambda: init_cache(rows, slots)))
 
 
-def slots_of(leaves: list[Leaf], cache: PyTree, wanted: int) -> int:
+def slots_of(axes: list[LeafAxes], cache: PyTree, wanted: int) -> int:
     """How many slots this cache has, the same in every leaf, at least as many as were asked for."""
     sizes = {
         leaf.path: array.shape[leaf.slots]
-        for leaf, array in zip(leaves, jax.tree.leaves(cache), strict=True)
+        for leaf, array in zip(axes, jax.tree.leaves(cache), strict=True)
         if leaf.slots is not None
     }
     path, fewest = min(sizes.items(), key=lambda item: item[1])
@@ -90,10 +90,10 @@ def slots_of(leaves: list[Leaf], cache: PyTree, wanted: int) -> int:
     return fewest
 
 
-def set_cursors(leaves: list[Leaf], cache: PyTree, cursors: Array) -> PyTree:
+def set_cursors(axes: list[LeafAxes], cache: PyTree, cursors: Array) -> PyTree:
     """The cache with its cursors at `cursors` [B]; one that all rows share gets the first."""
 
-    def one(leaf: Leaf, array: Array) -> Array:
+    def one(leaf: LeafAxes, array: Array) -> Array:
         if leaf.slots is not None:
             return array
         if leaf.rows is None:
@@ -102,13 +102,15 @@ def set_cursors(leaves: list[Leaf], cache: PyTree, cursors: Array) -> PyTree:
         shape[leaf.rows] = -1
         return jnp.broadcast_to(cursors.reshape(shape), array.shape).astype(array.dtype)
 
-    return _map(one, leaves, cache)
+    return _map(one, axes, cache)
 
 
-def move(leaves: list[Leaf], cache: PyTree, source: Array, size: int, target: Array, path: Array | None) -> PyTree:
+def copy_slots(
+    axes: list[LeafAxes], cache: PyTree, source: Array, size: int, target: Array, path: Array | None
+) -> PyTree:
     """For each row, `size` slots from source[b] on (or those at source[b] + path[b]) copied to target[b] on."""
 
-    def one(leaf: Leaf, array: Array) -> Array:
+    def one(leaf: LeafAxes, array: Array) -> Array:
         if leaf.slots is None:
             return array
         rows_axis, slots_axis = leaf.rows, leaf.slots
@@ -125,7 +127,7 @@ def move(leaves: list[Leaf], cache: PyTree, source: Array, size: int, target: Ar
 
         return lax.fori_loop(0, array.shape[rows_axis], row, array)
 
-    return _map(one, leaves, cache)
+    return _map(one, axes, cache)
 
 
 def _differing(one: Any, other: Any, name: str) -> int | None:
@@ -135,6 +137,6 @@ def _differing(one: Any, other: Any, name: str) -> int | None:
     return axes[0] if axes else None
 
 
-def _map(function: Callable[[Leaf, Array], Array], leaves: list[Leaf], cache: PyTree) -> PyTree:
+def _map(function: Callable[[LeafAxes, Array], Array], axes: list[LeafAxes], cache: PyTree) -> PyTree:
     arrays, structure = jax.tree.flatten(cache)
-    return structure.unflatten([function(leaf, array) for leaf, array in zip(leaves, arrays, strict=True)])
+    return structure.unflatten([function(leaf, array) for leaf, array in zip(axes, arrays, strict=True)])

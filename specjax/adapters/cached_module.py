@@ -15,20 +15,20 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from specjax.adapters.foreign import CacheMaker, Feed, Foreign, named_when_longer
-from specjax.adapters.leaves import leaves_of, move, set_cursors, slots_of
+from specjax.adapters.cache_axes import axes_of, copy_slots, set_cursors, slots_of
+from specjax.adapters.wrapped import CacheMaker, PassInput, Wrapped, named_when_longer
 from specjax.cache import after
 from specjax.types import Array, Model, Output, PyTree
 
 
-class HeldCache(NamedTuple):
+class ModuleCache(NamedTuple):
     """The module's own arrays. Slots past `lengths` hold leftovers that its mask or cursor keeps out of sight."""
 
     own: PyTree
     lengths: Array  # [B] int32
 
 
-class HeldBlock(NamedTuple):
+class ModuleBlock(NamedTuple):
     """A round under way. The module has written it into `own`, which takes the cache's place from then on."""
 
     own: PyTree  # None before the first tokens
@@ -36,29 +36,31 @@ class HeldBlock(NamedTuple):
     filled: Array  # [] int32
 
 
-class Standing(NamedTuple):
+class Placement(NamedTuple):
     """Where a round of N tokens stands in a cache of so many slots."""
 
     start: Callable[[Array, int, int], Array]  # (lengths [B], N, slots) -> first slot [B]
     is_in_place: bool  # whether a chain that is kept already stands where it belongs
 
 
-AT_LENGTH = Standing(lambda lengths, size, slots: lengths, is_in_place=True)
-AT_END = Standing(lambda lengths, size, slots: jnp.full_like(lengths, slots - size), is_in_place=False)
+AT_LENGTH = Placement(lambda lengths, size, slots: lengths, is_in_place=True)
+AT_END = Placement(lambda lengths, size, slots: jnp.full_like(lengths, slots - size), is_in_place=False)
 
 
-def held(foreign: Foreign, standing: Standing, vocab_size: int, *, max_positions: int | None = None) -> Model:
+def cached_module(
+    wrapped: Wrapped, placement: Placement, vocab_size: int, *, max_positions: int | None = None
+) -> Model:
     """The module with its own cache. Trees need a module that takes positions and mask."""
-    assert foreign.init_cache is not None
-    make, leaves = foreign.init_cache, leaves_of(foreign.init_cache)
-    if standing.is_in_place:
-        for leaf in leaves:
+    assert wrapped.init_cache is not None
+    make, axes = wrapped.init_cache, axes_of(wrapped.init_cache)
+    if placement.is_in_place:
+        for leaf in axes:
             if leaf.slots is None and leaf.rows is None:
                 raise ValueError(f"its cache keeps one cursor for all rows ({leaf.path})")
 
-    def init_cache(params: PyTree, batch: int, slots: int) -> HeldCache:
+    def init_cache(params: PyTree, batch: int, slots: int) -> ModuleCache:
         del params
-        if max_positions is not None and foreign.takes.positions is None and slots > max_positions:
+        if max_positions is not None and wrapped.takes.positions is None and slots > max_positions:
             raise ValueError(
                 f"the buffers have {slots} places (the capacity, and a round past it), and this module, which counts "
                 f"its positions by itself, has {max_positions}: make capacity smaller by {slots - max_positions}. "
@@ -66,72 +68,72 @@ def held(foreign: Foreign, standing: Standing, vocab_size: int, *, max_positions
             )
         with named_when_longer(slots, max_positions):
             cache = make(batch, slots)
-        slots_of(leaves, cache, slots)
-        return HeldCache(cache, jnp.zeros((batch,), jnp.int32))
+        slots_of(axes, cache, slots)
+        return ModuleCache(cache, jnp.zeros((batch,), jnp.int32))
 
-    def init_block(params: PyTree, batch: int, size: int) -> HeldBlock:
+    def init_block(params: PyTree, batch: int, size: int) -> ModuleBlock:
         del params, batch
-        return HeldBlock(None, jnp.zeros((size,), bool), jnp.int32(0))
+        return ModuleBlock(None, jnp.zeros((size,), bool), jnp.int32(0))
 
     def apply(
-        params: PyTree, tokens: Array, cache: HeldCache, block: HeldBlock, *, depths: Array | None = None,
+        params: PyTree, tokens: Array, cache: ModuleCache, block: ModuleBlock, *, depths: Array | None = None,
         visible: Array | None = None, logits_at: Array | None = None, hidden_layers: tuple[int, ...] = (),
     ) -> Output:  # fmt: skip
         del hidden_layers  # parts.fit and check_model know that there are none
         batch, width = tokens.shape
         size = block.room.shape[0]
         own = cache.own if block.own is None else block.own
-        slots = slots_of(leaves, own, 0)
-        start = standing.start(cache.lengths, size, slots)
+        slots = slots_of(axes, own, 0)
+        start = placement.start(cache.lengths, size, slots)
         order = block.filled + jnp.arange(width)
         steps = order if depths is None else depths
         positions = cache.lengths[:, None] + (steps[None] if steps.ndim == 1 else steps)
         if visible is None:
             visible = jnp.arange(size)[None, :] <= order[:, None]
         visible = jnp.broadcast_to(visible if visible.ndim == 3 else visible[None], (batch, width, size))
-        out = foreign.run(
+        out = wrapped.run(
             params,
-            Feed(
+            PassInput(
                 tokens,
                 positions if max_positions is None else jnp.minimum(positions, max_positions - 1),
                 _over_slots(visible, cache.lengths, start, slots),
-                set_cursors(leaves, own, start + block.filled),
+                set_cursors(axes, own, start + block.filled),
             ),
         )
         logits = out.logits.astype(jnp.float32)
         if logits_at is not None:
             logits = jnp.take_along_axis(logits, logits_at[..., None], 1)
-        return Output(logits, (), HeldBlock(_like(out.cache, own), block.room, block.filled + width))
+        return Output(logits, (), ModuleBlock(_like(out.cache, own), block.room, block.filled + width))
 
-    def commit(cache: HeldCache, block: HeldBlock, keep: Array, path: Array | None = None) -> HeldCache:
+    def commit(cache: ModuleCache, block: ModuleBlock, keep: Array, path: Array | None = None) -> ModuleCache:
         own = block.own
-        if path is not None or not standing.is_in_place:
+        if path is not None or not placement.is_in_place:
             size = block.room.shape[0]
-            start = standing.start(cache.lengths, size, slots_of(leaves, own, 0))
-            own = move(leaves, own, start, size, after(cache.lengths, keep), path)  # not before the last read
-        return HeldCache(own, cache.lengths + keep)
+            start = placement.start(cache.lengths, size, slots_of(axes, own, 0))
+            own = copy_slots(axes, own, start, size, after(cache.lengths, keep), path)  # not before the last read
+        return ModuleCache(own, cache.lengths + keep)
 
     return Model(
-        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=foreign.sees_trees, hidden=False
+        apply, init_cache, init_block, commit, vocab_size, max_positions, trees=wrapped.sees_trees, hidden=False
     )
 
 
-def rows_apart(foreign: Foreign) -> Foreign:
+def row_by_row(wrapped: Wrapped) -> Wrapped:
     """The same module, each row by itself under vmap: what was one cursor for all rows becomes one a row."""
-    assert foreign.init_cache is not None
-    make = foreign.init_cache
+    assert wrapped.init_cache is not None
+    make = wrapped.init_cache
 
     def init_cache(batch: int, slots: int) -> PyTree:
         return jax.tree.map(lambda leaf: jnp.broadcast_to(leaf[None], (batch, *leaf.shape)), make(1, slots))
 
-    def run(params: PyTree, feed: Feed):
+    def run(params: PyTree, feed: PassInput):
         alone = feed._replace(
             tokens=feed.tokens[:, None], positions=feed.positions[:, None], visible=feed.visible[:, None]
         )
-        out = jax.vmap(foreign.run, (None, 0))(params, alone)
+        out = jax.vmap(wrapped.run, (None, 0))(params, alone)
         return out._replace(logits=out.logits[:, 0])
 
-    return foreign._replace(run=run, cache=CacheMaker(init_cache))
+    return wrapped._replace(run=run, cache=CacheMaker(init_cache))
 
 
 def _over_slots(visible: Array, lengths: Array, start: Array, slots: int) -> Array:

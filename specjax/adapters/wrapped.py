@@ -67,7 +67,7 @@ class Takes(NamedTuple):
         return ", ".join([f"{name}=" for name in named if name] + [f"{name}={x!r}" for name, x in self.fixed.items()])
 
 
-class Feed(NamedTuple):
+class PassInput(NamedTuple):
     """What one pass is given."""
 
     tokens: Array  # [B, T] int32
@@ -80,7 +80,7 @@ class NoLogits(ValueError):
     """A module was called, and gave back something else."""
 
 
-class Given(NamedTuple):
+class PassOutput(NamedTuple):
     """What one pass gives."""
 
     logits: Array  # [B, T, columns]
@@ -94,10 +94,10 @@ class CacheMaker(NamedTuple):
     note: str = ""  # a sentence: why there is none, or what the module lacks that it needs, and what to do
 
 
-class Foreign(NamedTuple):
+class Wrapped(NamedTuple):
     """A module as functions: what the strategies of this package work with."""
 
-    run: Callable[[PyTree, Feed], Given]  # (params, feed)
+    run: Callable[[PyTree, PassInput], PassOutput]  # (params, feed)
     cache: CacheMaker
     takes: Takes
 
@@ -112,13 +112,13 @@ class Foreign(NamedTuple):
         return self.takes.positions is not None and self.takes.mask is not None
 
 
-def foreign(
+def wrap(
     function: Callable[..., Any],
     bind: Callable[[PyTree], Callable[..., Any]],
     takes: Takes,
     cache: CacheMaker,
     max_positions: int | None,
-) -> Foreign:
+) -> Wrapped:
     """`bind(params)` is the module's call, whose signature is `function`'s."""
     known = set(inspect.signature(function).parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
@@ -127,7 +127,7 @@ def foreign(
         if name is not None and name not in known and not open_ended:
             raise ValueError(f"takes.{role} is {name!r}, but the module takes {', '.join(sorted(known)) or 'nothing'}.")
 
-    def run(params: PyTree, feed: Feed) -> Given:
+    def run(params: PyTree, feed: PassInput) -> PassOutput:
         named = {
             takes.tokens: feed.tokens,
             takes.positions: feed.positions,
@@ -140,7 +140,7 @@ def foreign(
             out = bound(**named, **takes.fixed)
         return unpack(out, feed.tokens.shape)
 
-    return Foreign(run, cache, takes)
+    return Wrapped(run, cache, takes)
 
 
 @contextlib.contextmanager
@@ -259,17 +259,17 @@ def leaf_name(path: tuple[Any, ...]) -> str:
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path).strip(".")
 
 
-def unpack(out: Any, shape: tuple[int, ...]) -> Given:
+def unpack(out: Any, shape: tuple[int, ...]) -> PassOutput:
     """Logits and cache, in whatever form: an array, a pair in either order, an object with `.logits` and `.cache`."""
     if hasattr(out, "logits"):
-        return Given(out.logits, getattr(out, "cache", None))
+        return PassOutput(out.logits, getattr(out, "cache", None))
     if isinstance(out, Mapping) and "logits" in out:
-        return Given(out["logits"], out.get("cache"))
+        return PassOutput(out["logits"], out.get("cache"))
     parts: list[Any] = list(out) if isinstance(out, (tuple, list)) else [out]
     for index, part in enumerate(parts):
         if getattr(part, "ndim", 0) == 3 and part.shape[:2] == shape and jnp.issubdtype(part.dtype, jnp.floating):
             others = parts[:index] + parts[index + 1 :]
-            return Given(part, others[0] if others else None)
+            return PassOutput(part, others[0] if others else None)
     found = ", ".join(str(jax.tree.map(jnp.shape, part)) for part in parts)
     raise NoLogits(
         f"the module returned no logits: expected an array [B, T, V] = [{shape[0]}, {shape[1]}, V], alone, in a pair "

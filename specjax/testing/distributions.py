@@ -1,4 +1,4 @@
-"""Exact laws by enumeration in float64 NumPy, and a comparison with counts that says how often it would be wrong."""
+"""Exact distributions by enumeration in float64 NumPy, and a test of counts against them with a known error rate."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specjax.types import Model, Processor, PyTree, Sampling
 _MOST_TEXTS = 100_000
 
 
-def numpy_law(
+def numpy_probs(
     logits: np.ndarray,
     sampling: Sampling,
     *,
@@ -26,7 +26,8 @@ def numpy_law(
     stop_tokens: Sequence[int] = (),
     processor: Processor | None = None,
 ) -> np.ndarray:
-    """The law that specjax should make of one place's logits [V], in float64, by sorting; zero where nothing is left.
+    """The distribution that specjax should make of one place's logits [V], in float64, by sorting; zero where nothing
+    is left.
 
     Args:
       logits: [V], padding columns left out.
@@ -76,7 +77,7 @@ def _adjusted(logits, sampling: Sampling, text: list[int], prompt_length: int, s
     return logits
 
 
-def exact_sequence_law(
+def exact_sequence_probs(
     model: Model,
     params: PyTree,
     prompt: Sequence[int],
@@ -89,7 +90,7 @@ def exact_sequence_law(
     """The probability of every continuation of up to `length` tokens, by enumeration in float64.
 
     The model scores all vocab_size ** (length - 1) texts in one plain forward pass, no cache behind it; what its logits
-    become is `numpy_law`. So keep the vocabulary to a few ids.
+    become is `numpy_probs`. So keep the vocabulary to a few ids.
 
     Args:
       model, params: of the target.
@@ -115,22 +116,22 @@ def exact_sequence_law(
     count, width = texts.shape
     cache, block = model.init_cache(params, count, width + 1), model.init_block(params, count, width)
     logits = np.asarray(jax.jit(model.apply)(params, texts, cache, block).logits[..., :vocab_size], np.float64)
-    law = np.zeros((vocab_size,) * length)
+    probs = np.zeros((vocab_size,) * length)
 
     def extend(new: tuple[int, ...], prob: float) -> None:
         rest = length - len(new)
         if rest == 0 or (new and new[-1] in stop_tokens):
-            law[new + (0,) * rest] += prob
+            probs[new + (0,) * rest] += prob
             return
         row = np.ravel_multi_index(new + (0,) * (rest - 1), (vocab_size,) * (length - 1)) if length > 1 else 0
         options: dict[str, Any] = {"stop_tokens": list(stop_tokens), "processor": processor}
         place = logits[row, len(prompt) - 1 + len(new)]
-        after = numpy_law(place, sampling, text=[*prompt, *new], prompt_length=len(prompt), **options)
+        after = numpy_probs(place, sampling, text=[*prompt, *new], prompt_length=len(prompt), **options)
         for token in np.flatnonzero(after):
             extend((*new, int(token)), prob * after[token])
 
     extend((), 1.0)
-    return law
+    return probs
 
 
 def count_sequences(tokens: ArrayLike, prompt_length: int, length: int, vocab_size: int) -> np.ndarray:
@@ -142,8 +143,8 @@ def count_sequences(tokens: ArrayLike, prompt_length: int, length: int, vocab_si
     return counts
 
 
-def assert_same_law(counts: np.ndarray, law: np.ndarray, *, false_alarm: float = 1e-6) -> None:
-    """Fails unless `counts` could come from `law`: a chi-square test whose false-alarm rate is at most `false_alarm`.
+def assert_same_distribution(counts: np.ndarray, probs: np.ndarray, *, false_alarm: float = 1e-6) -> None:
+    """Fails unless `counts` could come from `probs`: a chi-square test whose false-alarm rate is at most `false_alarm`.
 
     Cells with fewer than 5 expected counts are pooled. The threshold is the bound of Laurent and Massart (2000),
     lemma 1: a chi-square of d degrees exceeds d + 2 sqrt(d x) + 2 x with probability at most exp(-x).
@@ -151,15 +152,18 @@ def assert_same_law(counts: np.ndarray, law: np.ndarray, *, false_alarm: float =
     Raises:
       AssertionError: with the statistic, the threshold and the worst cells.
     """
-    counts, law = np.asarray(counts, np.float64).ravel(), np.asarray(law, np.float64).ravel()
-    if counts.shape != law.shape:
-        raise AssertionError(f"counts has {counts.size} cells, the law {law.size}")
-    if counts.sum() == 0 or not 0 < law.sum() < 1 + 1e-6:
-        raise AssertionError(f"{int(counts.sum())} samples and a law that sums to {law.sum():.3f}: nothing to compare")
-    impossible = counts[law == 0]
+    counts, probs = np.asarray(counts, np.float64).ravel(), np.asarray(probs, np.float64).ravel()
+    if counts.shape != probs.shape:
+        raise AssertionError(f"counts has {counts.size} cells, the distribution {probs.size}")
+    if counts.sum() == 0 or not 0 < probs.sum() < 1 + 1e-6:
+        total = probs.sum()
+        raise AssertionError(
+            f"{int(counts.sum())} samples and probabilities that sum to {total:.3f}: nothing to compare"
+        )
+    impossible = counts[probs == 0]
     if impossible.any():
-        raise AssertionError(f"{int(impossible.sum())} samples have probability 0 under the law")
-    expected = law * counts.sum()
+        raise AssertionError(f"{int(impossible.sum())} samples have probability 0 under the distribution")
+    expected = probs * counts.sum()
     rare = expected < 5
     observed = np.append(counts[~rare], counts[rare].sum())
     wanted = np.append(expected[~rare], expected[rare].sum())
