@@ -12,6 +12,7 @@ import numpy as np
 from specjax import controllers, integers
 from specjax.decode import arguments
 from specjax.decode.api import autoregressive, generate
+from specjax.decode.prefill import CHUNK
 from specjax.decode.round import draft, plan_round
 from specjax.decode.start import start
 from specjax.testing.tables import random_table, table_model
@@ -21,6 +22,7 @@ from specjax.verify import rejection
 _LONGEST = 3
 _RANKS = 8
 _MOST_TABLE = 5000
+_FIRST_CHUNK = 3  # tokens
 
 
 def check_drafter(
@@ -51,7 +53,7 @@ def check_drafter(
     >>> from specjax import drafters, testing
     >>> params = testing.random_table(jax.random.key(0), order=1, vocab_size=5)
     >>> len(testing.check_drafter(drafters.draft_model(testing.table_model(1, 5)), params))
-    4
+    5
     """
     if not isinstance(drafter, Drafter):
         raise ValueError(f"drafter must be a specjax.Drafter, got {type(drafter).__name__}: call its maker.")
@@ -67,11 +69,13 @@ def check_drafter(
     _check_shapes(bench)
     _check_honest(bench, samples, false_alarm)
     _check_rows(bench)
+    _check_chunks(bench)
     _check_output(bench)
     return [
         "drafts hold valid ids, lengths within the plan, and distributions that sum to 1",
         "tokens are drawn from the distribution that the drafter states",
         "a row's draft does not depend on the other rows",
+        "a prompt that is read in two chunks gives the draft of one that is read at once",
         "greedy output is that of greedy decoding, with ragged prompts and rows that end early",
     ]
 
@@ -173,6 +177,24 @@ def _check_rows(bench: _Bench) -> None:
             if int(together.lengths[row]) != count or (alone.tokens[0] != together.tokens[row])[:count].any():
                 raise AssertionError(
                     f"row {row} drafts {together.tokens[row].tolist()} in a batch, {alone.tokens[0].tolist()} alone."
+                )
+
+
+def _check_chunks(bench: _Bench) -> None:
+    """The padding makes the buffer longer than a chunk, so that the prompts' first tokens are a chunk of their own."""
+    endless = bench.target._replace(max_positions=None)  # padding may stand past the target's last position
+    bench = _Bench(bench.drafter, bench.params, endless, bench.target_params)
+    prompts, lengths, seeds = bench.prompts(4), jnp.array([6, 3, 4, 1]), jnp.array([5, 8, 2, 1])
+    padded = jnp.pad(prompts, ((0, 0), (0, CHUNK + _FIRST_CHUNK - prompts.shape[1])))
+    for temperature in (0.0, 1.0):
+        once, twice = (bench.propose(each, lengths, seeds, Sampling(temperature)) for each in (prompts, padded))
+        for row in range(4):
+            count = int(once.lengths[row])
+            if int(twice.lengths[row]) != count or (once.tokens[row] != twice.tokens[row])[:count].any():
+                raise AssertionError(
+                    f"after a prompt of {lengths[row]} tokens that `read` got in chunks of {_FIRST_CHUNK} and {CHUNK} "
+                    f"the draft is {twice.tokens[row].tolist()}, read at once it is {once.tokens[row].tolist()}: the "
+                    "first keep[b] tokens of a chunk are the row's, and there may be none."
                 )
 
 

@@ -146,4 +146,4 @@ def test_drafters_keep_the_contract(family):
     model, params = tiny.model(family, vocab_size=VOCAB)
     for name, part, part_params in _drafters(family)[: None if family == "table" else 1]:
         checked = testing.check_drafter(part, part_params, target=model, target_params=params)
-        assert len(checked) == 4, name
+        assert len(checked) == 5, name

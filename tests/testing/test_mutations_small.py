@@ -96,6 +96,27 @@ def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     _all_caught(monkeypatch, _scores_and_tokens_are_plain_ones, edits)
 
 
+def test_a_chunk_of_which_nothing_is_a_rows_is_caught():
+    """A drafter that repeats the last token it was given to read: wrong where a row's prompt ended in an earlier chunk,
+    which neither the output nor a row beside others shows."""
+
+    def repeats(last):
+        def read(params, state, context, tokens, hidden, keep):
+            return last(state, jnp.take_along_axis(tokens, jnp.maximum(keep - 1, 0)[:, None], 1)[:, 0], keep)
+
+        def propose(params, state, context, plan):
+            return specjax.Draft(jnp.repeat(state[:, None], plan.longest, 1), plan.lengths, probs=None), state
+
+        return specjax.Drafter(propose, init=lambda params, batch, **sizes: jnp.zeros((batch,), jnp.int32), read=read)
+
+    right = repeats(lambda state, token, keep: jnp.where(keep > 0, token, state))
+    testing.check_drafter(right, (), target=MODEL, target_params=TABLE, samples=100)
+    with pytest.raises(AssertionError, match="chunks of 3 and 512"):
+        testing.check_drafter(
+            repeats(lambda state, token, keep: token), (), target=MODEL, target_params=TABLE, samples=100
+        )
+
+
 @pytest.mark.parametrize("rule", ["rejection", "block"])
 def test_a_small_residual_that_is_left_out_is_caught(rule):
     """By a draft so close that only 4.5% of its tokens go, each for the one token that it finds too unlikely."""
