@@ -48,23 +48,6 @@ def _pair(name):
     return *tiny.model("llama", 0), *tiny.model("llama", 1, num_hidden_layers=1)
 
 
-@pytest.mark.parametrize("name", list(ALL))
-@pytest.mark.parametrize("pair", ["table", "llama"])
-def test_greedy_speculation_is_greedy_decoding(pair, name):
-    """Catches a bucket that verifies another draft than was made, a draft cache that missed rounds without a draft, and
-    a round that costs a token. Ragged prompts, limits that differ by row, stop tokens."""
-    model, params, draft, draft_params = _pair(pair)
-    limits = jnp.array([40, 61, 17])
-    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=limits, stop_tokens=[11])
-    out = specjax.generate(
-        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=limits,
-        stop_tokens=[11], controller=ALL[name],
-    )  # fmt: skip
-    assert out.new_tokens() == plain.new_tokens()
-    assert out.status.tolist() == plain.status.tolist()
-    np.testing.assert_allclose(out.log_probs.raw, plain.log_probs.raw, atol=1e-4)
-
-
 @pytest.mark.parametrize("name", [name for name in ALL if name != "fixed"])
 @pytest.mark.parametrize("rule", ["rejection", "block", "coupled"])
 def test_sampled_output_follows_the_distribution(rule, name):
@@ -94,21 +77,6 @@ def test_leaving_the_last_token_out_is_noticed():
     probs = testing.exact_sequence_probs(model, table, [1], 3, sampling=specjax.Sampling(1.0))
     with pytest.raises(AssertionError, match="chi-square"):
         testing.assert_same_distribution(testing.count_sequences(out.tokens, 1, 3, 4), probs)
-
-
-@pytest.mark.parametrize("name", ["additive", "confidence", "sometimes"])
-def test_rows_keep_to_themselves(name):
-    """Catches a row whose tokens change with its company, through the width that another row asks for."""
-    model, params, draft, draft_params = _pair("table")
-    drafter, seeds = specjax.drafters.draft_model(draft), jnp.array([70, 71, 72])
-    options = {"sampling": specjax.Sampling(0.9), "controller": ALL[name], "max_new_tokens": 25}
-    together = specjax.generate(model, params, drafter, draft_params, PROMPTS, LENGTHS, seeds=seeds, **options)
-    for row in range(3):
-        one = slice(row, row + 1)
-        alone = specjax.generate(
-            model, params, drafter, draft_params, PROMPTS[one], LENGTHS[one], seeds=seeds[one], **options
-        )
-        assert alone.new_tokens()[0] == together.new_tokens()[row]
 
 
 @pytest.mark.parametrize(("controller", "most", "turns"), [(SOMETIMES, 40, 14), (SELDOM, 120, 107)])

@@ -44,32 +44,6 @@ def _pairs():
 PAIRS = {name: parts for name, *parts in _pairs()}
 
 
-@pytest.mark.parametrize(
-    ("pair", "draft_len", "verifier"),
-    [
-        ("table", 1, specjax.verify.greedy()),
-        ("table", 3, specjax.verify.rejection()),
-        ("table", 8, specjax.verify.greedy()),
-        ("llama", 1, specjax.verify.rejection()),
-        ("llama", 4, specjax.verify.greedy()),
-        ("gpt2", 3, specjax.verify.rejection()),
-    ],
-)
-def test_greedy_speculation_is_greedy_decoding(pair, draft_len, verifier):
-    """Catches any loss of position, cache or token between rounds. Ragged prompts, limits that differ by row."""
-    model, params, draft, draft_params = PAIRS[pair]
-    limits = jnp.array([20, 31, 7])
-    plain = specjax.autoregressive(model, params, PROMPTS, LENGTHS, max_new_tokens=limits)
-    out = specjax.generate(
-        model, params, specjax.drafters.draft_model(draft), draft_params, PROMPTS, LENGTHS, max_new_tokens=limits,
-        controller=specjax.controllers.fixed(draft_len), verifier=verifier,
-    )  # fmt: skip
-    assert out.new_tokens() == plain.new_tokens()
-    assert [len(row) for row in out.new_tokens()] == limits.tolist()
-    assert (out.status == Status.LENGTH).all()
-    assert (out.tokens == plain.tokens).all()
-
-
 @pytest.mark.parametrize(("temperature", "rule"), [(0.0, "rejection"), (1.0, "rejection"), (1.0, "coupled")])
 def test_a_model_drafting_for_itself_is_always_right(temperature, rule):
     """Known bug 5: a draft cache off by one still gives the right text, only fewer tokens a round. K + 1 here; so does
@@ -103,41 +77,6 @@ def test_caches_hold_verified_tokens_only():
         assert (info.num_accepted <= info.draft_lengths).all()
         assert (state.carry.target_cache.lengths == state.rows.lengths - 1).all()
         assert (state.carry.drafter_state.cache.lengths == state.rows.lengths - 2).all()
-
-
-@pytest.mark.parametrize(
-    ("sampling", "verifier"),
-    [
-        (specjax.Sampling(), specjax.verify.greedy()),
-        (specjax.Sampling(0.9), specjax.verify.rejection()),
-        (specjax.Sampling(0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.2), specjax.verify.block()),
-    ],
-    ids=["greedy", "sampled", "penalties"],
-)
-def test_a_row_is_the_same_alone_and_in_company(sampling, verifier):
-    """Known bug 3 and shared noise: a row's output must not depend on its batch, its place, the padding or the
-    capacity. The rows of the batch end at different times."""
-    model, params, draft, draft_params = PAIRS["llama"]
-    options = {"sampling": sampling, "verifier": verifier, "controller": specjax.controllers.fixed(3)}
-    drafter = specjax.drafters.draft_model(draft)
-    seeds = jnp.array([70, 71, 72])
-    limits = jnp.array([25, 9, 17])
-    together = specjax.generate(
-        model, params, drafter, draft_params, PROMPTS, LENGTHS, max_new_tokens=limits, seeds=seeds, **options
-    ).new_tokens()
-    order = jnp.array([2, 0, 1])
-    shuffled = specjax.generate(
-        model, params, drafter, draft_params, PROMPTS[order], LENGTHS[order], max_new_tokens=limits[order],
-        seeds=seeds[order], capacity=70, **options,
-    ).new_tokens()  # fmt: skip
-    assert [shuffled[1], shuffled[2], shuffled[0]] == together
-    wide = jnp.pad(PROMPTS, ((0, 0), (0, 5)), constant_values=12)
-    for row in range(3):
-        alone = specjax.generate(
-            model, params, drafter, draft_params, wide[row : row + 1], LENGTHS[row : row + 1],
-            max_new_tokens=limits[row : row + 1], seeds=seeds[row : row + 1], **options,
-        )  # fmt: skip
-        assert alone.new_tokens()[0] == together[row]
 
 
 def test_a_second_call_compiles_nothing():

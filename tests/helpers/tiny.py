@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from specjax import models, testing
@@ -21,6 +23,7 @@ def config(family, vocab_size=VOCAB, **changes):
     return {**_CONFIGS[family], "vocab_size": vocab_size, **changes}
 
 
+@functools.cache  # one Model, so that tests share its compiled programs
 def model(family, seed=0, vocab_size=VOCAB, **changes):
     """(Model, params) of a family, or of a table over two tokens."""
     key = jax.random.key(seed)

@@ -7,13 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from made_up import by_plan, profile
 
 import specjax
 from specjax import Sampling, controllers, drafters, testing, verify
 from specjax.testing import Adversary, constant_drafter, time_varying_drafter
 from specjax.types import Verdict, Verifier
 
-VOCAB, LENGTH, STOP = 4, 3, 3
+VOCAB, LENGTH, STOP = 4, 3, 3  # small enough to enumerate
+WIDE = 13
 SAMPLED = {"rejection": verify.rejection(), "block": verify.block()}
 GREEDY = {"greedy": verify.greedy(), "typical": verify.typical_lossy(), "top-k": verify.top_k_lossy()}
 NEUTRAL = Sampling(
@@ -35,24 +37,36 @@ PROMPTS = {"plain": [0, 1], "processor": [1, 0]}
 def _processor(logits, tokens, length):
     """In texts that begin with 1: no token three times in a row."""
     last = tokens[length - 1]
-    is_forbidden = (jnp.arange(VOCAB) == last) & (last == tokens[length - 2]) & (tokens[0] == 1)
+    is_forbidden = (jnp.arange(logits.shape[-1]) == last) & (last == tokens[length - 2]) & (tokens[0] == 1)
     return jnp.where(is_forbidden, -jnp.inf, logits)
 
 
-def _drafters(family):
-    model, params = tiny.model(family, seed=1, vocab_size=VOCAB, **({} if family == "table" else _SMALL[family]))
-    tables = testing.random_table(jax.random.key(4), order=2, vocab_size=VOCAB, sharpness=2.0)
+FAMILIES = ["table", "llama", "gpt2"]
+SAMPLES = {"table": 4000, "llama": 500, "gpt2": 500}
+_DRAFT = {  # a family, and what its models need to be of one layer: networks draft for the other kind
+    "table": ("table", {}),
+    "llama": ("gpt2", {"n_layer": 1}),
+    "gpt2": ("llama", {"num_hidden_layers": 1}),
+}
+CONTROLLERS = {
+    "fixed": controllers.fixed(3),
+    "additive": controllers.additive(3, 1),
+    "confidence": controllers.confidence(0.5, 3),
+    "throughput": controllers.throughput(profile()),
+    "sometimes": by_plan([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3]),
+}
+
+
+def _drafters(family, vocab_size=VOCAB):
+    kind, changes = _DRAFT[family]
+    model, params = tiny.model(kind, seed=1, vocab_size=vocab_size, **changes)
+    tables = testing.random_table(jax.random.key(4), order=2, vocab_size=vocab_size, sharpness=2.0)
     varying = jnp.stack([tables, -tables, 0 * tables])
     return [
         Adversary("draft_model", drafters.draft_model(model), params),
-        Adversary("time-varying", time_varying_drafter(VOCAB), varying),
+        Adversary("time-varying", time_varying_drafter(vocab_size), varying),
         Adversary("one-hot", constant_drafter(0), ()),
     ]
-
-
-_SMALL = {"llama": {"num_hidden_layers": 1}, "gpt2": {"n_layer": 1}}
-FAMILIES = ["table", "llama", "gpt2"]
-SAMPLES = {"table": 4000, "llama": 500, "gpt2": 500}
 
 
 def _by_row(rules, which):
@@ -102,35 +116,82 @@ def test_sampled_output_follows_the_distribution(family, drafter):
             raise AssertionError(f"{rule}, {name}, {prompt}: {error}") from None
 
 
-@pytest.mark.parametrize("drafter", range(3), ids=["draft_model", "time-varying", "one-hot"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_same_tokens_as_plain_decoding(family, drafter):
-    """Catches a combination that changes a token: at temperature 0 by every verifier, at any temperature by the
-    coupled one. 12 tokens, K = 3, every setting, with and without a custom processor."""
-    model, params = tiny.model(family, vocab_size=VOCAB)
-    _, part, part_params = _drafters(family)[drafter]
+@pytest.mark.parametrize(
+    ("family", "drafter", "controller"),
+    [(family, drafter, "fixed") for family in FAMILIES for drafter in range(3)]
+    + [(family, 0, name) for family in ("table", "llama") for name in CONTROLLERS if name != "fixed"],
+)
+def test_the_same_tokens_as_plain_decoding(family, drafter, controller):
+    """Catches any loss of position, cache or token between rounds, a bucket that verifies another draft than was made,
+    a draft cache that missed rounds without a draft: at temperature 0 with every verifier, at any temperature with the
+    coupled one. Every setting, with and without a custom processor, ragged prompts, limits that differ by row."""
+    model, params = tiny.model(family, vocab_size=WIDE)
+    _, part, part_params = _drafters(family, WIDE)[drafter]
     cases = [(name, prompt) for name in SETTINGS for prompt in PROMPTS]
-    prompts = jnp.array([PROMPTS[prompt] for _, prompt in cases])
-    options = {"max_new_tokens": 12, "processor": _processor, "stop_tokens": [STOP], "key": jax.random.key(3)}
-    sampled = _as_rows([SETTINGS[name] for name, _ in cases])
-    greedy = sampled._replace(temperature=jnp.zeros(len(cases)))
-
-    wanted = specjax.autoregressive(model, params, prompts, sampling=sampled, **options)
+    rules = [verify.coupled(), *SAMPLED.values(), *GREEDY.values()]
+    many, count = len(rules), len(cases)
+    place, rule = jnp.tile(jnp.arange(count), many), np.repeat(np.arange(many), count)
+    sampling = _as_rows([SETTINGS[name] for name, _ in cases] * many)
+    sampling = sampling._replace(
+        temperature=jnp.where(rule == 0, sampling.temperature, 0.0),
+        logit_bias=jnp.pad(sampling.logit_bias, ((0, 0), (0, WIDE - VOCAB))),
+    )
+    prompts = jnp.array([[*PROMPTS[prompt], 2] for _, prompt in cases] * many)
+    options = {
+        "prompt_lengths": 2 + place % 2, "max_new_tokens": 17 + 6 * place, "capacity": 64, "sampling": sampling,
+        "key": jax.random.key(3), "seeds": place, "stop_tokens": [WIDE - 2], "processor": _processor,
+    }  # fmt: skip
+    plain = specjax.autoregressive(model, params, prompts, **options)
     out = specjax.generate(
-        model, params, part, part_params, prompts, sampling=sampled, verifier=verify.coupled(),
-        controller=controllers.fixed(3), **options,
-    )  # fmt: skip
-    assert out.new_tokens() == wanted.new_tokens()
-
-    wanted = specjax.autoregressive(model, params, prompts, sampling=greedy, **options).new_tokens()
-    rules = [*SAMPLED.values(), *GREEDY.values()]
-    many, which = len(rules), np.repeat(np.arange(len(rules)), len(cases))
-    out = specjax.generate(
-        model, params, part, part_params, jnp.tile(prompts, (many, 1)), verifier=_by_row(rules, which),
-        sampling=jax.tree.map(lambda x: jnp.concatenate([x] * many), greedy), controller=controllers.fixed(3),
+        model,
+        params,
+        part,
+        part_params,
+        prompts,
+        verifier=_by_row(rules, rule),
+        controller=CONTROLLERS[controller],
         **options,
-    )  # fmt: skip
-    assert out.new_tokens() == wanted * many
+    )
+    assert out.new_tokens() == plain.new_tokens()
+    assert (out.tokens == plain.tokens).all()
+    assert (out.status == plain.status).all()
+    np.testing.assert_allclose(out.log_probs.raw, plain.log_probs.raw, atol=1e-4)
+    assert out.stats.rounds.max() > 8  # the texts are not that short
+
+
+@pytest.mark.parametrize(
+    ("family", "rule", "controller", "sampling"),
+    [
+        ("llama", "greedy", "fixed", Sampling()),
+        ("llama", "block", "fixed", Sampling(0.9, top_p=0.9, repetition_penalty=1.2, frequency_penalty=0.2)),
+        ("table", "rejection", "additive", Sampling(0.9)),
+        ("table", "rejection", "confidence", Sampling(0.9)),
+        ("table", "coupled", "sometimes", Sampling(0.9)),
+    ],
+)
+def test_a_row_is_what_it_is_alone(family, rule, controller, sampling):
+    """Known bug 3 and shared noise: a row's output must not depend on its batch, its place, the padding, the capacity
+    or the draft lengths of others. The rows of the batch end at different times."""
+    model, params = tiny.model(family, vocab_size=WIDE)
+    _, part, part_params = _drafters(family, WIDE)[0]
+    prompts, lengths = jnp.array([[1, 2, 3, 4], [5, 0, 0, 0], [6, 7, 0, 0]]), jnp.array([4, 1, 2])
+    seeds, limits = jnp.array([70, 71, 72]), jnp.array([25, 9, 17])
+    options = {
+        "sampling": sampling, "verifier": getattr(verify, rule)(), "controller": CONTROLLERS[controller],
+    }  # fmt: skip
+
+    def run(prompts, rows, **more):
+        return specjax.generate(
+            model, params, part, part_params, prompts[rows], lengths[rows], max_new_tokens=limits[rows],
+            seeds=seeds[rows], **options, **more,
+        ).new_tokens()  # fmt: skip
+
+    together = run(prompts, jnp.arange(3))
+    shuffled = run(prompts, jnp.array([2, 0, 1]), capacity=70)
+    assert [shuffled[1], shuffled[2], shuffled[0]] == together
+    wide = jnp.pad(prompts, ((0, 0), (0, 5)), constant_values=12)
+    for row in range(3):
+        assert run(wide, jnp.array([row])) == [together[row]]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
