@@ -24,9 +24,9 @@ def from_linen(
     max_positions: int | None = None,
     strategy: str | None = None,
 ) -> Adapted:
-    """Makes a Model of someone else's Linen module, unmodified, with its own cache where that can be had.
+    """Makes a Model of someone else's Linen module, unmodified, with its own cache if that works.
 
-    See `from_nnx` for what is tried and chosen, and for the arguments that both take.
+    See `from_nnx` for how the strategy is chosen, and for the arguments that both functions take.
 
     Args:
       module: any causal language model.
@@ -37,7 +37,7 @@ def from_linen(
       An Adapted, whose `.params` are these variables: pass later ones of the same form to generate as they are.
 
     Raises:
-      ValueError: the module can't be used; what was seen, and what to do.
+      ValueError: the module cannot be used; the message says why, and what to do.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen
