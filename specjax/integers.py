@@ -115,6 +115,6 @@ def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) 
 def _scalar(value: Any, name: str) -> Any:
     """The Python number in an array without axes; anything else unchanged. Raises ValueError if it is traced."""
     if is_traced(value):
-        raise ValueError(f"{name} must be known while tracing, and it is traced: pass a number of Python's.")
+        raise ValueError(f"{name} must be known while tracing, and it is traced: pass a Python number.")
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     return value.item() if is_array and value.ndim == 0 else value

@@ -31,15 +31,15 @@ class Strategy(enum.StrEnum):
 
 
 _MEANING = {
-    Strategy.PER_ROW: "in its own cache, which keeps a cursor for each row: what a round drops is simply written over",
+    Strategy.PER_ROW: "in its own cache, which keeps a cursor for each row: rejected tokens are overwritten later",
     Strategy.AT_END: (
-        "in its own cache, which keeps one cursor for all rows: the tokens of a round stand in the cache's last slots, "
-        "its mask shows them, and those kept are copied to the end of their row"
+        "in its own cache, which keeps one cursor for all rows: the tokens of a round use the cache's last slots, "
+        "its mask shows them, and accepted ones are copied to the end of their row"
     ),
     Strategy.ROW_BY_ROW: (
         "in its own cache, each row by itself under vmap, since rows of different lengths don't fit into one cursor"
     ),
-    Strategy.UNCACHED: "without a cache: every pass reads the whole text again, and costs more the longer it gets",
+    Strategy.UNCACHED: "without a cache: every pass reads the whole text again, so longer texts cost more",
 }
 
 
@@ -83,7 +83,7 @@ def choose(
     """
     wanted = list(Strategy) if strategy is None else [_strategy(strategy)]
     wrapped, whole, failed, trial, size = _first_causal(forms, params, vocab_size)
-    notes = [] if failed is None else [f"Not without a cache, as it is: {failed}."]
+    notes = [] if failed is None else [f"Not called without a cache: {failed}."]
     if wrapped.init_cache is None:
         wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
         notes.append(wrapped.cache.note)
@@ -119,7 +119,7 @@ def _attempt(
     if candidate is Strategy.UNCACHED:
         return _checked(uncached(whole, vocab_size, max_positions=max_positions), trial)
     if candidate is Strategy.AT_END and wrapped.takes.mask is None:
-        return None, "it takes no mask, which would have to show where the tokens of a round stand"
+        return None, "it takes no mask, which is needed to show the slots of a round's tokens"
     form = row_by_row(wrapped) if candidate is Strategy.ROW_BY_ROW else wrapped
     placement = AT_END if candidate is Strategy.AT_END else AT_LENGTH
     return _checked(cached_module(form, placement, vocab_size, max_positions=max_positions), trial)

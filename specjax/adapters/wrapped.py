@@ -36,7 +36,7 @@ NO_CACHE = (
     "(takes=adapters.Takes(tokens=..., cache=...) names it)."
 )
 _UNTOLD = (
-    "Which arguments of its init_cache{} are rows and slots can't be told, so it is not used: pass "
+    "The argument names of its init_cache{} do not say which are rows and slots, so it is not used: pass "
     "init_cache=lambda batch, slots: module.init_cache(...)."
 )
 

@@ -1,4 +1,4 @@
-"""Continuous batching: empty rows, and requests that are put into rows between rounds."""
+"""Empty rows, and requests that are put into rows between rounds."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ _NO_GRADIENT = (
     "Re-score the text by one forward pass over out.tokens (model.apply) and differentiate that, as "
     "docs/training.md does."
 )
-_FORWARD = " Where you do, generate from jax.lax.stop_gradient(params): forward mode cannot see what is left unused."
+_FORWARD = " Then generate from jax.lax.stop_gradient(params): forward mode differentiates unused results too."
 
 # Stands for the derivative of a generation's log-probabilities, [] float32. It cannot be run. Reverse mode only
 # transposes it, and only where its result is used.

@@ -24,7 +24,7 @@ def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any
         (
             model,
             Model,
-            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
+            "model must be a specjax.Model: pass the `.model` of what models.load or adapters.from_nnx returned",
         ),
         (
             drafter,

@@ -57,7 +57,7 @@ def draft_model(model: Model) -> Drafter:
 
     if not isinstance(model, Model):
         raise ValueError(
-            "draft_model wants a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here; "
+            "draft_model takes a specjax.Model: pass the `.model` of what models.load or adapters.from_nnx returned; "
             f"got {type(model).__name__}."
         )
     return _draft_model(model)
