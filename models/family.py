@@ -22,7 +22,7 @@ class Architecture(NamedTuple):
     abstract: nnx.State  # the parameters' shapes; paths are the checkpoint's tensor names
     make: Callable[[nnx.Rngs], nnx.Module]
     prefix: str = ""  # what checkpoints saved from the bare base model leave out ("transformer.", say)
-    ignored: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and nobody needs
+    ignored: tuple[str, ...] = ()  # name endings of tensors in old checkpoints that are not needed
     tied: tuple[str, str] | None = None  # (left out, instead): an output layer that is the embedding
     rules: Rules = ()  # how parameters are cut over a mesh, by path
 

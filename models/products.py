@@ -20,7 +20,7 @@ from jax import lax
 from specjax.types import Array
 
 _FEW_ROWS = 32
-_PADDED_ROWS = 8  # XLA's library works on so many at once
+_PADDED_ROWS = 8  # XLA's library works on this many rows at once
 _LANES = 16  # LLVM vectorises loops over 16 columns, but not over 8 or 32
 _MOST_COLUMNS = 1024  # every 16 columns are a term of the sum, and every term takes time to compile
 # A smaller product ends before a second core wakes up, and the weights of narrow models, such as drafts, fit into the

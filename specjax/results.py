@@ -45,7 +45,7 @@ class Generation(NamedTuple):
     log_probs: LogProbs  # of the generated tokens, at their places in `tokens`
     stats: Stats
     controller_state: PyTree = ()  # pass it to the next call, which continues from what was learnt
-    drafter_state: PyTree = ()  # likewise, of drafters that learn
+    drafter_state: PyTree = ()  # the same, of drafters that learn
 
     def new_tokens(self) -> list[list[int]]:
         """The generated ids of each row, stop token included, as Python lists.

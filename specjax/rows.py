@@ -105,7 +105,7 @@ def append(rows: Rows, candidates: Array, log_probs: LogProbs, decision: Decisio
     """Appends the decided number of candidates [B, W], with their log-probabilities [B, W], to the rows.
 
     A row that neither emits nor ends took no part in the round: it keeps its round number, and so the noise of its next
-    round. For whether such a round runs at all depends on the other rows.
+    round. The reason: whether such a round runs depends on the other rows.
     """
     width = candidates.shape[1]
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BUCKET = 32
 _MOST_BUCKET = 2**20  # 4 MB a row
 _OF_TOKENIZERS = ("encode", "decode", "get_vocab", "get_vocab_size", "id_to_token")
-_ROUNDS_PER_DISPATCH = 4  # stop strings are found after a dispatch: so many rounds may be wasted at the end
+_ROUNDS_PER_DISPATCH = 4  # stop strings are found after a dispatch: this many rounds may be wasted at the end
 _OF_GENERATE = frozenset({"pad_token", "rounds_per_test"})  # options without a meaning where text is streamed
 
 

@@ -34,7 +34,7 @@ def from_linen(
       call: a function (module, variables, tokens, ...) to use in place of `module.apply(variables, ...)`.
 
     Returns:
-      An Adapted, whose `.params` are these variables: pass later ones of the same form to generate as they are.
+      An Adapted, whose `.params` are these variables. Later variables of the same structure can be passed directly.
 
     Raises:
       ValueError: the module cannot be used; the message says why, and what to do.

@@ -64,7 +64,7 @@ def plan(
     axes: dict[str, int] | None = None,
     prefill: bool = True,
 ) -> Report:
-    """Compiles a generation for TPUs that need not be at hand, and reads the result.
+    """Compiles a generation for TPUs, without a TPU, and reads the result.
 
     Args:
       target, draft: shapes of the models; see `specjax.shapes.shaped`.

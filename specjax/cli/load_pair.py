@@ -22,7 +22,7 @@ class Pair(NamedTuple):
     """The models and the tokenizer that `load_pair` loaded."""
 
     target: Any  # models.Loaded
-    draft: Any  # likewise; None: plain decoding
+    draft: Any  # models.Loaded; None: plain decoding
     tokenizer: Any
 
     def stop_tokens(self) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The contract of a Controller: whatever it decides, the output is the target's (same tokens or same distribution)."""
+"""The contract of a Controller: the output is always the target's (the same tokens or the same distribution)."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from specjax.verify.prefix import matching
 
 @functools.cache
 def greedy() -> Verifier:
-    """The output is that of greedy decoding, whatever the drafter; for temperature 0 only.
+    """The output is that of greedy decoding, with any drafter; for temperature 0 only.
 
     The result is that of `rejection()` at temperature 0, without computing any distribution.
 

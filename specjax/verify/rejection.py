@@ -16,7 +16,7 @@ from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted, num
 
 @functools.cache
 def rejection() -> Verifier:
-    """Every emitted token follows the target's distribution exactly, whatever the drafter.
+    """Every emitted token follows the target's distribution exactly, with any drafter.
 
     A draft token x stays with probability min(1, target(x) / draft(x)). At the first rejection the next token is drawn
     from the residual distribution max(target - draft, 0). After a full acceptance it is drawn from the target's own

@@ -58,7 +58,7 @@ def test_an_init_cache_whose_arguments_cannot_be_told():
     module = flax_modules.Untold(nnx.Rngs(0))
     told = adapters.from_nnx(module, init_cache=lambda batch, slots: module.init_cache({"rows": batch}, slots))
     assert told.strategy == "at-end"
-    with pytest.raises(ValueError, match=r"could not be called.*init_cache\(config, n\) are rows and slots"):
+    with pytest.raises(ValueError, match=r"could not be called.*init_cache\(config, n\) do not say which are rows"):
         adapters.from_nnx(_NeedsACache(nnx.Rngs(0)))
 
 
