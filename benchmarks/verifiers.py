@@ -1,9 +1,9 @@
-"""How much of a draft each verifier keeps: the shipped pair, real prompts, temperature 1, the same drafts' law for all.
+"""How much of a draft each verifier keeps: the shipped pair, real prompts, temperature 1, all on drafts of one distribution.
 
     python benchmarks/verifiers.py --draft-len 3 --draft-len 5 --draft-len 8
 
 Every seed is a run over all prompts; tokens a round are over all of them, the range over seeds. Lossy rules are shown
-too: what they gain is paid with another law.
+too: what they gain is paid with another distribution.
 """
 
 from __future__ import annotations

@@ -90,10 +90,10 @@ def random(
 def quantize(loaded: Loaded, *, rules: Rules | None = None) -> Loaded:
     """The same model with its matrices in int8, one scale for each output: a target of its own, or a cheaper drafter.
 
-    Norms and biases keep their dtype; activations and caches are in it. The quantised model has another distribution
-    than the one it was made of, and speculation follows *its* distribution exactly. It cannot be saved: keep the
-    checkpoint. For accelerators, where weights are read as they lie; on CPU XLA widens them before the loop, and
-    nothing is gained.
+    Norms and biases keep their dtype, which activations and caches have too. The quantised model has another
+    distribution than the original; speculation follows the distribution of the quantised model exactly. It cannot be
+    saved: keep the checkpoint. It helps on accelerators, which read int8 weights directly. On CPU XLA widens the
+    weights before the loop, and nothing is gained.
 
     Args:
       loaded: from `load` or `random`; with a layout, the result lies on the same mesh.

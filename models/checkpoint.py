@@ -44,7 +44,7 @@ class Loaded(NamedTuple):
 
 
 def check_loaded(loaded: Any) -> None:
-    """Raises ValueError for what no function here has made."""
+    """Raises ValueError if `loaded` is not a Loaded."""
     if not isinstance(loaded, Loaded):
         raise ValueError(f"loaded must be what models.load or models.random returned, got {type(loaded).__name__}.")
 
@@ -142,7 +142,7 @@ def match_names(stored: set[str], built: Architecture, folder: Path) -> dict[str
         elif not name.endswith(built.ignored) and not (built.tied and name == built.tied[0]):
             extra.append(name)
     if built.tied and built.tied[0] in stored:
-        source.setdefault(built.tied[1], built.tied[0])  # of the two, some checkpoints hold only the output layer
+        source.setdefault(built.tied[1], built.tied[0])  # some checkpoints hold only the output layer of the two
     missing = sorted(wanted - source.keys())
     if missing or extra:
         said = [f"missing: {_some(missing)}"] * bool(missing) + [f"not known: {_some(extra)}"] * bool(extra)
@@ -274,7 +274,7 @@ def _to_device(tensor: _Tensor, dtype: Any, sharding: jax.sharding.Sharding | No
 
 
 def _check_tied(folder: Path, tensors: dict[str, _Tensor], built: Architecture, source: dict[str, str]) -> None:
-    """A tied output layer that was stored all the same must be the embedding."""
+    """If a tied output layer is stored nevertheless, it must equal the embedding."""
     if built.tied is None or built.tied[0] not in tensors:
         return
     whole = (slice(None), slice(None))

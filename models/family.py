@@ -1,4 +1,4 @@
-"""What a family of models is to the rest: an architecture made from a config, and its Flax module as a `Model`."""
+"""The interface of a model family: an architecture made from a config, and its Flax module as a `Model`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Architecture(NamedTuple):
     abstract: nnx.State  # the parameters' shapes; paths are the checkpoint's tensor names
     make: Callable[[nnx.Rngs], nnx.Module]
     prefix: str = ""  # what checkpoints saved from the bare base model leave out ("transformer.", say)
-    ignored: tuple[str, ...] = ()  # endings of tensors that old checkpoints hold and nobody needs
+    ignored: tuple[str, ...] = ()  # name endings of tensors in old checkpoints that are not needed
     tied: tuple[str, str] | None = None  # (left out, instead): an output layer that is the embedding
     rules: Rules = ()  # how parameters are cut over a mesh, by path
 
@@ -105,5 +105,5 @@ def tensor_name(path: tuple[Any, ...]) -> str:
 
 
 def _dtype(params: nnx.State):
-    """That of activations and caches: of all parameters, but for int8 matrices."""
+    """The dtype of activations and caches, which all parameters except int8 matrices have."""
     return next(leaf.dtype for leaf in jax.tree.leaves(params) if jnp.issubdtype(leaf.dtype, jnp.floating))

@@ -1,4 +1,4 @@
-"""What the fields of a config.json may hold, checked before anything is computed from them."""
+"""Checks the fields of a config.json before they are used."""
 
 from __future__ import annotations
 
@@ -45,8 +45,9 @@ _RULES: tuple[_Rule, ...] = (
 
 
 def check(config: dict[str, Any]) -> None:
-    """Raises ValueError, naming the field, where one of those that shape a model holds what it cannot mean. Those that
-    are missing or null are left to whoever reads them.
+    """Raises ValueError, naming the field, if a field that sets the model's shape has an invalid value.
+
+    Fields that are missing or null are not checked here.
 
     >>> check({"hidden_size": "wide"})
     Traceback (most recent call last):

@@ -23,7 +23,7 @@ from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
 
 MODEL_TYPES = ("gpt2",)
-# The joint qkv projection stays whole: cut by output, a device would get queries without their keys.
+# The joint qkv projection stays whole: split by output, a device would get queries without their keys.
 RULES: Rules = (
     (r"\.attn\.c_proj\.weight", ("query",)),
     (r"\.mlp\.c_fc\.weight", (None, "width")),
@@ -156,7 +156,7 @@ class GPT2(nnx.Module):
         trunk = self.transformer
         width = tokens.shape[1]
         place = kv.place(cache, block, width, depths, visible)
-        # Draft tokens may stand past the last position; they can never be kept, and must not read out of range.
+        # Draft tokens may lie past the last position. They are never accepted, but must not read out of range.
         positions = jnp.minimum(place.positions, self.max_positions - 1)
         x = constrain(self.layout, trunk.wte(tokens) + trunk.wpe(positions), "rows")
         outputs, keys, values = [x], [], []

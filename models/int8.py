@@ -1,8 +1,8 @@
 """Matrices kept as int8: whole numbers times one scale for each output. Half the bytes of bfloat16.
 
-Source: round to nearest by the largest absolute value: Dettmers et al., arXiv:2208.07339, section 2. Unlike there,
-activations keep their dtype, and nothing is set apart. `qwix` cannot do it here: its provider writes into the module
-while it is traced, which Flax refuses inside `lax.platform_dependent`.
+Source: round to nearest, scaled by the largest absolute value: Dettmers et al., arXiv:2208.07339, section 2. Unlike
+there, activations keep their dtype, and outliers are not treated separately. `qwix` cannot be used here: its provider
+writes into the module while it is traced, which Flax refuses inside `lax.platform_dependent`.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ INT8 = Kinds(Int8Linear, Int8Embedding, Int8Conv1D)
 
 
 def rounded_params(built: Architecture, params: PyTree) -> PyTree:
-    """The parameters of `built`, whose matrices are int8, made from those of the model that has them as they are."""
+    """The parameters of `built`, whose matrices are int8, made from those of the model before quantisation."""
     given = {tensor_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     wanted = {tensor_name(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(built.abstract)}
 
@@ -100,9 +100,9 @@ class Rounded(NamedTuple):
 
 
 def round_matrix(weight: Array, axis: int) -> Rounded:
-    """The nearest whole numbers of each output's own scale; `axis` is the one that products sum over.
+    """Rounds each output to whole multiples of a scale of its own; `axis` is the one that products sum over.
 
-    The scale is rounded to the matrix's dtype before the values are made: what it loses, they make good.
+    The scale is rounded to the matrix's dtype first, so that the values make up for that rounding.
     """
     wide = weight.astype(jnp.float32)
     scale = jnp.max(jnp.abs(wide), axis, keepdims=True) / _LARGEST

@@ -65,7 +65,7 @@ class Embedding(nnx.Module):
 
 
 class Kinds(NamedTuple):
-    """The layers that hold matrices: how those are kept is nobody else's business (see int8.py)."""
+    """The layers that hold matrices. Only these layers know how matrices are stored (see int8.py)."""
 
     linear: Callable[..., Any]
     embedding: Callable[..., Any]

@@ -15,7 +15,7 @@ from specjax.models.layers import ACTIVATIONS, PLAIN, Kinds, RMSNorm, merge_head
 from specjax.sharding import Layout, Rules, constrain, fit
 from specjax.types import Array, Output
 
-# Megatron's cut (arXiv:1909.08053): into the layer by output, out of it by input, so two all-reduces a layer.
+# Megatron's split (arXiv:1909.08053): the first product by output, the second by input; two all-reduces a layer.
 RULES: Rules = (
     (r"\.(k|v)_proj\.", ("heads",)),
     (r"\.q_proj\.", ("query",)),

@@ -82,7 +82,7 @@ def load(path: Path, dtype: Any = None, layout: Layout | None = None, rules: Rul
 
 
 def _config(header: bytes) -> dict[str, Any]:
-    """What the header says, as a config.json would."""
+    """The header's content in the form of a config.json."""
     width, inner, layers, heads, kv_heads, signed_vocab, positions = struct.unpack("<7i", header[:_HEADER])
     return {
         "model_type": "llama",
@@ -98,7 +98,7 @@ def _config(header: bytes) -> dict[str, Any]:
         "rope_theta": 10000.0,
         "tie_word_embeddings": signed_vocab > 0,
         "bos_token_id": 1,
-        "eos_token_id": [1, 2],  # texts follow one another in training, each begun by BOS: llama2.c stops there
+        "eos_token_id": [1, 2],  # training texts follow each other, and each begins with BOS: llama2.c stops there
     }
 
 
@@ -130,7 +130,7 @@ def _size(stacked: dict[str, tuple[int, ...]]) -> int:
 
 
 def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
-    """Rotary pairs lie side by side in llama2.c and half a head apart in the Hugging Face layout."""
+    """From llama2.c's layout, with rotary pairs side by side, to Hugging Face's, with pairs half a head apart."""
     layers, outputs, inputs = weight.shape
     pairs = weight.reshape(layers, heads, outputs // heads // 2, 2, inputs)
     return pairs.swapaxes(2, 3).reshape(weight.shape)
@@ -139,7 +139,7 @@ def _to_halves(weight: np.ndarray, heads: int) -> np.ndarray:
 def load_tokenizer(path: Path, vocab_size: int) -> Tokenizer:
     """The SentencePiece-like BPE of a tokenizer.bin as a `tokenizers.Tokenizer`; BOS (id 1) goes first.
 
-    Scores rank the merges: of two tokens side by side, the pair whose union scores best is joined first.
+    Scores rank the merges: the two neighbouring tokens whose union has the best score are merged first.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, processors
 

@@ -1,9 +1,9 @@
-"""Products with weights: one form on TPU and GPU; on CPU, for few rows, the forms that XLA's CPU backend does best.
+"""Products with weights: one form on TPU and GPU; on CPU, for few rows, the forms that XLA's CPU backend runs fastest.
 
-A decode step reads every weight once, and nothing else takes as long. XLA's CPU product of one row runs on one core, at
-half of what the memory gives. Written out as a sum of slices it becomes an ordinary loop: XLA splits it over the cores,
-and LLVM keeps the activations in registers while the weights stream by.
-docs/notes/cpu-products-of-few-rows.md has the forms that were slower.
+Reading every weight once is the longest part of a decode step. XLA's CPU product of one row runs on one core, at half
+the memory bandwidth. Written as a sum of slices it becomes an ordinary loop: XLA splits the loop over the cores, and
+LLVM keeps the activations in registers while it reads the weights. docs/notes/cpu-products-of-few-rows.md says how to
+measure this, and lists the forms that were slower.
 """
 
 from __future__ import annotations
@@ -20,10 +20,11 @@ from jax import lax
 from specjax.types import Array
 
 _FEW_ROWS = 32
-_PADDED_ROWS = 8  # XLA's library works on so many at once
-_LANES = 16  # LLVM vectorises loops over 16 columns; loops over 8 or 32 it made ten times slower
-_MOST_COLUMNS = 1024  # every 16 are a term of the sum, which takes its time to compile
-# A smaller product is done before a second core wakes up, and narrower models, such as drafts, live in the cache.
+_PADDED_ROWS = 8  # XLA's library works on this many rows at once
+_LANES = 16  # LLVM vectorises loops over 16 columns, but not over 8 or 32
+_MOST_COLUMNS = 1024  # every 16 columns are a term of the sum, and every term takes time to compile
+# A smaller product ends before a second core wakes up, and the weights of narrow models, such as drafts, fit into the
+# CPU's cache.
 _FEWEST_WEIGHTS = 1 << 17
 _FEWEST_COLUMNS = 256
 
@@ -49,7 +50,7 @@ def project(x: Array, weight: Array, *, out_dtype=None) -> Array:
 
 @functools.cache
 def most_rows_in_lanes() -> int:
-    """Up to how many rows lanes are faster than the library here: 4 on AMD (Milan), 1 on Intel (Sapphire Rapids)."""
+    """The most rows for which lanes are faster than XLA's library: 4 on AMD (Milan), 1 on Intel (Sapphire Rapids)."""
     file = Path("/proc/cpuinfo")
     return 4 if file.is_file() and "AuthenticAMD" in file.read_text() else 1
 
@@ -60,10 +61,10 @@ def project_in_out(x: Array, weight: Array, *, out_dtype=None) -> Array:
 
 
 def materialised(x: Array) -> Array:
-    """x [..., n], finite, as it is: computed once, where XLA on CPU would do it again in every loop that reads x."""
+    """x [..., n], finite, unchanged but computed once: XLA on CPU would compute it in every loop that reads it."""
 
     def on_cpu(x: Array) -> Array:
-        # A product is never drawn into a loop, and is exact here. An optimization barrier is gone before fusion.
+        # XLA never fuses a product into a loop, and this one is exact. An optimization barrier is gone before fusion.
         eye = jnp.eye(x.shape[-1], dtype=x.dtype)
         return lax.dot_general(x, eye, (((x.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
@@ -71,13 +72,13 @@ def materialised(x: Array) -> Array:
 
 
 def exact_precision(dtype):
-    """float32 means float32: without this TPUs multiply in bfloat16 and GPUs in TF32, and greedy ties flip."""
+    """Full precision for float32: by default TPUs multiply in bfloat16 and GPUs in TF32, which flips greedy ties."""
     return lax.Precision.HIGHEST if dtype == jnp.float32 else None
 
 
 def _over_rows(x: Array, weight: Array, axis: int, dtype) -> Array:
     # As [B, T, D], TPUs would pad every row's T to whole tiles, 17 tokens to 32, and multiply the padding too; and XLA
-    # fetches no weights ahead past an attention kernel. (Nor does it where all between the products is flat too.)
+    # would not prefetch weights past an attention kernel. (Nor does it if everything between the products is flat too.)
     flat = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     return _contract(flat, weight, (1, axis), dtype).reshape(*x.shape[:-1], weight.shape[1 - axis])
 
@@ -88,8 +89,8 @@ def _contract(left: Array, right: Array, axes: tuple[int, int], dtype) -> Array:
 
 
 def _weights_left(x: Array, weight: Array, dtype) -> Array:
-    # XLA's CPU library repacks the right operand of a product: with the weights there, the packing costs more than
-    # the product itself. On the left they are read once, as they lie.
+    # XLA's CPU library repacks the right operand of a product. With the weights there, the repacking costs more than
+    # the product itself. On the left the weights are read once, without repacking.
     padded = jnp.pad(x, ((0, -len(x) % _PADDED_ROWS), (0, 0)))
     # The barriers keep both transposes, of a few rows each, out of the product.
     right = lax.optimization_barrier(padded.T)
@@ -102,7 +103,7 @@ def _fits_lanes(x: Array, weight: Array) -> bool:
     return is_in_range and weight.size >= _FEWEST_WEIGHTS and x.dtype == weight.dtype == jnp.float32
 
 
-# Under vmap the slices would read the weights once for each row: there the rows become those of one product.
+# Under vmap the slices would read the weights once for each row. So vmap makes all rows those of one product.
 @jax.custom_jvp
 def _in_lanes(x: Array, weight: Array) -> Array:
     """x [R, in] times weight [out, in] -> [R, out], R at most 4."""
@@ -121,7 +122,7 @@ def _batched_in_lanes(x: Array, weight: Array) -> Array:
     rows = len(x)
     if rows == 1:
         return _sum_lanes(_sum_of_slices(x, weight)).T
-    # Two rows share each read of a weight. A loop has one result: a complex number carries both.
+    # Two rows share each read of a weight. A loop has one result, so a complex number holds both.
     half = -(-rows // 2)
     x = jnp.pad(x, ((0, rows % 2), (0, 0)))
     pairs = _sum_lanes(lax.complex(_sum_of_slices(x[:half], weight), _sum_of_slices(x[half:], weight))).T
@@ -138,7 +139,7 @@ def _batched_in_lanes_vmap(size: int, is_batched: list[bool], x: Array, weight: 
     return product(x, weight), True
 
 
-@jax.jit  # traced once for all layers: up to 64 terms in each of seven products a layer took seconds
+@jax.jit  # traced once for all layers: there are up to 64 terms in each of seven products a layer
 def _sum_of_slices(x: Array, weight: Array) -> Array:
     """[out, R, lanes]: a weight's row times x, with the columns of every slice summed up."""
     terms = []
@@ -150,7 +151,7 @@ def _sum_of_slices(x: Array, weight: Array) -> Array:
 
 def _sum_lanes(lanes: Array) -> Array:
     """[out, R, lanes] -> [out, R]."""
-    # As a product, which XLA leaves alone. A sum it may draw into the loops that read it, where it is done many times.
+    # As a product, which XLA does not fuse. XLA may fuse a sum into the loops that read it, and compute it many times.
     ones = jnp.ones((_LANES,), lanes.dtype)
     flat = lax.dot_general(lanes.reshape(-1, _LANES), ones, (((1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
     return flat.reshape(lanes.shape[:-1])

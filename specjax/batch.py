@@ -1,4 +1,4 @@
-"""What is kept for every row of a batch: how to sample, the text, penalties' counts. `types.py` has the legend."""
+"""The data of every row of a batch: sampling settings, text, token counts. `types.py` has the shape legend."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ PyTree: TypeAlias = Any
 
 
 class Sampling(NamedTuple):
-    """How logits become a distribution, per row: every field is a scalar or [B] unless it says otherwise, and may be
-    traced.
+    """How logits become a distribution, for each row.
 
-    One and the same distribution is used to draw draft tokens and to verify them; that is what keeps speculation exact.
-    Logits are changed in the order of the list; a field that is None costs nothing.
+    Every field is a scalar or [B] unless stated otherwise, and may be traced. Draft tokens are verified against the
+    same processed distribution that they were drawn from; this keeps speculation exact. The steps run in the order of
+    this list. A field that is None costs nothing.
 
     Attributes:
-      repetition_penalty: above 0, 1 is none; divides (or multiplies) the logits of tokens in the prompt or generated.
-      frequency_penalty: subtracted once for each time that a token was generated.
-      presence_penalty: subtracted once from every token generated before.
+      repetition_penalty: above 0; 1 has no effect. Divides (negative ones: multiplies) the logits of tokens in the
+        prompt or in the generated text.
+      frequency_penalty: subtracted from a token's logit for each time that the token was generated.
+      presence_penalty: subtracted once from the logit of every token generated before.
       logit_bias: [V] or [B, V] float32, added; -inf forbids.
       bad_words: [n] or [B, n] ids that are never emitted, pad -1.
-      min_new_tokens: no stop token among this many first tokens.
-      temperature: 0 is greedy, a one-hot distribution; what comes before it counts at 0 too, what comes after does not.
+      min_new_tokens: this many tokens are generated before a stop token is allowed.
+      temperature: 0 is greedy, a one-hot distribution. At 0 the steps before this one apply too, those after it do not.
       top_k: 0 keeps all.
       top_p: in (0, 1]; 1 keeps all.
-      min_p: in [0, 1), of the most likely token's probability; 0 keeps all.
+      min_p: in [0, 1), a share of the most likely token's probability: less likely tokens are dropped; 0 keeps all.
     """
 
     temperature: Array | float = 0.0
@@ -61,7 +62,7 @@ class RowSampling(NamedTuple):
 
 
 class Processor(Protocol):
-    """A caller's own rule, a grammar or a mask: a pure function of one place in one row, mapped over all of them.
+    """A caller's own rule, such as a grammar or a mask: a pure function of one place in a row, mapped over all places.
 
     Hashed by identity: define it once, not in every call, or each call compiles anew.
     """
@@ -69,14 +70,14 @@ class Processor(Protocol):
     def __call__(
         self,
         logits: Array,  # [V] float32, V = vocab_size
-        tokens: Array,  # [C] int32: the prompt and all before this place, drafted tokens included; then -1
-        length: Array,  # [] int32: how many of them
+        tokens: Array,  # [C] int32: the prompt and all tokens before this place, draft tokens included; then -1
+        length: Array,  # [] int32: number of these tokens
         /,
     ) -> Array: ...  # [V] float32; -inf forbids a token, NaN and +inf end the row
 
 
 class Counts(NamedTuple):
-    """What penalties need to know of a row's text; kept only where a penalty is asked for."""
+    """Token counts of a row's text, for the penalties; None in `Rows` if no penalty is asked for."""
 
     in_prompt: Array  # [B, V] bool
     generated: Array  # [B, V] int32, how often each token was generated
@@ -85,7 +86,7 @@ class Counts(NamedTuple):
 class Rows(NamedTuple):
     """What every decoding loop keeps for each row of the batch."""
 
-    tokens: Array  # [B, C + slack] int32; past `lengths` it holds leftovers that nobody reads
+    tokens: Array  # [B, C + slack] int32; entries past `lengths` are never read
     lengths: Array  # [B] int32, prompt included; counts verified tokens only
     prompt_lengths: Array  # [B] int32
     limits: Array  # [B] int32, the length at which the row ends for max_new_tokens
@@ -100,12 +101,12 @@ class Rows(NamedTuple):
 
 
 class Process(Protocol):
-    """Logits of T places to processed logits, whose softmax is the distribution; the one path for draft and target."""
+    """Turns logits of T places into processed logits, whose softmax is the distribution; for draft and target alike."""
 
     def __call__(
         self,
         logits: Array,  # [B, T, V] float32
         drafted: Array,  # [B, N] int32: this round's draft tokens
-        visible: Array,  # [B or 1, T, N] bool: which of them stand before each place
-        depths: Array | None = None,  # [B or 1, N] int32: how many draft tokens stand before each; None is a chain
+        visible: Array,  # [B or 1, T, N] bool: which of them come before each place
+        depths: Array | None = None,  # [B or 1, N] int32: number of draft tokens before each one; None is a chain
     ) -> Array: ...  # [B, T, V] float32, -inf where the distribution is zero

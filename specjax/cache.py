@@ -1,4 +1,4 @@
-"""Static key/value buffers: the one place that knows how keys and values are stored, read and written.
+"""Static key/value buffers: how keys and values are stored, read and written.
 
 A cache is a tuple of [B, Hkv, S, D] buffers per layer with one length per row. A *block* holds the keys and values of
 tokens not yet decided on (a prompt chunk, a draft, the K+1 tokens under verification): attention reads the live part
@@ -47,7 +47,7 @@ class KVBlock(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where the T tokens of a forward stand and what they see; computed once, used by every layer."""
+    """Positions of the T tokens of a forward pass, and the slots that they see; computed once for all layers."""
 
     positions: Array  # [B, T] int32
     block_positions: Array  # [B, N] int32
@@ -60,7 +60,7 @@ def init_cache(
 ) -> KVCache:
     """An empty cache. Slots are rounded up to a multiple of 128, which every backend tiles well."""
     shape = (batch, heads, -(-slots // 128) * 128, head_dim)
-    # Were the lengths known to be 0, XLA would fold the masks of every prefix element by element, for minutes.
+    # If XLA knew that the lengths are 0, it would constant-fold the masks of every prefix, which takes minutes.
     lengths = lax.optimization_barrier(jnp.zeros((batch,), jnp.int32))
     keys, values = (_zeros(layers, shape, dtype, layout) for _ in range(2))
     return KVCache(keys, values, constrain(layout, lengths, "rows"))
@@ -116,7 +116,7 @@ def attend(
       block_keys, block_values: [B, Hkv, N, D].
       scale: factor on the scores, usually D ** -0.5.
       window: sliding window: a token sees itself and the window - 1 positions before it.
-      layout: of rows and heads on a mesh: every device attends for its own.
+      layout: of rows and heads on a mesh; every device computes attention for its own part.
 
     Returns:
       [B, Hq, T, D], the query's dtype. The cost follows the longest live row, not S: the work is done at the
@@ -164,7 +164,7 @@ def _attend(
 def _faults_in_keys(keys: Array, values: Array) -> tuple[Array, Array]:
     """The same keys and values [B, Hkv, N, D], but a token whose values are not finite has keys of NaN and values of 0.
 
-    A mask makes a score harmless, whatever the keys; a weight of 0 times a value of NaN would be NaN.
+    A mask replaces the score of any key, even NaN. It does not help with values: a weight of 0 times NaN is NaN.
     """
     is_sound = jnp.all(jnp.isfinite(values), -1, keepdims=True)
     return jnp.where(is_sound, keys, jnp.nan), jnp.where(is_sound, values, 0)
@@ -173,9 +173,9 @@ def _faults_in_keys(keys: Array, values: Array) -> tuple[Array, Array]:
 def _attend_over_prefix(given: Operands, *, scale: float) -> Array:
     """By XLA, at the smallest of a few cache prefixes that holds every live slot.
 
-    Dead slots hold anything, and a weight of 0 times NaN is NaN. Masking the values is free where XLA fuses the mask
-    into the product. On CPU it does not: it would write all values anew before it reads them. There they are masked
-    only after a first try has given a number that is not finite.
+    Dead slots may hold NaN, and a weight of 0 times NaN is NaN, so values are masked too. This is free where XLA fuses
+    the mask into the product. On CPU XLA would write a masked copy of all values first. There the values are masked
+    only if a first try without the mask gives a number that is not finite.
     """
     query, cache_keys, cache_values, block_keys, block_values, seen, lengths, oldest = given
     block_scores = jnp.where(seen[:, None], _dot(query, block_keys, ((3,), (3,))) * scale, _MASKED)
@@ -205,7 +205,7 @@ def _attend_over_prefix(given: Operands, *, scale: float) -> Array:
         out = over_smallest(lambda values, is_live: values, *cache)
         is_sound = jnp.isfinite(out)
 
-        def again(*cache: Array) -> Array:  # sound rows keep what they had, to the last bit
+        def again(*cache: Array) -> Array:  # finite numbers of the first try stay, to the last bit
             return jnp.where(is_sound, out, over(sizes[-1], _without_dead, *cache))
 
         return lax.cond(jnp.all(is_sound), lambda *_: out, again, *cache)
@@ -238,20 +238,19 @@ def commit(
 
 
 def after(value: Array, witness: Array) -> Array:
-    """`value`, but not before `witness` [B], integers from 0 on, is known.
+    """`value`, but available only after `witness` [B], integers of 0 or more.
 
-    XLA knows no order but that of data. A write to the cache that may run before the last read of it makes XLA copy
-    the cache first, in every round: a write has to wait for something that follows from the reads.
+    XLA orders operations by data dependence only. If a write to the cache could run before the last read of it, XLA
+    would copy the cache first, in every round. So the write gets an input that depends on the reads.
     """
     return jnp.minimum(value, value + witness)
 
 
 def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
-    """Writes `new[i][b]` into `buffers[i][b]` from slot starts[b] on, along the last axis but one; in place where it is
-    donated.
+    """Writes `new[i][b]` into `buffers[i][b]` from slot starts[b] on, along the last axis but one; in place if donated.
 
     A loop over rows on purpose. A vmapped update becomes a copy on CPU and a scatter or a serial loop on TPU. Unrolled
-    updates become copies on CPU from a few rows on, and let TPUs lay the buffers out as the updates like it.
+    updates become copies on CPU if there are more than a few rows, and on TPU they change the layout of the buffers.
     """
 
     def write_row(row, written: tuple[Array, ...]) -> tuple[Array, ...]:
@@ -266,7 +265,7 @@ def write_rows(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array
 
 
 def _write_at_once(buffers: tuple[Array, ...], new: tuple[Array, ...], starts: Array) -> tuple[Array, ...]:
-    """The same, by a kernel where there is one for such arrays; they lie whole on one device."""
+    """The same, by a kernel if there is one for such arrays; each array lies whole on one device."""
     if all(kernel.is_fit(buffer, update) for buffer, update in zip(buffers, new, strict=True)):
         return on_tpu(kernel.write_rows, write_rows)(buffers, new, starts)
     return write_rows(buffers, new, starts)

@@ -165,11 +165,14 @@ def warn_where_measured_elsewhere(profile: Profile, batch: int) -> None:
     """Logs a warning, while tracing, where the profile is of another device, or of fewer or more rows than `batch`."""
     here = jax.devices()[0].device_kind
     if profile.device != here:
-        _log.warning("this profile is of %s, and this is %s: measure it here by specjax.profile", profile.device, here)
+        _log.warning(
+            "this profile is of %s, but this device is %s: measure a profile here with specjax.profile",
+            profile.device, here,
+        )  # fmt: skip
     measured = sorted({found.batch for found in profile.costs})
     if not measured[0] <= batch <= measured[-1]:
         _log.warning(
-            "%d rows, and the profile is of %d to %d: costs are those of the nearest; profile with batch_sizes=(%d,)",
+            "%d rows, but the profile is of %d to %d: costs of the nearest are used; profile with batch_sizes=(%d,)",
             batch, measured[0], measured[-1], batch,
         )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""What parameters may be kept in."""
+"""The dtypes that parameters may have."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import numpy as np
 
 
 def floating(given: Any) -> np.dtype:
-    """The dtype of parameters, given by its name or as one. Raises ValueError for an unknown one, for integers, and for
-    float64, which JAX would make float32 of without a word.
+    """The dtype of parameters, given as a dtype or by name.
+
+    Raises ValueError for an unknown one, for integers, and for float64, which JAX would silently turn into float32.
 
     >>> floating("bfloat16")
     dtype(bfloat16)

@@ -1,6 +1,6 @@
-"""Numbers that callers pass: each is used with the meaning it has, or refused with the range it must be in.
+"""Checks of numbers that callers pass: a valid number is used as it is, any other is refused with the valid range.
 
-Programs hold int32. A cast to it wraps: 2**32 + 5 would become 5 without a word.
+Programs use int32. A cast to int32 wraps: 2**32 + 5 would silently become 5.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ def array(value: Any, name: str, shape: str) -> Any:
 
 
 def whole(value: Any, name: str, shape: str, *, ids: bool = False) -> Any:
-    """The value as an array of integers, of whatever width: Python's own, dtype object, where 64 bits do not hold them.
-    Raises ValueError for other numbers and for text; `ids`: they are ids of tokens."""
+    """The value as an array of integers of any width; of dtype object where 64 bits are too few.
+
+    Raises ValueError for other numbers and for text. `ids`: the integers are token ids.
+    """
     value = array(value, name, shape)
     if value.dtype == object and value.size and all(isinstance(one, int) for one in value.flat):
         return value
@@ -49,7 +51,7 @@ def whole(value: Any, name: str, shape: str, *, ids: bool = False) -> Any:
 
 
 def exact(value: Any, name: str, *, least: int = LEAST, most: int = MOST) -> Any:
-    """The integers as int32, where a value outside least..most has no meaning. Raises ValueError for one, if known."""
+    """The integers as int32. Raises ValueError for a value outside least..most, if the values are known."""
     host = known(value)
     if host is not None and (is_bad := np.asarray((host < least) | (host > most))).any():
         raise ValueError(f"{name} must be in {least}..{most}, got {host[is_bad].flat[0]}.")
@@ -57,8 +59,9 @@ def exact(value: Any, name: str, *, least: int = LEAST, most: int = MOST) -> Any
 
 
 def at_most(value: Any, name: str, *, least: int) -> Any:
-    """The integers as int32, where a value means "so many at most": above int32 it means no limit. Raises ValueError
-    for one below `least`, if known.
+    """Upper limits as int32: a value above int32 means no limit.
+
+    Raises ValueError for a value below `least`, if the values are known.
 
     >>> at_most(np.array([5, 2**40]), "max_new_tokens", least=1).tolist()
     [5, 2147483647]
@@ -67,7 +70,7 @@ def at_most(value: Any, name: str, *, least: int) -> Any:
     if host is not None and np.any(host < least):
         raise ValueError(f"{name} must be {least} or more, got {host.min()}.")
     if value.dtype == object:
-        value = np.minimum(value, MOST)  # an int of Python's where there is one
+        value = np.minimum(value, MOST)  # of a single number, a Python int
     elif jnp.iinfo(value.dtype).max > MOST:
         limit = np.minimum if isinstance(value, np.ndarray) else jnp.minimum
         value = limit(value, np.array(MOST, value.dtype))
@@ -75,13 +78,14 @@ def at_most(value: Any, name: str, *, least: int) -> Any:
 
 
 def padding(value: Any) -> Any:
-    """The integers as int32, where any that it cannot hold is known to be padding, which may be anything."""
+    """The integers as int32. Values that int32 cannot hold are known to be padding, so they may change."""
     return (np.clip(value, LEAST, MOST) if value.dtype == object else value).astype(np.int32)
 
 
 def static(value: Any, name: str, *, least: int = 1, most: int = MOST) -> int:
-    """One whole number that a program is compiled for: an int, or an array without axes. Raises ValueError for anything
-    else.
+    """One whole number that a program is compiled for: an int, or an array without axes.
+
+    Raises ValueError for anything else.
 
     >>> static(np.array(3), "capacity")
     3
@@ -96,7 +100,7 @@ def static(value: Any, name: str, *, least: int = 1, most: int = MOST) -> int:
 
 
 def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) -> float:
-    """One number that a program is compiled for, as `static`. Raises ValueError where it is none or not valid.
+    """One number that a program is compiled for, as `static`. Raises ValueError if it is no number or not valid.
 
     >>> real(np.array(0.5), "threshold", lambda x: 0 <= x <= 1, "in 0..1")
     0.5
@@ -109,9 +113,8 @@ def real(value: Any, name: str, is_valid: Callable[[float], bool], wanted: str) 
 
 
 def _scalar(value: Any, name: str) -> Any:
-    """The number in an array without axes, as one of Python's; anything else as it is. Raises ValueError where it is
-    traced."""
+    """The Python number in an array without axes; anything else unchanged. Raises ValueError if it is traced."""
     if is_traced(value):
-        raise ValueError(f"{name} must be known while tracing, and it is traced: pass a number of Python's.")
+        raise ValueError(f"{name} must be known while tracing, and it is traced: pass a Python number.")
     is_array = isinstance(value, jax.Array | np.ndarray | np.generic)
     return value.item() if is_array and value.ndim == 0 else value

@@ -1,10 +1,10 @@
-"""What the library says of itself, under the logger `specjax`: silent until the application listens.
+"""Log messages of the library, under the logger `specjax`. Nothing is shown until the application configures logging.
 
     import logging
     logging.basicConfig(level=logging.INFO)
 
-Info: models loaded and saved, programs traced. Warning: what makes a result worth less than it seems. Nothing is logged
-while a program runs.
+Info: models loaded and saved, programs traced. Warning: a reason why a result may be worse than it seems. Nothing is
+logged while a program runs.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _log.addHandler(logging.NullHandler())  # without one, Python prints warnings to
 
 
 def tracing(program: str, **facts: object) -> None:
-    """Says that a program is traced, and by what it differs from others.
+    """Logs that a program is traced, with the facts that tell it apart from others.
 
-    To be called in the body of a jitted function, which Python runs once for each new program: two of these lines are
-    two compilations, and the fact that differs is the reason.
+    Call it in the body of a jitted function, which Python runs once for each new program. Two of these lines mean two
+    compilations; the fact that differs is the reason.
     """
     _log.info("tracing %s: %s", program, ", ".join(f"{name}={value}" for name, value in facts.items()))
 
 
 def in_short(count: float) -> str:
-    """A large number for people.
+    """A large number in short form.
 
     >>> in_short(14_164_000), in_short(8_030_261_248), in_short(960)
     ('14.2M', '8.03G', '960')

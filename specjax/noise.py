@@ -2,11 +2,11 @@
 
 A row has one key, made from the caller's key and the row's seed. From it: one key per (role, index), where the
 index is the row's round or the position in the text, then one per place inside the round. Nothing depends on the
-batch, the padding or the capacity, so a row draws the same numbers alone and in company. Noise that a later round
-could see again biases verification (block verification first of all), hence the round in the address.
+batch, the padding or the capacity, so a row draws the same numbers alone and in any batch. Noise that a later round
+used again would bias verification (block verification most of all), so the address includes the round.
 
 The row's key is always a Threefry key. Under `vmap`, JAX's other implementations (rbg, unsafe_rbg) draw the whole batch
-from the first key: rows would share their noise, and a row that has ended would freeze it.
+from the first key: rows would share their noise, and it would no longer change once the first row has ended.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ IMPLEMENTATION = "threefry2x32"
 
 
 class Role(enum.IntEnum):
-    """Who draws. TARGET is addressed by position in the text, the others by round."""
+    """What a number is drawn for. TARGET is addressed by position in the text, the others by round."""
 
     TARGET = 0
     DRAFT = 1
@@ -58,7 +58,7 @@ def derive(keys: Array, role: Role, index: Array) -> Array:
 
 
 def uniforms(keys: Array, count: int) -> Array:
-    """[B, count] float32 in [0, 1), from keys [B]: each place has its own address, so a wider draw begins alike."""
+    """[B, count] float32 in [0, 1), from keys [B]. Each place has its own address: a larger count adds numbers only."""
     places = jnp.arange(count, dtype=jnp.uint32)
     own = jax.vmap(lambda key: jax.vmap(jax.random.fold_in, (None, 0))(key, places))(keys)
     return jax.vmap(jax.vmap(jax.random.uniform))(own)

@@ -1,7 +1,7 @@
-"""What happens to logits before temperature: penalties, bias, bad words, minimum length, the caller's own rule.
+"""The steps before temperature: penalties, bias, bad words, minimum length, the caller's own rule.
 
-Every place of a forward pass is processed with the tokens before *it*: a place behind three draft tokens counts those
-three. So each place's distribution is the one that plain decoding would have there, and verification stays exact.
+Every place of a forward pass is processed with the tokens before *it*: a place after three draft tokens counts those
+three too. So each place has the distribution that plain decoding would have there, and verification stays exact.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ class Before(NamedTuple):
 
 
 def adjust(logits: Array, before: Before, processor: Processor | None, vocab_size: int) -> Array:
-    """The logits [B, T, V] with everything done to them that precedes temperature; same shape, float32.
+    """Applies all steps before temperature to the logits [B, T, V]; same shape, float32.
 
     Order: repetition, frequency and presence penalties, bias, bad words, minimum length, the caller's processor.
     Repetition counts the prompt as Hugging Face does (arXiv:1909.05858); presence and frequency count generated tokens
     only, as the OpenAI API does.
 
-    Returns columns from vocab_size on as they came; `sampling.process` removes them.
+    Columns from vocab_size on are returned unchanged; `sampling.process` removes them.
     """
     sampling = before.rows.sampling
     asked = (before.rows.counts, sampling.logit_bias, sampling.bad_words, sampling.min_new_tokens, processor)
@@ -55,7 +55,10 @@ def adjust(logits: Array, before: Before, processor: Processor | None, vocab_siz
 
 
 def without_padding(logits: Array, vocab_size: int) -> Array:
-    """The logits with -inf in the columns from vocab_size on; a slice would send them around where a mesh cuts them."""
+    """The logits with -inf in the columns from vocab_size on.
+
+    Where a mesh splits the columns, a slice would move logits between devices.
+    """
     if logits.shape[-1] == vocab_size:
         return logits
     columns = jnp.arange(logits.shape[-1]).reshape((1,) * (logits.ndim - 1) + (-1,))
@@ -69,7 +72,7 @@ def counts_are_needed(sampling: RowSampling) -> bool:
 
 
 def open_counts(prompts: Array, prompt_lengths: Array, vocab_size: int) -> Counts:
-    """Of rows that hold their prompts and nothing else. prompts [B, P], ids valid below the lengths."""
+    """Counts of rows that hold only their prompts: prompts [B, P], with valid ids below the lengths."""
     batch, width = prompts.shape
     is_prompt = jnp.arange(width)[None] < prompt_lengths[:, None]
     seen = _by_row(lambda seen, ids, here: seen.at[ids].max(here, mode="drop"))
@@ -78,12 +81,12 @@ def open_counts(prompts: Array, prompt_lengths: Array, vocab_size: int) -> Count
 
 
 def count(counts: Counts, tokens: Array, num_tokens: Array) -> Counts:
-    """With the first num_tokens [B] of `tokens` [B, W] generated."""
+    """The counts after the first num_tokens [B] of `tokens` [B, W] were generated."""
     is_new = (jnp.arange(tokens.shape[1])[None] < num_tokens[:, None]).astype(jnp.int32)
     return counts._replace(generated=_add(counts.generated, tokens, is_new))
 
 
-# A mesh may cut the rows: mapped over, they stay apart; with row numbers as indices XLA would send them around.
+# A mesh may split the rows. Under vmap they stay apart; with row numbers as indices XLA would move them around.
 _by_row = jax.vmap
 
 
@@ -121,7 +124,7 @@ def _custom(logits: Array, before: Before, processor: Processor) -> Array:
 
     def one_place(logits, tokens, length, drafted, visible, depths):
         total = length + jnp.sum(visible, dtype=jnp.int32)
-        at = jnp.where(visible, length + depths, capacity)  # what is not seen falls off the end
+        at = jnp.where(visible, length + depths, capacity)  # tokens that are not visible are dropped
         text = tokens.at[at].set(drafted, mode="drop")
         changed = processor(logits, jnp.where(jnp.arange(capacity) < total, text, -1), total)
         kind = getattr(changed, "dtype", None)

@@ -1,4 +1,4 @@
-"""What a generation gives back: texts, log-probabilities and counts."""
+"""The result of a generation: texts, log-probabilities and counts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ class LogProbs(NamedTuple):
 
 
 class Stats(NamedTuple):
-    """Counts since the start, per row. The first token of a row comes from prefill and is in none of them."""
+    """Counts since the start, per row. The first token of a row comes from prefill and is not counted."""
 
     rounds: Array  # [B] int32; each is one target pass
     emitted: Array  # [B] int32, tokens emitted by rounds
     drafted: Array  # [B, K] int32, how often a token was drafted at this position
-    tested: Array  # [B, K] int32, how often its turn came: every token before it had been accepted
+    tested: Array  # [B, K] int32, how often it was tested: every draft token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
-    by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row: what a round costs
+    by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row, which sets a round's cost
     switches: Array  # [B] int32, changes between rounds with a draft and rounds in which no row had one; the first
     # round counts as a change where it has none
 
@@ -44,12 +44,14 @@ class Generation(NamedTuple):
     status: Array  # [B] int32, a `Status`
     log_probs: LogProbs  # of the generated tokens, at their places in `tokens`
     stats: Stats
-    controller_state: PyTree = ()  # to start the next call from what was learnt
-    drafter_state: PyTree = ()  # likewise, of drafters that learn
+    controller_state: PyTree = ()  # pass it to the next call, which continues from what was learnt
+    drafter_state: PyTree = ()  # the same, of drafters that learn
 
     def new_tokens(self) -> list[list[int]]:
-        """The generated ids of each row, stop token included, as Python lists. Waits for the device, so not under jit:
-        there read `tokens`, `prompt_lengths` and `lengths`."""
+        """The generated ids of each row, stop token included, as Python lists.
+
+        It waits for the device. Under jit read `tokens`, `prompt_lengths` and `lengths` instead.
+        """
         if isinstance(self.tokens, Tracer):
             raise ValueError("new_tokens() is for the host: under jit read tokens, prompt_lengths and lengths.")
         tokens, lengths, starts = jax.device_get((self.tokens, self.lengths, self.prompt_lengths))

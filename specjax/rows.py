@@ -1,4 +1,4 @@
-"""What every decoding loop does for its rows: open them, and move them on by the tokens of a round."""
+"""The rows of a batch: how every decoding loop makes them, and appends the tokens of a round."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specjax.types import Array, LogProbs, Rows, Sampling, Status
 
 
 class Decision(NamedTuple):
-    """What becomes of the rows in a round."""
+    """How many tokens each row emits in a round, and its status after the round."""
 
     num_emitted: Array  # [B] int32
     status: Array  # [B] int32, a `Status`
@@ -33,7 +33,7 @@ def open_rows(
     slots: int,
     vocab_size: int,
 ) -> Rows:
-    """Fresh rows with room for `slots` tokens. A bad prompt, which traced data can hide, ends its row at once."""
+    """Fresh rows with room for `slots` tokens. A bad prompt (traced prompts are not checked before) ends its row."""
     batch, width = prompts.shape
     place = jnp.arange(width)[None]
     is_prompt = place < prompt_lengths[:, None]
@@ -72,7 +72,7 @@ def is_active(rows: Rows) -> Array:
 
 
 def decide(rows: Rows, candidates: Array, num_candidates: Array, fault: Array, *, capacity: int) -> Decision:
-    """How many of its candidates each active row may emit, and what becomes of it.
+    """How many of its candidates each active row may emit, and its status after that.
 
     Args:
       rows: the rows before.
@@ -92,7 +92,7 @@ def decide(rows: Rows, candidates: Array, num_candidates: Array, fault: Array, *
     num_emitted = jnp.minimum(num_emitted, jnp.minimum(until_limit, until_full))
     num_emitted = jnp.where(was_active, jnp.maximum(num_emitted, 0), 0)
 
-    # Later lines override earlier ones: a row that ends for its own reason is not faulty or full.
+    # Later lines override earlier ones: a row that reaches a stop token or its limit is neither faulty nor full.
     lengths = rows.lengths + num_emitted
     status = jnp.where(num_emitted == num_candidates, fault, Status.ACTIVE)
     status = jnp.where(lengths >= capacity, Status.CACHE_FULL, status)
@@ -102,14 +102,14 @@ def decide(rows: Rows, candidates: Array, num_candidates: Array, fault: Array, *
 
 
 def append(rows: Rows, candidates: Array, log_probs: LogProbs, decision: Decision) -> Rows:
-    """The rows with as many of their candidates [B, W] and their log-probabilities [B, W] as was decided.
+    """Appends the decided number of candidates [B, W], with their log-probabilities [B, W], to the rows.
 
-    A row that neither emits nor ends took no part: it keeps its round number, and so the noise of its next round.
-    Whether such a round was run at all depends on the other rows.
+    A row that neither emits nor ends took no part in the round: it keeps its round number, and so the noise of its next
+    round. The reason: whether such a round runs depends on the other rows.
     """
     width = candidates.shape[1]
 
-    @jax.vmap  # by rows, which a mesh may cut: with row numbers as indices XLA would send the rows around
+    @jax.vmap  # a mesh may split the rows; with row numbers as indices XLA would move rows between devices
     def write(text: Array, new: Array, start: Array) -> Array:
         at = start + jnp.arange(width)
         return text.at[at].set(new, mode="drop", indices_are_sorted=True, unique_indices=True)

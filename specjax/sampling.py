@@ -1,8 +1,8 @@
 """From logits to a distribution: temperature, top-k, top-p and min-p, per row, traced, without sorting the vocabulary.
 
-One path for draft and target: a token is verified against the very distribution that it was drawn from. Order as in
-Hugging Face: what processors.py does, then temperature, top-k, top-p, min-p. Ties at a threshold are all kept (a sort
-would keep an arbitrary one).
+Draft and target use the same functions, so a token is verified against the distribution that it was drawn from. The
+order is that of Hugging Face: the steps of processors.py, then temperature, top-k, top-p, min-p. Ties at a threshold
+are all kept (a sort would keep an arbitrary one).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _NOTHING = -jnp.inf
 
 
 def per_row(sampling: Sampling, batch: int) -> RowSampling:
-    """Every field for each row."""
+    """Every field, broadcast to the rows."""
 
     def spread(value, dtype) -> Array:
         return jnp.broadcast_to(jnp.asarray(value, dtype), (batch,))
@@ -49,7 +49,7 @@ def per_row(sampling: Sampling, batch: int) -> RowSampling:
 
 
 def processing(rows: Rows, processor: Processor | None, vocab_size: int) -> Process:
-    """The one path from logits to a distribution for these rows, for draft and target alike; see `types.Process`."""
+    """The function from logits to processed logits of these rows, for draft and target alike; see `types.Process`."""
 
     return Partial(functools.partial(_process_of, processor, vocab_size), rows)
 
@@ -90,7 +90,7 @@ def process(logits: Array, sampling: RowSampling, vocab_size: int) -> Array:
     temperature = jnp.asarray(sampling.temperature)[:, None, None]
     is_sampled = temperature > 0
     best = first_best(logits)[..., None]
-    # Where nothing is left to choose, or NaN or +inf to choose from, nothing is chosen: the row ends there.
+    # Where all logits are -inf, or one is NaN or +inf, no token can be chosen: the row ends there.
     has_choice = jnp.isfinite(jnp.max(logits, -1, keepdims=True))
     greedy = jnp.where((_columns(width) == best) & has_choice, 0.0, _NOTHING)
 
@@ -116,10 +116,11 @@ def sample(keys: Array, logits: Array, sampling: RowSampling) -> Array:
 
 
 def first_best(logits: Array) -> Array:
-    """The first of the largest logits, [..., V] -> [...] int32; some valid column where there is a NaN."""
+    """Column of the largest logit, the first one of ties, [..., V] -> [...] int32; with a NaN some valid column."""
 
     def on_cpu(logits: Array) -> Array:
-        # XLA's CPU argmax goes one column at a time: 18 us for 4,096 of them, where these two loops take 4.
+        # XLA's CPU argmax reads one column at a time; these two loops are vectorised
+        # (docs/notes/xla-cpu-argmax-is-slow.md measures both).
         columns = jnp.arange(logits.shape[-1], dtype=jnp.int32).reshape((1,) * (logits.ndim - 1) + (-1,))
         is_best = logits == jnp.max(logits, -1, keepdims=True)
         return jnp.min(jnp.where(is_best, columns, logits.shape[-1] - 1), -1)
@@ -156,7 +157,7 @@ def _is_in_top_k(logits: Array, top_k: Array) -> Array:
 
 def _is_in_top_p(probs: Array, top_p: Array) -> Array:
     """The smallest set of most likely tokens whose mass reaches top_p, by the same bisection."""
-    bits = lax.bitcast_convert_type(probs, jnp.uint32)  # probabilities are not negative: the order is theirs
+    bits = lax.bitcast_convert_type(probs, jnp.uint32)  # probabilities are not negative: bits sort as they do
 
     def holds(threshold: Array) -> Array:
         return jnp.sum(jnp.where(bits >= threshold, probs, 0.0), -1, keepdims=True) >= top_p

@@ -1,8 +1,8 @@
-"""How a model lies on a mesh of devices: which axes cut its rows, its heads, its widths, its vocabulary.
+"""How a model is placed on a mesh of devices: which mesh axes split its rows, heads, widths and vocabulary.
 
-A `Layout` travels inside a `Model`: `models.load(path, layout=layout(mesh))` places the parameters by rules on their
-paths, and every loop that is given that model keeps its caches, rows and logits where the layout says. Logits stay cut
-over the vocabulary from the last product to the drawn token.
+A `Layout` is a field of `Model`: `models.load(path, layout=layout(mesh))` places the parameters by rules on their
+paths, and every loop that uses that model places its caches, rows and logits as the layout says. Logits stay split over
+the vocabulary from the last matrix product to the sampled token.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ from specjax import integers
 
 _log = logging.getLogger(__name__)
 
-# What a dimension may be cut over: a field of Layout by name, or None for not at all.
+# What splits a dimension: the name of a field of Layout, or None for no split.
 Role: TypeAlias = str | None
 # (regular expression on the parameter's path, role of each leading dimension); the first that matches counts.
 Rules: TypeAlias = Sequence[tuple[str, tuple[Role, ...]]]
 
 
 class Layout(NamedTuple):
-    """Mesh axes by what they cut; hashable. A dimension that its axes do not divide is cut over fewer, or none."""
+    """Mesh axes, by the dimension that they split; hashable.
+
+    A dimension whose size its axes do not divide is split over fewer of them, or over none.
+    """
 
     mesh: Mesh
     rows: tuple[str, ...] = ()  # the batch
@@ -40,15 +43,15 @@ class Layout(NamedTuple):
 
 
 def layout(mesh: Mesh, *, rows: Sequence[str] = ("data",), width: Sequence[str] = ("model", "sub")) -> Layout:
-    """The layout of a mesh: batch rows over `rows`, everything that can be cut inside a model over `width`.
+    """The layout of a mesh: it splits the batch over `rows`, and the dimensions inside a model over `width`.
 
     Axes that the mesh lacks are left out, so a mesh of ("model",) is tensor-parallel, one of ("data",) data-parallel,
     one of ("data", "model") both. `width=()` keeps a model whole on every device: for a small draft model, which
-    then needs no communication at all. "sub" cuts what is left where key/value heads are fewer than devices: with 8 of
-    them on 16 devices, a mesh of model=8, sub=2 keeps one head on each pair.
+    then needs no communication at all. "sub" splits further where there are fewer key/value heads than devices: with 8
+    heads on 16 devices, a mesh of model=8, sub=2 keeps one head on each pair.
 
     Raises:
-      ValueError: the mesh has an axis that nothing is cut over.
+      ValueError: the mesh has an axis that splits nothing.
 
     >>> layout(make_mesh(model=1)).width
     ('model',)
@@ -60,7 +63,7 @@ def layout(mesh: Mesh, *, rows: Sequence[str] = ("data",), width: Sequence[str] 
             f"the mesh has axes {mesh.axis_names}, and nothing is cut over {', '.join(map(repr, idle))}: name them "
             'in rows= or width=, as in layout(mesh, rows=("batch",), width=("tensor",)).'
         )
-    # Automatic axes, whatever the caller's mesh has: shardings are asked for where they matter and follow elsewhere.
+    # Axes of type Auto, whatever the caller's mesh has: specjax sets the shardings that matter, XLA chooses the others.
     automatic = Mesh(mesh.devices, mesh.axis_names)
     present = [tuple(name for name in names if name in mesh.axis_names) for names in (rows, width)]
     return Layout(automatic, *present, heads=present[1], query=present[1])
@@ -90,12 +93,12 @@ def make_mesh(*, data: int = 1, model: int = 1, sub: int = 1, devices: Sequence[
 
 
 def fit(given: Layout | None, *, heads: int, query_heads: int) -> Layout | None:
-    """The layout with attention cut as its heads allow: whole heads on a device, a query beside its key."""
+    """The layout with attention split by whole heads, each query head on the same device as its key head."""
     if given is None:
         return None
     by_heads = _dividing(given.mesh, given.width, heads)
     by_query = _dividing(given.mesh, given.width, query_heads)
-    # Queries may be cut further than keys only where a device has one key head: all its queries belong to it.
+    # Queries may be split further than keys only if each device has one key head, to which all its queries belong.
     one_each = heads == _size(given.mesh, by_heads)
     is_further = by_query[: len(by_heads)] == by_heads
     if by_heads != given.width:
@@ -113,7 +116,7 @@ def spec(given: Layout, roles: Sequence[Role], shape: Sequence[int]) -> Partitio
 
 
 def constrain(given: Layout | None, tree: Any, *roles: Role) -> Any:
-    """The arrays of `tree`, lying as their roles say; as they are without a layout."""
+    """The arrays of `tree`, sharded as their roles say; unchanged without a layout."""
     if given is None:
         return tree
 
@@ -126,7 +129,7 @@ def constrain(given: Layout | None, tree: Any, *roles: Role) -> Any:
 def on_each(given: Layout | None, run: Callable[..., Any], in_roles: Any, out_roles: Any) -> Callable[..., Any]:
     """`run` on every device's own part of its arguments; `run` itself without a layout.
 
-    For what no device needs of another: XLA would see per-row indices and send the rows around.
+    For work in which no device needs another's data: because of per-row indices, XLA would move rows between devices.
 
     Args:
       given: the layout.
@@ -172,7 +175,7 @@ def check_batch(given: Layout | None, batch: int) -> None:
 
 
 def globally(given: Layout | None, tree: Any) -> Any:
-    """Host values as arrays on every device of the mesh, those of other processes included; each must pass the same.
+    """Host values as arrays on every device of the mesh. With several processes, each must pass the same values.
 
     Traced values, and arrays that already lie on several devices, stay as they are.
     """

@@ -1,4 +1,4 @@
-"""What the counts of a generation mean: acceptance rate, tokens per round, predicted speed-up."""
+"""Numbers from the counts of a generation: acceptance rate, tokens per round, predicted speed-up."""
 
 from __future__ import annotations
 
@@ -13,27 +13,27 @@ from specjax.costs import Profile
 from specjax.traced import is_traced
 from specjax.types import Stats
 
-# Highest over lowest of the middle four fifths of the turns. Runs that scatter by 5%, normally, give 1.14;
-# differences of a long and a short run, with six times the variance, 1.36 (docs/notes/time-contenders-in-turn.md).
+# Limit on highest / lowest of the middle four fifths of the turns. Normal noise of 5% gives 1.14; differences of a long
+# and a short run, with six times the variance, give 1.36 (docs/notes/time-contenders-in-turn.md).
 _WIDE = 1.4
 
 
 class SpeedUp(NamedTuple):
     """How many times as fast one way was as another, timed in turn."""
 
-    turns: tuple[float, ...]  # of each turn; 0 where a time is not above 0, as noise makes differences of times
+    turns: tuple[float, ...]  # of each turn; 0 where a difference of two times is not above 0, because of noise
 
     @property
     def median(self) -> float:
-        """What counts, where the turns agree."""
+        """The speed-up to report, if the turns agree."""
         return statistics.median(self.turns)
 
     @property
     def is_busy(self) -> bool:
-        """Whether the turns differ so much that nothing follows from them: other work slowed some of them down.
+        """Whether the turns differ so much that they give no result: other work slowed some of them down.
 
-        They do where the highest is more than 1.4 times the lowest, a tenth of the turns left out at either end (by
-        interpolation, where they are few). One turn agrees with itself.
+        They do if the highest is more than 1.4 times the lowest, without a tenth of the turns at either end (by
+        interpolation, where there are few turns). A single turn is never busy.
         """
         if min(self.turns) <= 0:
             return True
@@ -57,20 +57,20 @@ BUSY = "this machine is busy: no verdict"
 
 
 class Split(NamedTuple):
-    """Where the seconds of a generation go, by a profile; reading the prompts is not in it."""
+    """The seconds of a generation by kind of work, from a profile; without reading the prompts."""
 
-    drafting: float  # beginning again after rounds without a draft included
-    verification: float  # the target's passes over drafts, acceptance, and what goes with them
+    drafting: float  # catching up after rounds without a draft included
+    verification: float  # the target's passes over drafts, acceptance, and the rest of such rounds
     plain: float  # rounds without a draft
 
     @property
     def total(self) -> float:
-        """Of all rounds."""
+        """Seconds of all rounds."""
         return self.drafting + self.verification + self.plain
 
 
 def zeros(batch: int, draft_len: int) -> Stats:
-    """The counts of rows that have done nothing: NumPy arrays."""
+    """Counts of zero, as NumPy arrays."""
     none, by_position = np.zeros((batch,), np.int32), np.zeros((batch, draft_len), np.int32)
     by_longest = np.zeros((batch, draft_len + 1), np.int32)
     return Stats(none, none, by_position, by_position, by_position, by_longest, none)  # type: ignore[arg-type]
@@ -87,7 +87,7 @@ def acceptance_rate(stats: Stats) -> float:
 
 
 def token_acceptance(stats: Stats) -> float:
-    """alpha: accepted over tested tokens, a token being tested when all before it in its round were accepted."""
+    """alpha: accepted over tested tokens. A token is tested if all tokens before it in its round were accepted."""
     return _ratio(stats.accepted, stats.tested)
 
 
@@ -115,19 +115,19 @@ def draft_lengths(stats: Stats) -> np.ndarray:
 
 
 def draft_utilisation(stats: Stats) -> float:
-    """Accepted tokens over the places for draft tokens that the batch paid for; NaN where it paid for none.
+    """Accepted tokens over the draft positions that the batch computed; NaN where there were none.
 
-    A round costs what its longest draft costs, in every row: this is what of it was used.
+    Every row of a round costs as much as the longest draft; this is the share that was used.
     """
     longest = _on_host(stats.by_longest)
     return _ratio(stats.accepted, longest * np.arange(longest.shape[1]))
 
 
 def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
-    """Seconds of the rounds of one batch, by what its rounds drafted and what such rounds cost.
+    """Seconds of the rounds of one batch, from the draft lengths of its rounds and the costs in the profile.
 
     Args:
-      stats: of one batch of rows, which began together.
+      stats: of one batch of rows that began together.
       profile: of the same models on the same device.
       context: tokens in the cache, the mean over the rounds.
     """
@@ -159,15 +159,15 @@ def profiled_speedup(*parts: Stats, profile: Profile, context: float) -> float:
 
 
 def speedup_in_turn(plain: Sequence[float], seconds: Sequence[float], *, tokens: float = 1.0) -> SpeedUp:
-    """How many times as fast something was as plain decoding, and whether a busy machine leaves that open.
+    """How many times as fast another way of decoding was as plain decoding, or that the machine was too busy.
 
     Args:
       plain: seconds that plain decoding took in each turn.
-      seconds: those of the other way, right before or after it in the same turn.
-      tokens: what the other way made in that time, over what plain decoding did.
+      seconds: those of the other way, measured right before or after plain decoding in the same turn.
+      tokens: the tokens of the other way in that time, divided by those of plain decoding.
 
     Raises:
-      ValueError: no turns, or not as many of one as of the other.
+      ValueError: no turns, or different numbers of turns.
 
     >>> print(speedup_in_turn([1.0, 1.2, 1.1], [0.5, 0.6, 0.5]))
     2.00 times as fast (2.00 to 2.20 in 3 turns)

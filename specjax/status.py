@@ -1,4 +1,4 @@
-"""What became of a row."""
+"""The status of a row: active, or how it ended."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import enum
 
 
 class Status(enum.IntEnum):
-    """What became of a row; `describe()` adds the remedy. Stored per row as int32."""
+    """Whether a row is active, or how it ended; `describe()` adds the remedy. Stored per row as int32."""
 
     ACTIVE = 0
     LENGTH = 1
@@ -22,7 +22,7 @@ class Status(enum.IntEnum):
 
     @property
     def is_trouble(self) -> bool:
-        """Whether the row ended, or never began, for a reason that nobody asked for."""
+        """Whether a problem ended the row, and not a limit or a stop token."""
         return self > Status.STOPPED
 
 

@@ -1,4 +1,4 @@
-"""Strings in, strings out: tokenizers, padded prompts, and text as it comes."""
+"""Strings in, strings out: tokenizers, padded prompts, and streamed text."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 BUCKET = 32
 _MOST_BUCKET = 2**20  # 4 MB a row
 _OF_TOKENIZERS = ("encode", "decode", "get_vocab", "get_vocab_size", "id_to_token")
-_ROUNDS_PER_DISPATCH = 4  # rounds of all rows that a row's stop string may cost at the end
+_ROUNDS_PER_DISPATCH = 4  # stop strings are found after a dispatch: this many rounds may be wasted at the end
 _OF_GENERATE = frozenset({"pad_token", "rounds_per_test"})  # options without a meaning where text is streamed
 
 
@@ -38,7 +38,7 @@ class Prompts(NamedTuple):
     lengths: np.ndarray  # [B] int32
 
     def ids(self) -> list[list[int]]:
-        """Those of each prompt, without padding."""
+        """The ids of each prompt, without padding."""
         return [row[:length].tolist() for row, length in zip(self.tokens, self.lengths, strict=True)]
 
 
@@ -82,14 +82,14 @@ def vocab_size(tokenizer: Tokenizer) -> int:
 
 
 def within_vocab(model: Model, tokenizer: Tokenizer) -> Model:
-    """The Model with no id past the tokenizer's, stop tokens included: a vocabulary may be padded, for the hardware."""
+    """The Model limited to the tokenizer's ids, stop tokens included: the vocabulary may be padded for the hardware."""
     size = _known(model.vocab_size, tokenizer)
     return model._replace(vocab_size=size, stop_tokens=tuple(token for token in model.stop_tokens if token < size))
 
 
 def _known(size: int, tokenizer: Tokenizer) -> int:
     """How many of the ids below `size` the tokenizer can have."""
-    if tokenizer.get_vocab_size(with_added_tokens=True) >= size:  # spares most calls the whole list
+    if tokenizer.get_vocab_size(with_added_tokens=True) >= size:  # avoids the whole list in most calls
         return size
     return min(size, vocab_size(tokenizer))
 
@@ -103,7 +103,7 @@ def pad_prompts(prompts: Sequence[Sequence[int]], *, bucket: int = BUCKET, limit
       limit: the most tokens that a prompt may have: `model.max_positions`, or None for no limit.
 
     Raises:
-      ValueError: no prompt, an empty one, one longer than the limit, or what is no id.
+      ValueError: no prompt, an empty one, one longer than the limit, or a value that is no id.
 
     >>> pad_prompts([[5, 6, 7], [8]], bucket=4).tokens.tolist()
     [[5, 6, 7, 0], [8, 0, 0, 0]]
@@ -155,8 +155,8 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET, 
     """Token ids of `texts`, a list of strings, padded; `bucket` and `limit` as for `pad_prompts`.
 
     Raises:
-      ValueError: one string for a list, what is no string, an empty text, one longer than the limit, one that the
-        tokenizer would cut, or no tokenizer.
+      ValueError: `texts` is one string, not a list, or holds a value that is no string, an empty text, a text longer
+        than the limit, or one that the tokenizer would cut; or `tokenizer` is no tokenizer.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string: for a single prompt pass [text].")
@@ -170,7 +170,7 @@ def encode(tokenizer: Tokenizer, texts: Sequence[str], *, bucket: int = BUCKET, 
 
 
 def _ids(tokenizer: Tokenizer, row: int, text: str) -> list[int]:
-    """All ids of one text: what the tokenizer pads is left out, and what it would cut off is an error."""
+    """All ids of one text: the tokenizer's padding is left out; a text that it would cut is an error."""
     if not isinstance(text, str):
         raise ValueError(f"texts must be a list of strings, got {type(text).__name__} at place {row}: decode it first.")
     try:
@@ -206,15 +206,15 @@ def generate_text(
 ) -> list[str]:
     """The continuation of each text, without the text itself.
 
-    Each ends at `max_new_tokens`, at a stop token or before a stop string. Where the output is cut inside a character
-    that is spelt in several tokens, it ends with U+FFFD.
+    Each ends at `max_new_tokens`, at a stop token or before a stop string. If the output ends inside a character that
+    several tokens spell, it ends with U+FFFD.
 
     Args:
       model, params, drafter, drafter_params: as for `specjax.generate`.
       tokenizer: from `load_tokenizer`.
       texts: the prompts.
       stop: strings that end a text, one or several; a text ends before the first place where one begins.
-      skip_special_tokens: leave out what the tokenizer calls special, the end of the text for one.
+      skip_special_tokens: leave out the tokenizer's special tokens, such as the one that ends a text.
       options: as for `specjax.generate`. The default of `stop_tokens` is `model.stop_tokens`, which `models.load` takes
         from the checkpoint; () is none.
 
@@ -257,7 +257,7 @@ def stream_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Iterator[Piece]:
-    """Yields the text of each new token as it comes, the same text as `generate_text`.
+    """Yields the text of each new token as soon as it is final; the same text as `generate_text`.
 
     A piece is held back while later tokens can change its text: the beginning of a character, a run of byte tokens
     (<0x0A> and the like), text that may be the beginning of a stop string. Arguments and errors as for `generate_text`;
@@ -280,10 +280,10 @@ def trace_text(
     skip_special_tokens: bool = True,
     **options: Any,
 ) -> Trace:
-    """Generates, and keeps every round: shown in a notebook, each token says where it came from and how likely it was.
+    """Generates and records every round. A notebook shows for each token where it came from and how likely it was.
 
-    `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. Tokens of a stop
-    string are kept, as its text is not. Arguments and errors as for `generate_text`; other options as for
+    `str` of the result is the text, `specjax.viewer.save(result, "trace.html")` makes a page of it. The trace holds the
+    tokens of a stop string, but not its text. Arguments and errors as for `generate_text`; other options as for
     `specjax.stream`.
     """
     call = _call(model, params, drafter, drafter_params, tokenizer, texts, options)
@@ -293,7 +293,7 @@ def trace_text(
 
 
 class _Call(NamedTuple):
-    """What `generate` and `stream` are called with for some texts."""
+    """The arguments of `generate` and `stream` for some texts."""
 
     prompts: Prompts
     arguments: tuple[Any, ...]

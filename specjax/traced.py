@@ -16,14 +16,14 @@ def is_traced(tree: Any) -> bool:
 
 
 def refuse_traced(what: str, instead: str, tree: Any = ()) -> None:
-    """Raises ValueError inside a trace: where a leaf belongs to one, or whatever is made would."""
-    # Under jit parameters that a function closes over are plain arrays, but whatever is made there is traced.
+    """Raises ValueError inside a trace: if a leaf is traced, or if a new array would be traced."""
+    # Under jit, parameters from a closure are plain arrays, but every new array is traced.
     if is_traced((tree, jnp.zeros(()))):
         raise ValueError(f"{what} on the host and cannot be traced: {instead}")
 
 
 def known(value: Any) -> np.ndarray | None:
-    """The value on the host, or None while it is traced or parts of it are other processes'."""
+    """The value on the host; None while it is traced, or if parts of it lie in other processes."""
     if is_traced(value):
         return None
     is_elsewhere = any(isinstance(leaf, jax.Array) and not leaf.is_fully_addressable for leaf in jax.tree.leaves(value))

@@ -1,4 +1,4 @@
-"""The words that every part of specjax speaks: four roles, and what passes between them.
+"""The types that every part of specjax shares: the four roles, and the values that they exchange.
 
 Shape legend, used by every module:
     B  batch rows                K  longest draft of a round     V  columns of the logits
@@ -49,11 +49,12 @@ class Output(NamedTuple):
 
 
 class Apply(Protocol):
-    """Reads the cache and the open block, appends T tokens to the block; writes no cache.
+    """One forward pass: reads the cache and the open block, and appends T tokens to the block. Never writes the cache.
 
-    A token sees the cached tokens of its row, and those block slots that `visible` names: without it all slots before
-    its own, and its own. It stands at position `length of the row in the cache + depth`; without `depths` the depth is
-    the block slot. The T tokens take the block's slots from `filled` on, so one block may be filled by several calls.
+    A token attends to the cached tokens of its row and to the block slots that `visible` selects. Without `visible` it
+    attends to its own slot and all slots before it. Its position is `length of the row in the cache + depth`; without
+    `depths` the depth is the number of its block slot. The T tokens take the block's slots from `filled` on, so several
+    calls may fill one block.
 
     Returns:
       An Output: logits float32 [B, T, V], or [B, M, V] at `logits_at`; one [B, T, D] for each of `hidden_layers`; the
@@ -80,15 +81,15 @@ class Commit(Protocol):
     Args:
       cache: as `init_cache` or an earlier commit made it; the returned one has the same shapes and dtypes.
       block: as the last `apply` returned it.
-      keep: [B] int32 in 0..filled, row by row; 0 leaves the row as if the block had never been.
-      path: [B, n] int32, block slots in the order to keep them, of which the first `keep` count; None: slots 0, 1, ...
+      keep: [B] int32 in 0..filled, for each row; 0 leaves the row as it was before the block.
+      path: [B, n] int32, the block slots to keep, in order; the first `keep` of them are used. None: slots 0, 1, ...
     """
 
     def __call__(self, cache: PyTree, block: PyTree, keep: Array, path: Array | None = None) -> PyTree: ...
 
 
 class Extended(NamedTuple):
-    """A cache with a long text added, and what the model said of it."""
+    """A cache with a long text added, and the model's output for that text."""
 
     cache: PyTree
     logits: Array  # [B, M, V] float32, at the M places asked for
@@ -98,8 +99,8 @@ class Extended(NamedTuple):
 class Extend(Protocol):
     """Reads T tokens into the cache without a block: prompts, and text that a draft model has missed.
 
-    For models whose block would hold more than the text needs, such as a recurrent state for every token. The first
-    `keep` [B] of the tokens, 0..T, are kept in each row; `logits_at` and `hidden_layers` as for `Apply`.
+    For models whose block would need much memory for a long text, such as a recurrent state for every token. Each row
+    keeps the first `keep` [B] of the tokens, 0..T; `logits_at` and `hidden_layers` as for `Apply`.
     """
 
     def __call__(
@@ -123,27 +124,27 @@ class Model(NamedTuple):
         commit(cache, block, keep, path=None) -> cache
 
     with tokens [B, T] int32, keep [B] int32, and cache and block any pytrees of arrays. `types.Apply`, `types.Commit`
-    and `types.Output` say the shapes of the rest; docs/write-a-model.md goes through two models line by line.
+    and `types.Output` document the other shapes; docs/write-a-model.md explains two models line by line.
 
-    `apply` never touches the cache: the block's own state travels beside it, and `commit` writes what was kept.
-    So a rejected token can leave no trace, whatever the architecture: attention keys, a ring, a recurrent state.
+    `apply` never changes the cache: the block holds the state of the new tokens, and `commit` writes the accepted ones.
+    So a rejected token leaves no trace, in any architecture: attention keys, a ring buffer or a recurrent state.
 
-    A cache gets `slots` slots, K + 1 more than a row's text may fill, since `commit` may write a whole block behind
-    the live part. A block gets `size` slots, as many as will be appended to it at most. All four are traced: shapes
-    follow from arguments' shapes and the two ints alone. `testing.check_model(model, params)` tries them.
-    A compiled program is found again by these functions: make them once, not in every call.
+    A cache has `slots` slots. That is K + 1 more than a row's text may fill, because `commit` may write a whole block
+    after the live part. A block has `size` slots, the most tokens that will be appended to it. JAX traces all four
+    functions: shapes may depend on the arguments' shapes and on the two ints only. `testing.check_model(model, params)`
+    tests the functions. JAX finds a compiled program again by their identity: make them once, not in every call.
     """
 
     apply: Apply  # one forward pass over a block
     init_cache: Callable[..., PyTree]  # (params, batch, slots) -> empty cache; (..., inputs) where it takes them
     init_block: Callable[[PyTree, int, int], PyTree]  # (params, batch, size) -> empty block
-    commit: Commit  # what of a block stays
+    commit: Commit  # writes the accepted part of a block into the cache
     vocab_size: int  # ids below this may be emitted; logits may have more (padding) columns
     max_positions: int | None = None  # a hard limit on the capacity, where the architecture has one
     trees: bool = True  # whether apply honours `depths` and `visible`
     hidden: bool = True  # whether apply gives hidden states
-    layout: Layout | None = None  # where it lies on a mesh; the loop keeps its rows there too
-    stop_tokens: tuple[int, ...] = ()  # where its texts end: the default of `specjax.text`; `generate` wants to be told
+    layout: Layout | None = None  # how it is placed on a mesh; the loop places its rows alike
+    stop_tokens: tuple[int, ...] = ()  # ids that end a text: the default of `specjax.text`, but not of `generate`
     extend: Extend | None = None  # None: apply, then commit
     takes_inputs: bool = False  # whether init_cache has a fourth argument, the `inputs` that an encoder reads
 
@@ -152,8 +153,8 @@ class Draft(NamedTuple):
     """What a drafter proposes in one round: a chain of tokens, or a tree of them."""
 
     tokens: Array  # [B, N] int32; entries past `lengths` are arbitrary valid ids
-    lengths: Array  # [B] int32 in 0..N: how many of them count
-    probs: Array | None  # [B, N, V] float32, what each token was drawn from; None: a one-hot distribution at the token
+    lengths: Array  # [B] int32 in 0..N: number of draft tokens
+    probs: Array | None  # [B, N, V] float32, each token's draft distribution; None: one-hot at the token
     parents: Array | None = None  # [N] or [B, N] int32: index of the parent token, -1 the root; None: a chain
     # [N] or [B, N] int32: where in `probs`, then [B, M, V], each token's distribution stands. Siblings share one.
     probs_at: Array | None = None
@@ -163,13 +164,16 @@ class Drawn(NamedTuple):
     """One draft token of each row, just drawn."""
 
     token: Array  # [B] int32
-    probs: Array  # [B, V] float32, what it was drawn from
-    confidence: Array  # [B] float32: the drafter's own probability of it, at temperature 1 whatever `Sampling` says
+    probs: Array  # [B, V] float32, the distribution it was drawn from
+    confidence: Array  # [B] float32: the drafter's own probability of it, always at temperature 1
 
 
 class KeepDrafting(Protocol):
-    """Whether to draft on after the token `drawn` at `step`; [B] bool. The token itself stays in the draft: were it
-    left out for what it is, those that stay would no longer follow the distribution that they were drawn from."""
+    """Whether each row drafts another token after the token `drawn` at `step`; [B] bool.
+
+    The token itself stays in the draft. Dropping a token because of its value would change the distribution of the
+    tokens that stay.
+    """
 
     def __call__(self, drawn: Drawn, step: Array | int) -> Array: ...
 
@@ -180,7 +184,7 @@ class DraftPlan(NamedTuple):
     lengths: Array  # [B] int32 in 0..longest; 0 for rows that have ended
     longest: int  # K, static
     steps: int | Array  # the longest row's length, 1 or more; a Python int where the controller never varies it
-    may_skip: bool = True  # static: whether there may have been rounds without a draft, of which `propose` saw nothing
+    may_skip: bool = True  # static: whether rounds without a draft may have passed, in which `propose` was not called
     keep_drafting: KeepDrafting | None = None  # asked after each drafted token; None: never stop early
 
 
@@ -206,11 +210,11 @@ class Round(NamedTuple):
     num_emitted: Array  # [B] int32 in 0..K+1; 0 for a row that had ended
     num_accepted: Array  # [B] int32, emitted tokens that were drafted
     draft_tokens: Array  # [B, N] int32, pad -1
-    draft_lengths: Array  # [B] int32 in 0..K: how many of them follow each other at most; of a tree its depth
-    draft_probs: Array  # [B, N] float32, of each draft token where it was drawn; arbitrary past the draft
-    target_log_probs: LogProbs  # [B, N] each, the target's of the draft tokens; arbitrary past the draft
+    draft_lengths: Array  # [B] int32 in 0..K: length of the draft; of a tree its depth
+    draft_probs: Array  # [B, N] float32, the drafter's probability of each draft token; arbitrary past the draft
+    target_log_probs: LogProbs  # [B, N] each, the target's scores of the draft tokens; arbitrary past the draft
     log_probs: LogProbs  # [B, K+1] each, of the emitted tokens; arbitrary past num_emitted
-    at_leaf: Array  # [B] bool: no draft token follows the accepted ones, and what the target adds is a bonus token
+    at_leaf: Array  # [B] bool: no draft token follows the accepted ones, so the target's token is a bonus token
     path: Array | None = None  # [B, K] int32, for a tree
 
 
@@ -223,28 +227,30 @@ def no_state(params: PyTree, batch: int, **sizes: Any) -> PyTree:
 def read_nothing(
     params: PyTree, state: PyTree, context: Context, tokens: Array, hidden: tuple[Array, ...], keep: Array
 ) -> PyTree:
-    """`Drafter.read` of a drafter that looks at `context.rows` only, or at nothing."""
+    """`Drafter.read` of a drafter that uses `context.rows` only, or no text at all."""
     del params, context, tokens, hidden, keep
     return state
 
 
 class Drafter(NamedTuple):
-    """Proposes tokens. `state` is the drafter's own pytree, carried through the loop; its form never changes.
+    """Proposes tokens. `state` is the drafter's own pytree, carried through the loop; its structure stays the same.
 
         propose(params, state, context, plan) -> (Draft, state)
         init(params, batch, *, slots, longest, inputs, learnt) -> state
         read(params, state, context, tokens, hidden, keep) -> state
 
-    `init` makes the state of rows that hold no text. `slots` is what a cache needs, `longest` is K, `inputs` what an
-    encoder reads or None, `learnt` what an earlier call left or None; take `**_` for what you do not need.
+    `init` makes the state of rows without text. `slots` is the number of slots of a cache, `longest` is K, `inputs` is
+    what an encoder reads or None, `learnt` is what an earlier call's `learnt` returned or None. Take `**_` for the
+    arguments that you do not need.
 
-    `read` is how a drafter sees text, all of it, in order: tokens [B, T] int32 that the target has just read, of which
-    the first `keep` [B] are the row's, with the target's hidden states at them, one [B, T, D] for each layer asked for.
-    A call is a chunk of the prompt (T is wide), or a round's accepted tokens (T = K + 1) or a plain round's (T = 1). So
-    between rounds a drafter has read all of a row's text but its last token, which is the next round's root.
+    `read` gives the drafter all text in order: tokens [B, T] int32 that the target has just read, and the target's
+    hidden states at them, one [B, T, D] for each layer asked for. The first `keep` [B] of the tokens belong to the row.
+    A call brings a chunk of the prompt (T is wide), the accepted tokens of a round (T = K + 1) or the token of a plain
+    round (T = 1). So between rounds a drafter has read all of a row's text except the last token, which is the root of
+    the next round.
 
-    `propose` is not called in rounds for which the controller wants no draft. After it comes `read`, always; its state
-    may have another form in between. No row drafts deeper than `plan.lengths`.
+    `propose` is not called in rounds for which the controller wants no draft. A call of `read` always follows it; the
+    state may have another structure between the two. No row drafts deeper than `plan.lengths`.
     """
 
     propose: Callable[..., tuple[Draft, PyTree]]
@@ -253,7 +259,7 @@ class Drafter(NamedTuple):
     vocab_size: int | None = None  # None where any vocabulary will do
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
     num_nodes: Callable[[int], int] | None = None  # (K) -> N, of a drafter of trees; None: chains, N = K
-    learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> what outlives a call, `Generation.drafter_state`
+    learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> part to keep after a call, `Generation.drafter_state`
 
 
 class Verifier(NamedTuple):
@@ -261,22 +267,22 @@ class Verifier(NamedTuple):
 
     verify: Callable[[Context, Draft, Target], Verdict]  # (context, draft, target) -> verdict
     greedy_only: bool = False  # refuses temperatures above 0
-    # Drafters draw with the noise that the target will use at the same position. Only for verifiers that compare
-    # tokens with the target's own draw: in any other the noise would be used twice.
+    # True: drafters draw with the noise that the target uses at the same position. Only for verifiers that compare
+    # draft tokens with the target's own sample; any other verifier would use the noise twice.
     coupled: bool = False
 
 
 class Controller(NamedTuple):
-    """Chooses how many tokens to draft, round by round. It may look at anything but the noise of a round to come."""
+    """Chooses how many tokens to draft, round by round. It may use anything except the noise of future rounds."""
 
     init: Callable[[int], PyTree]  # (batch) -> state
     draft_len: Callable[[PyTree, Rows], Array]  # (state, rows) -> [B] int32 in 0..longest
     update: Callable[[PyTree, Round], PyTree]  # (state, round) -> state
-    # Draft lengths that verification is compiled for, ascending: a round takes the first that holds its longest draft.
-    # The last is K, the most that is ever drafted; one that begins with 0 has plain decoding steps for rounds without
-    # a draft. A single one has a loop of known length and no branches.
+    # Draft lengths that verification is compiled for, ascending. A round uses the first one that holds its longest
+    # draft. The last one is K, the longest possible draft. If the first one is 0, a round without a draft is a plain
+    # decoding step. With one length only, the drafting loop has a known trip count and no branches.
     buckets: tuple[int, ...]
-    # (state, drawn, step) -> [B] bool: whether to draft on after this token. None: never stop early.
+    # (state, drawn, step) -> [B] bool: whether to draft another token after this one. None: never stop early.
     keep_drafting: Callable[[PyTree, Drawn, Array | int], Array] | None = None
     begin: Callable[[PyTree], PyTree] | None = None  # (state of an earlier call) -> state for new texts. None: as it is
 
@@ -287,7 +293,7 @@ class Controller(NamedTuple):
 
 
 class Setup(NamedTuple):
-    """The static half of a generation: hashable, so that jit knows an old program by it."""
+    """The static part of a generation. It is hashable: jit finds a compiled program by it."""
 
     model: Model
     drafter: Drafter

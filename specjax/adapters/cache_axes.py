@@ -1,4 +1,4 @@
-"""The leaves of someone else's cache: which axis is the rows', which the slots', which leaf is a cursor."""
+"""The axes of a wrapped module's cache: which axis counts rows, which counts slots, and which leaf is a cursor."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _ROWS, _SLOTS = (2, 3), (48, 64)
 
 
 class LeafAxes(NamedTuple):
-    """One array of a cache."""
+    """The axes of one array of a cache."""
 
     path: str
     rows: int | None  # the axis that counts rows
-    slots: int | None  # the axis that counts slots; None is a cursor
+    slots: int | None  # the axis that counts slots; None: the array is a cursor
 
 
 def axes_of(init_cache: Callable[[int, int], PyTree]) -> list[LeafAxes]:
-    """Read off the shapes of caches of different sizes; nothing is computed.
+    """Finds the axes by comparing the shapes of caches of different sizes; nothing is computed.
 
     Raises:
-      ValueError: a leaf is neither kept per slot nor a cursor.
+      ValueError: a leaf neither has an axis of slots nor is a cursor.
     """
     base, wider, longer = (
         _shapes(init_cache, rows, slots)
@@ -52,10 +52,10 @@ def axes_of(init_cache: Callable[[int, int], PyTree]) -> list[LeafAxes]:
 
 
 def slots_ignored(init_cache: Callable[[int, int], PyTree]) -> str | None:
-    """What is wrong, in a sentence, where caches for few and for many slots are the same; None where they differ."""
+    """A sentence about the problem, if caches for few and for many slots have the same shapes; None if they differ."""
     try:
         few, many = (_shapes(init_cache, _ROWS[0], slots) for slots in _SLOTS)
-    except Exception:  # what someone else's function raises is said where its cache is used
+    except Exception:  # the error of someone else's function is reported where its cache is used
         return None
     if [leaf.shape for _, leaf in few] != [leaf.shape for _, leaf in many]:
         return None
@@ -74,7 +74,7 @@ def _shapes(init_cache: Callable[[int, int], PyTree], rows: int, slots: int) -> 
 
 
 def slots_of(axes: list[LeafAxes], cache: PyTree, wanted: int) -> int:
-    """How many slots this cache has, the same in every leaf, at least as many as were asked for."""
+    """The number of slots of this cache. Raises ValueError if leaves differ, or if there are fewer than `wanted`."""
     sizes = {
         leaf.path: array.shape[leaf.slots]
         for leaf, array in zip(axes, jax.tree.leaves(cache), strict=True)
@@ -91,7 +91,7 @@ def slots_of(axes: list[LeafAxes], cache: PyTree, wanted: int) -> int:
 
 
 def set_cursors(axes: list[LeafAxes], cache: PyTree, cursors: Array) -> PyTree:
-    """The cache with its cursors at `cursors` [B]; one that all rows share gets the first."""
+    """The cache with its cursors set to `cursors` [B]; a cursor that all rows share is set to the first."""
 
     def one(leaf: LeafAxes, array: Array) -> Array:
         if leaf.slots is not None:
@@ -108,22 +108,22 @@ def set_cursors(axes: list[LeafAxes], cache: PyTree, cursors: Array) -> PyTree:
 def copy_slots(
     axes: list[LeafAxes], cache: PyTree, source: Array, size: int, target: Array, path: Array | None
 ) -> PyTree:
-    """For each row, `size` slots from source[b] on (or those at source[b] + path[b]) copied to target[b] on."""
+    """In each row b, copies `size` slots from source[b] on (or those at source[b] + path[b]) to target[b] on."""
 
     def one(leaf: LeafAxes, array: Array) -> Array:
         if leaf.slots is None:
             return array
         rows_axis, slots_axis = leaf.rows, leaf.slots
-        assert rows_axis is not None  # leaves_of has seen to it
+        assert rows_axis is not None  # axes_of has checked it
 
-        def row(index: Array, moved: Array) -> Array:
-            mine = lax.dynamic_slice_in_dim(moved, index, 1, rows_axis)
+        def row(index: Array, copied: Array) -> Array:
+            mine = lax.dynamic_slice_in_dim(copied, index, 1, rows_axis)
             piece = lax.dynamic_slice_in_dim(mine, source[index], size, slots_axis)
             if path is not None:
                 piece = jnp.take(piece, path[index], slots_axis)
             starts: list[Any] = [0] * array.ndim
             starts[rows_axis], starts[slots_axis] = index, target[index]
-            return lax.dynamic_update_slice(moved, piece, starts)
+            return lax.dynamic_update_slice(copied, piece, starts)
 
         return lax.fori_loop(0, array.shape[rows_axis], row, array)
 

@@ -1,10 +1,10 @@
-"""A module's own cache as a Model's: the tokens of a round stand in some of its slots, and commit keeps a few.
+"""A wrapped module with its own cache as a Model: a round uses some slots of the cache, and commit keeps a part of it.
 
-The module writes where its cursor points and looks where its mask lets it, so both say where a round stands:
+The module writes at its cursor and attends through its mask, so cursor and mask decide which slots a round uses:
 
-- at each row's own length, where the cache keeps one cursor a row: commit moves nothing;
-- in the cache's last slots, the same for all rows, where it keeps one cursor for all: commit moves what is kept to its
-  row's end. Rows stay without holes however their lengths differ, since the mask does the rest.
+- the slots at each row's own length, if the cache has one cursor for each row: commit copies nothing;
+- the last slots of the cache, the same for all rows, if it has one cursor for all rows: commit copies the accepted
+  tokens to the end of their row. The live slots of a row stay contiguous, whatever the rows' lengths.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from specjax.types import Array, Model, Output, PyTree
 
 
 class ModuleCache(NamedTuple):
-    """The module's own arrays. Slots past `lengths` hold leftovers that its mask or cursor keeps out of sight."""
+    """The module's own arrays. Slots past `lengths` hold rejected tokens, which its mask or cursor hides."""
 
     own: PyTree
     lengths: Array  # [B] int32
 
 
 class ModuleBlock(NamedTuple):
-    """A round under way. The module has written it into `own`, which takes the cache's place from then on."""
+    """A round under way. The module has written it into `own`, which replaces the cache from then on."""
 
     own: PyTree  # None before the first tokens
-    room: Array  # [N] bool; only its shape says anything
+    room: Array  # [N] bool; only its shape is used
     filled: Array  # [] int32
 
 
 class Placement(NamedTuple):
-    """Where a round of N tokens stands in a cache of so many slots."""
+    """The slots that a round of N tokens uses in a cache."""
 
     start: Callable[[Array, int, int], Array]  # (lengths [B], N, slots) -> first slot [B]
-    is_in_place: bool  # whether a chain that is kept already stands where it belongs
+    is_in_place: bool  # whether the accepted tokens of a chain are in their final slots already
 
 
 AT_LENGTH = Placement(lambda lengths, size, slots: lengths, is_in_place=True)
@@ -119,7 +119,7 @@ def cached_module(
 
 
 def row_by_row(wrapped: Wrapped) -> Wrapped:
-    """The same module, each row by itself under vmap: what was one cursor for all rows becomes one a row."""
+    """The same module with each row by itself under vmap: one cursor for all rows becomes one cursor for each row."""
     assert wrapped.init_cache is not None
     make = wrapped.init_cache
 
@@ -137,7 +137,7 @@ def row_by_row(wrapped: Wrapped) -> Wrapped:
 
 
 def _over_slots(visible: Array, lengths: Array, start: Array, slots: int) -> Array:
-    """What each token sees of the whole cache, [B, T, S]: the live slots, and those of the round as `visible` says."""
+    """The slots that each token sees, [B, T, S]: the live slots, and those of the round that `visible` selects."""
     size = visible.shape[2]
     slot = jnp.arange(slots)[None]
     inside = slot - start[:, None]  # [B, S]
@@ -148,7 +148,7 @@ def _over_slots(visible: Array, lengths: Array, start: Array, slots: int) -> Arr
 
 
 def _like(cache: PyTree, own: PyTree) -> PyTree:
-    """The cache that a pass gave, in the form of the one it was given: modules may change dtypes, dicts their order."""
+    """The cache that a pass returned, with the dtypes of the cache that it was given."""
     if cache is None:
         raise ValueError("it takes a cache and gives none back")
     ours, theirs = jax.tree.structure(own), jax.tree.structure(cache)

@@ -1,4 +1,4 @@
-"""Which of several ways a module's cache can be used, found by trying them on it, fastest first."""
+"""Chooses how to use a module's cache: tries several ways, the fastest first, and takes the first correct one."""
 
 from __future__ import annotations
 
@@ -31,32 +31,32 @@ class Strategy(enum.StrEnum):
 
 
 _MEANING = {
-    Strategy.PER_ROW: "in its own cache, which keeps a cursor for each row: what a round drops is simply written over",
+    Strategy.PER_ROW: "in its own cache, which keeps a cursor for each row: rejected tokens are overwritten later",
     Strategy.AT_END: (
-        "in its own cache, which keeps one cursor for all rows: the tokens of a round stand in the cache's last slots, "
-        "its mask shows them, and those kept are copied to the end of their row"
+        "in its own cache, which keeps one cursor for all rows: the tokens of a round use the cache's last slots, "
+        "its mask shows them, and accepted ones are copied to the end of their row"
     ),
     Strategy.ROW_BY_ROW: (
         "in its own cache, each row by itself under vmap, since rows of different lengths don't fit into one cursor"
     ),
-    Strategy.UNCACHED: "without a cache: every pass reads the whole text again, and costs more the longer it gets",
+    Strategy.UNCACHED: "without a cache: every pass reads the whole text again, so longer texts cost more",
 }
 
 
 class Adapted(NamedTuple):
-    """A module of yours as specjax wants it.
+    """Your module as a specjax Model, with its parameters.
 
-    `model` is hashed by identity: adapt once, and call again and again. `params` is what the module held when it was
-    adapted; after a step of training pass the new ones, of the same form, and nothing is compiled anew.
+    `model` is hashed by identity: adapt once, and use it in all calls. `params` are the module's parameters at the time
+    it was adapted. After a training step pass the new ones, of the same structure; nothing is compiled anew.
     """
 
     model: Model
     params: PyTree
     strategy: Strategy
-    notes: tuple[str, ...]  # why none of the faster ones
+    notes: tuple[str, ...]  # why the faster strategies were not chosen
 
     def __repr__(self) -> str:
-        """In short: parameters are many."""
+        """In short, without the parameters."""
         return f"Adapted(strategy={self.strategy.value!r}, vocab_size={self.model.vocab_size}, ...)"
 
     def describe(self) -> str:
@@ -73,17 +73,17 @@ def choose(
     max_positions: int | None,
     strategy: str | None,
 ) -> Adapted:
-    """Tries the module, then its cache in every way that `strategy` allows, and takes the first that is right.
+    """Checks the module, then tries its cache by every strategy that is allowed, and takes the first correct one.
 
     Args:
-      forms: the module in the forms in which it may want its mask; the first that makes it causal is taken.
+      forms: the module with each form of mask that it may need; the first form that makes it causal is taken.
 
     Raises:
-      ValueError: the module is no causal language model, or the strategy asked for is not right for it.
+      ValueError: the module is no causal language model, or the strategy asked for is not correct for it.
     """
     wanted = list(Strategy) if strategy is None else [_strategy(strategy)]
     wrapped, whole, failed, trial, size = _first_causal(forms, params, vocab_size)
-    notes = [] if failed is None else [f"Not without a cache, as it is: {failed}."]
+    notes = [] if failed is None else [f"Not called without a cache: {failed}."]
     if wrapped.init_cache is None:
         wanted = [candidate for candidate in wanted if candidate is Strategy.UNCACHED]
         notes.append(wrapped.cache.note)
@@ -93,7 +93,7 @@ def choose(
     for candidate in wanted:
         try:
             model, reason = _attempt(candidate, wrapped, whole, trial, size, max_positions)
-        except Exception as error:  # whatever someone else's module raises is a reason to try the next
+        except Exception as error:  # any error of someone else's module is a reason to try the next strategy
             model, reason = None, f"{type(error).__name__}: {error}".splitlines()[0].removeprefix("ValueError: ")
             reason = reason.rstrip(".")
         if model is not None:
@@ -115,18 +115,18 @@ def choose(
 def _attempt(
     candidate: Strategy, wrapped: Wrapped, whole: Wrapped, trial: Trial, vocab_size: int, max_positions: int | None
 ) -> tuple[Model | None, str]:
-    """The module as a Model by this strategy, or None and why not."""
+    """The module as a Model by this strategy; or None and the reason."""
     if candidate is Strategy.UNCACHED:
         return _checked(uncached(whole, vocab_size, max_positions=max_positions), trial)
     if candidate is Strategy.AT_END and wrapped.takes.mask is None:
-        return None, "it takes no mask, which would have to show where the tokens of a round stand"
+        return None, "it takes no mask, which is needed to show the slots of a round's tokens"
     form = row_by_row(wrapped) if candidate is Strategy.ROW_BY_ROW else wrapped
     placement = AT_END if candidate is Strategy.AT_END else AT_LENGTH
     return _checked(cached_module(form, placement, vocab_size, max_positions=max_positions), trial)
 
 
 def _checked(model: Model, trial: Trial) -> tuple[Model | None, str]:
-    """The model where it gives the module's own logits, with trees only where those are right too."""
+    """The model if it gives the module's own logits, with trees only if those are correct too; else None, why."""
     slots = min(TRIED, model.max_positions or TRIED)
     wrong = cache_error(trial, model, slots)
     if wrong is not None:
@@ -139,13 +139,13 @@ class _Causal(NamedTuple):
 
     wrapped: Wrapped
     whole: Wrapped  # without its cache
-    failed: str | None  # why that had to be given one, where it had to
+    failed: str | None  # why `whole` gets a fresh cache in every pass, if it does
     trial: Trial
     vocab_size: int
 
 
 def _first_causal(forms: Sequence[Wrapped], params: PyTree, vocab_size: int | None) -> _Causal:
-    """The first of these forms that passes the checks; the first one's error where none does."""
+    """The first of these forms that passes the checks. Raises the first form's error if none does."""
     errors = []
     for form in forms:
         try:
@@ -163,7 +163,7 @@ def _first_causal(forms: Sequence[Wrapped], params: PyTree, vocab_size: int | No
 
 
 def _whole(wrapped: Wrapped, params: PyTree) -> tuple[Wrapped, str | None]:
-    """The module over whole texts: without its cache, or with a fresh one where it can't do without."""
+    """The module over whole texts: without its cache, or with a fresh one if it cannot run without a cache."""
     error = _error_of(wrapped, params)
     if error is None:
         return wrapped, None
@@ -183,14 +183,14 @@ def _error_of(wrapped: Wrapped, params: PyTree) -> str | None:
     try:
         jax.eval_shape(wrapped.run, params, _feed())
     except NoLogits:
-        raise  # says all
+        raise  # its message is complete
     except Exception as error:  # as above
         return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
     return None
 
 
 def count(value: Any, name: str) -> int | None:
-    """A number that may be left out. Raises ValueError for anything but a whole number of 1 or more."""
+    """An optional number. Raises ValueError for anything but None and a whole number of 1 or more."""
     return None if value is None else integers.static(value, name)
 
 

@@ -24,9 +24,9 @@ def from_linen(
     max_positions: int | None = None,
     strategy: str | None = None,
 ) -> Adapted:
-    """Makes a Model of someone else's Linen module, unmodified, with its own cache where that can be had.
+    """Makes a Model of someone else's Linen module, unmodified, with its own cache if that works.
 
-    See `from_nnx` for what is tried and chosen, and for the arguments that both take.
+    See `from_nnx` for how the strategy is chosen, and for the arguments that both functions take.
 
     Args:
       module: any causal language model.
@@ -34,10 +34,10 @@ def from_linen(
       call: a function (module, variables, tokens, ...) to use in place of `module.apply(variables, ...)`.
 
     Returns:
-      An Adapted, whose `.params` are these variables: pass later ones of the same form to generate as they are.
+      An Adapted, whose `.params` are these variables. Later variables of the same structure can be passed directly.
 
     Raises:
-      ValueError: the module can't be used; what was seen, and what to do.
+      ValueError: the module cannot be used; the message says why, and what to do.
 
     >>> import jax, jax.numpy as jnp
     >>> from flax import linen

@@ -29,31 +29,31 @@ def from_nnx(
     max_positions: int | None = None,
     strategy: str | None = None,
 ) -> Adapted:
-    """Makes a Model of someone else's NNX module, unmodified, with its own cache where that can be had.
+    """Makes a Model of someone else's NNX module, unmodified, with its own cache if that works.
 
-    How the module is called is told by the names of its arguments, or said by `takes`. Then it is tried on a few
-    tokens: is it causal, are its rows independent, is dropout off, and does its cache give the logits of the whole text
-    when rows have different lengths and drop tokens? Of the ways to use the cache the first that is right is taken; the
-    result says which, and why none of the faster ones. Without a usable cache every pass reads the whole text.
+    The names of the module's arguments, or `takes`, say how to call it. Then it is tried on a few tokens: is it causal,
+    are its rows independent, is dropout off, and does its cache give the logits of the whole text when rows have
+    different lengths and drop tokens? Of the ways to use the cache, the first correct one is taken, the fastest first;
+    the result says which, and why no faster one was taken. Without a usable cache every pass reads the whole text.
 
     Args:
       module: any causal language model; runs in evaluation mode (`module.eval()` of a copy).
       takes: which argument is what; None: guessed from names such as tokens, positions, cache, attention_mask.
-      call: a function (module, tokens, ...) to use in place of `module(...)`; the names of its arguments count, and it
-        returns logits or (logits, cache). For caches that live in the module's own Variables.
+      call: a function (module, tokens, ...) to use in place of `module(...)`; the names of its arguments are used, and
+        it returns logits or (logits, cache). For caches in the module's own Variables.
       init_cache: (batch, slots) -> empty cache; None: the module's own `init_cache`, where it has one.
       vocab_size: ids that may be emitted; None: all columns of the logits.
-      max_positions: the places of its table of positions, where it has one: no row gets longer. Where the module takes
-        no positions and keeps a cache, a round's draft tokens need places too, and a `capacity` too large is an error.
-      strategy: "per-row", "at-end", "row-by-row" or "uncached", to force one; it is tried all the same.
+      max_positions: the length of its table of positions, if it has one: no row gets longer. If the module takes no
+        positions and has a cache, a round's draft tokens need positions too, and a larger `capacity` is an error.
+      strategy: "per-row", "at-end", "row-by-row" or "uncached", to force one; it is still checked.
 
     Returns:
       An Adapted: `.model` and `.params` for generate, `.describe()` for you. In a training loop pass
-      `nnx.state(module)`, or `nnx.state(module, nnx.Param)`, in place of `.params`: nothing is compiled anew. (Without
-      what is no Param, such as batch statistics, those of the module as it was adapted count.)
+      `nnx.state(module)`, or `nnx.state(module, nnx.Param)`, in place of `.params`: nothing is compiled anew. (With
+      Params only, other variables such as batch statistics stay as they were when the module was adapted.)
 
     Raises:
-      ValueError: the module can't be used; what was seen, and what to do.
+      ValueError: the module cannot be used; the message says why, and what to do.
 
     >>> import jax, jax.numpy as jnp, specjax
     >>> from flax import nnx
@@ -82,7 +82,7 @@ def from_nnx(
     vocab_size, max_positions = count(vocab_size, "vocab_size"), count(max_positions, "max_positions")
     graph, trained, rest = nnx.split(module, nnx.Param, ...)
     state = nnx.state(module)
-    # What parameters may lack, by how many arrays they have: the Params alone, or everything.
+    # By the number of arrays in the parameters, the state to add to them: the caller may pass the Params or everything.
     lacking = {len(jax.tree.leaves(trained)): (rest,), len(jax.tree.leaves(state)): ()}
 
     def bind(params: PyTree) -> Callable[..., Any]:
@@ -95,7 +95,7 @@ def from_nnx(
                 "nnx.state(module) or nnx.state(module, nnx.Param) of the module that was adapted."
             )
         check_shapes(params, trained if lacking[count] else state)
-        # Variables of its own: those given may be another trace's.
+        # New Variables: the given ones may belong to another trace.
         copy: Any = nnx.merge(graph, params, *lacking[count], copy=True)
         copy.eval()
         return copy if call is None else functools.partial(call, copy)
@@ -109,14 +109,14 @@ def from_nnx(
 
 
 def _about_variables(module: nnx.Module, maker: CacheMaker) -> str | None:
-    """What to do about a cache in the module's own Variables, in a sentence; None where nothing is amiss."""
+    """A sentence about what to do with a cache in the module's own Variables; None if there is no problem."""
     if maker.make is None:
         own = _names(nnx.state(module, nnx.Cache))
         what = f"It keeps a cache in its own Variables ({_few(own)}), and every pass begins with it as it is now:"
         return f"{what} pass {_RECIPE}." if own else None
     try:
         cache = jax.eval_shape(functools.partial(maker.make, 1, 2))
-    except Exception:  # what someone else's function raises is said where its cache is used
+    except Exception:  # the error of someone else's function is reported where its cache is used
         return None
     own_names = set(_names(nnx.state(module)))
     lacking = [name for name in _names(cache) if name not in own_names]

@@ -1,4 +1,4 @@
-"""A module tried on a few tokens: is it a causal language model, and is a way of using its cache right for it?"""
+"""Tries a module on a few tokens: is it a causal language model, and is a way of using its cache correct for it?"""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ _KEEPS = (np.array([5, 2, 3]), np.array([1, 3, 0]))
 
 
 class Trial(NamedTuple):
-    """Tokens to try a module on, and what it says about whole texts."""
+    """Tokens to try a module on, and its logits of whole texts."""
 
     params: PyTree
     tokens: Array  # [3, 12] int32
     whole: Callable[[PyTree, Array], Array]  # (params, tokens [3, 12]) -> logits; jitted
-    tolerance: float  # most difference of logits that are the same
+    tolerance: float  # largest difference of logits that count as equal
 
 
 def make_trial(wrapped: Wrapped, params: PyTree, vocab_size: int) -> Trial:
-    """Checks the module without its cache, and makes the trial of its caches.
+    """Checks the module without its cache, and makes the trial for its cache.
 
     Raises:
-      ValueError: it is no causal language model of independent rows; what was seen, and what may be the cause.
+      ValueError: it is no causal language model of independent rows; the message says what may be the cause.
     """
 
     @jax.jit
@@ -46,7 +46,7 @@ def make_trial(wrapped: Wrapped, params: PyTree, vocab_size: int) -> Trial:
     with jax.default_matmul_precision("highest"):
         params, effect = _text_dependent(whole, params, tokens, vocab_size)
         plain = whole(params, tokens)
-        # Less than one token of the text makes: rounding in bfloat16 would allow more than a wrong cache does.
+        # Smaller than the effect of one token: the rounding of bfloat16 alone would let a wrong cache pass.
         tolerance = min(max(1e-3, 8 * eps) * float(jnp.max(jnp.abs(plain))), effect / 4)
         trial = Trial(params, tokens, whole, tolerance)
         _check_causal(trial, plain, vocab_size)
@@ -55,8 +55,10 @@ def make_trial(wrapped: Wrapped, params: PyTree, vocab_size: int) -> Trial:
 
 
 def cache_error(trial: Trial, model: Model, slots: int) -> str | None:
-    """Whether passes through a cache, rows of different lengths, rejected tokens and an open block among them, give the
-    logits of whole texts; None, or what they gave instead."""
+    """Compares passes through a cache with the logits of whole texts; None if they agree, else what differs.
+
+    The passes include rows of different lengths, rejected tokens and a block that is filled in two parts.
+    """
     parts = np.split(np.asarray(trial.tokens), [_FIRST, _FIRST + _MORE, _FIRST + _MORE + _LAST], 1)[:3]
 
     @jax.jit
@@ -86,7 +88,7 @@ def cache_error(trial: Trial, model: Model, slots: int) -> str | None:
 
 
 def handles_trees(trial: Trial, model: Model, slots: int) -> bool:
-    """Whether a token sees its own branch alone: root 0 -> 1 -> 2 and 0 -> 3 -> 4, and a path can be kept."""
+    """Whether a token sees only its own branch (root 0 -> 1 -> 2 and 0 -> 3 -> 4), and whether commit keeps a path."""
     visible = jnp.array([[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 0, 0, 1, 0], [1, 0, 0, 1, 1]], bool)
     text = trial.tokens
     nodes = jnp.concatenate([text[:, 2:5], text[:, 8:10]], 1)
@@ -112,8 +114,10 @@ def handles_trees(trial: Trial, model: Model, slots: int) -> bool:
 
 
 def _text_dependent(whole, params: PyTree, tokens: Array, vocab_size: int) -> tuple[PyTree, float]:
-    """Parameters whose logits depend on the text: a fresh module may start from zeros, and would pass any check.
-    With them, how much the first token changes later logits."""
+    """Parameters whose logits depend on the text, and how much the first token changes later logits.
+
+    A new module may start from zeros; with such parameters it would pass any check.
+    """
     changed = tokens.at[:, 0].set((tokens[:, 0] + 1) % vocab_size)
     plain = whole(params, tokens)
     if not bool(jnp.isfinite(plain).all()):
@@ -141,7 +145,7 @@ def _text_dependent(whole, params: PyTree, tokens: Array, vocab_size: int) -> tu
 def _check_rows(trial: Trial, plain: Array) -> None:
     twice = trial.tokens.at[1].set(trial.tokens[0])
     same = trial.whole(trial.params, twice)
-    shorter = trial.whole(trial.params, trial.tokens[:, : _WIDTH - 1])  # noise, if any, has another shape here
+    shorter = trial.whole(trial.params, trial.tokens[:, : _WIDTH - 1])  # random noise would have another shape here
     if max(_difference(same[0], same[1]), _difference(shorter, plain[:, : _WIDTH - 1])) > trial.tolerance:
         raise ValueError(
             "two identical rows, or two texts that begin alike, gave different logits: is dropout on, or does it draw "
@@ -167,7 +171,7 @@ def _check_causal(trial: Trial, plain: Array, vocab_size: int) -> None:
 
 
 def _wanted(trial: Trial, parts: list[np.ndarray], index: int) -> Array:
-    """The logits of pass `index`, from whole texts: what each row kept of the passes before, then this pass."""
+    """The logits of pass `index`, from whole texts: the tokens that each row kept of earlier passes, then this pass."""
     texts, starts = np.array(trial.tokens), []
     for row in range(_ROWS):
         kept = [part[row, : keep[row]] for part, keep in zip(parts[:index], _KEEPS, strict=False)]

@@ -1,4 +1,4 @@
-"""A module without a cache as a Model: every pass reads the whole text again. Exact, and as slow as it sounds."""
+"""A module without a cache as a Model: every pass reads the whole text again. Exact, but slow for long texts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from specjax.types import Array, Model, Output, PyTree
 
 
 class Text(NamedTuple):
-    """All that such a model remembers."""
+    """The cache of such a model: the text itself."""
 
     tokens: Array  # [B, S] int32
     lengths: Array  # [B] int32
@@ -27,7 +27,7 @@ class TextBlock(NamedTuple):
 
 
 def uncached(wrapped: Wrapped, vocab_size: int, *, max_positions: int | None = None) -> Model:
-    """Trees need a module that takes positions and mask; every other sees a chain by its own causal mask."""
+    """The Model. Trees need a module that takes positions and mask; any other sees a chain by its own causal mask."""
 
     def init_cache(params: PyTree, batch: int, slots: int) -> Text:
         del params
@@ -52,7 +52,7 @@ def uncached(wrapped: Wrapped, vocab_size: int, *, max_positions: int | None = N
             jax.lax.dynamic_update_slice_in_dim(block.depths, steps, block.filled, 1),
             block.filled + width,
         )
-        # Nothing past the architecture's last position is ever emitted, and a table of positions ends there.
+        # No token past the architecture's last position is ever emitted, and a table of positions ends there.
         slots = min(cache.tokens.shape[1], max_positions or cache.tokens.shape[1])
         slot = jnp.arange(slots)[None]
         inside = slot - cache.lengths[:, None]  # [B, S]: which place of the block
@@ -84,7 +84,7 @@ def uncached(wrapped: Wrapped, vocab_size: int, *, max_positions: int | None = N
 
 
 def _branches(seen: Array, visible: Array, filled: Array, at: Array, is_inside: Array) -> Array:
-    """The causal mask, where the block's own part says which of its tokens see which."""
+    """The causal mask, with `visible` for the tokens of the block."""
     batch, slots, _ = seen.shape
     size = visible.shape[-1]
     visible = jnp.broadcast_to(visible if visible.ndim == 3 else visible[None], (batch, *visible.shape[-2:]))
@@ -97,7 +97,7 @@ def _branches(seen: Array, visible: Array, filled: Array, at: Array, is_inside: 
 
 
 def with_fresh_cache(wrapped: Wrapped) -> Wrapped:
-    """A module that can't do without a cache: every pass gets an empty one, to throw away."""
+    """For a module that cannot run without a cache: every pass gets an empty one, which is dropped afterwards."""
     assert wrapped.init_cache is not None
     make = wrapped.init_cache
 

@@ -1,4 +1,4 @@
-"""Someone else's module as one pure function: how it takes tokens, positions, cache and mask, and what it gives."""
+"""Someone else's module as one pure function: how it takes tokens, positions, cache and mask, and what it returns."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from specjax.types import Array, PyTree
 
 TRIED = 32  # tokens of the longest text and slots of the largest cache that a module is run on when it is adapted
 
-# Names that Flax modules in use give to what a pass needs; anything else is said by `Takes`.
+# Argument names that common Flax modules use; `Takes` is for all others.
 _POSITIONS = ("positions", "position_ids", "segment_pos", "segment_positions", "position", "pos")
 _CACHE = ("cache", "kv_cache", "kv_caches", "caches", "past_key_values", "past", "layer_caches")
 _MASK = ("attention_mask", "mask", "attn_mask", "attention_masks")
@@ -36,7 +36,7 @@ NO_CACHE = (
     "(takes=adapters.Takes(tokens=..., cache=...) names it)."
 )
 _UNTOLD = (
-    "Which arguments of its init_cache{} are rows and slots can't be told, so it is not used: pass "
+    "The argument names of its init_cache{} do not say which are rows and slots, so it is not used: pass "
     "init_cache=lambda batch, slots: module.init_cache(...)."
 )
 
@@ -52,13 +52,13 @@ def as_given(visible: Array) -> Array:
 
 
 class Takes(NamedTuple):
-    """By which argument a module takes what a pass needs; None: it takes no such thing."""
+    """The names of the arguments by which a module takes its inputs; None: it has no such argument."""
 
     tokens: str  # [B, T] int32
     positions: str | None = None  # [B, T] int32, the place of each token in its row's text
-    cache: str | None = None  # whatever its init_cache makes
+    cache: str | None = None  # a cache as its init_cache makes it
     mask: str | None = None  # which slots of the cache (or tokens, without one) each token sees
-    mask_form: Callable[[Array], Array] = as_given  # from [B, T, S] bool to what the module wants
+    mask_form: Callable[[Array], Array] = as_given  # from [B, T, S] bool to the form that the module needs
     fixed: Mapping[str, Any] = {}  # arguments that are always the same: {"deterministic": True}
 
     def describe(self) -> str:
@@ -68,7 +68,7 @@ class Takes(NamedTuple):
 
 
 class PassInput(NamedTuple):
-    """What one pass is given."""
+    """The inputs of one pass."""
 
     tokens: Array  # [B, T] int32
     positions: Array  # [B, T] int32
@@ -77,25 +77,25 @@ class PassInput(NamedTuple):
 
 
 class NoLogits(ValueError):
-    """A module was called, and gave back something else."""
+    """A module was called, and its result holds no logits."""
 
 
 class PassOutput(NamedTuple):
-    """What one pass gives."""
+    """The result of one pass."""
 
     logits: Array  # [B, T, columns]
     cache: PyTree
 
 
 class CacheMaker(NamedTuple):
-    """Where a module's empty cache comes from."""
+    """How a module's empty cache is made."""
 
-    make: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is none to be had
-    note: str = ""  # a sentence: why there is none, or what the module lacks that it needs, and what to do
+    make: Callable[[int, int], PyTree] | None  # (batch, slots) -> empty cache; None: there is no way to make one
+    note: str = ""  # a sentence: why there is none, or what the module lacks, and what to do
 
 
 class Wrapped(NamedTuple):
-    """A module as functions: what the strategies of this package work with."""
+    """A module as functions, for the strategies of this package."""
 
     run: Callable[[PyTree, PassInput], PassOutput]  # (params, feed)
     cache: CacheMaker
@@ -108,7 +108,7 @@ class Wrapped(NamedTuple):
 
     @property
     def sees_trees(self) -> bool:
-        """Whether it can be told which tokens of a round each one sees."""
+        """Whether the caller can set which tokens of a round each token sees."""
         return self.takes.positions is not None and self.takes.mask is not None
 
 
@@ -119,7 +119,7 @@ def wrap(
     cache: CacheMaker,
     max_positions: int | None,
 ) -> Wrapped:
-    """`bind(params)` is the module's call, whose signature is `function`'s."""
+    """Wraps the call of a module, `bind(params)`, which has the signature of `function`."""
     known = set(inspect.signature(function).parameters)
     open_ended = any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())
     for role in ("tokens", "positions", "cache", "mask"):
@@ -145,16 +145,16 @@ def wrap(
 
 @contextlib.contextmanager
 def named_when_longer(size: int, max_positions: int | None) -> Iterator[None]:
-    """What a module raises at more places than it was tried at gets a sentence that says so, and what to pass.
+    """Explains errors that a module raises at more places than it was tried at, and says which argument to pass.
 
-    Such errors are mostly about shapes (a table of positions that is added by a slice), and would name an addition
-    somewhere in the module, while `generate` is traced.
+    Such errors are mostly about shapes (a table of positions that is added by a slice). Without this explanation they
+    would name an addition somewhere in the module, while `generate` is traced.
     """
     try:
         yield
-    except Exception as error:  # whatever someone else's module raises
+    except Exception as error:  # any error of someone else's module
         if size <= TRIED:
-            raise  # the trial sees to it
+            raise  # the trial handles it
         cure = "If its positions end somewhere, pass max_positions= (how many it has) to from_nnx or from_linen."
         if max_positions is not None and size > max_positions:
             cure = f"It has max_positions={max_positions}: make capacity smaller by {size - max_positions}."
@@ -168,7 +168,10 @@ def named_when_longer(size: int, max_positions: int | None) -> Iterator[None]:
 
 
 def guess_takes(function: Callable[..., Any], bound: int) -> Takes:
-    """From the names of a signature, less its `bound` first; what it asks for and nobody here fills is an error."""
+    """Takes guessed from the argument names of a signature, without its first `bound` ones.
+
+    Raises ValueError if the signature has a required argument that specjax cannot fill.
+    """
     parameters = list(inspect.signature(function).parameters.values())[bound:]
     named = {p.name: p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     if not named:
@@ -195,7 +198,7 @@ def guess_takes(function: Callable[..., Any], bound: int) -> Takes:
 
 
 def mask_forms(function: Callable[..., Any], takes: Takes | None, bound: int = 1) -> list[Takes]:
-    """What is given, or what can be guessed: masks come in two forms, which only a trial tells apart."""
+    """The given Takes; or the guessed ones, one for each of the two forms of masks, which only a trial tells apart."""
     if takes is not None:
         return [takes]
     guess = guess_takes(function, bound)
@@ -209,9 +212,9 @@ def cache_maker(
     takes: Takes,
     strategy: str | None,
 ) -> CacheMaker:
-    """What is given, or the module's own `init_cache`, where it has one whose arguments can be told by their names."""
+    """The given function, or the module's own `init_cache`, if the names of its arguments say what they are."""
     if takes.cache is None:
-        if given is not None and strategy != "uncached":  # which has no use for it
+        if given is not None and strategy != "uncached":  # "uncached" ignores init_cache
             raise ValueError(
                 "init_cache is given, but no argument of the module's call is named for a cache: pass "
                 "takes=adapters.Takes(tokens=..., cache=..., ...) with the name it has."
@@ -227,7 +230,7 @@ def cache_maker(
         )
     try:
         parameters = inspect.signature(method).parameters
-    except (TypeError, ValueError):  # a number by that name, or a function that hides what it takes
+    except (TypeError, ValueError):  # a number with that name, or a function without a signature
         return CacheMaker(None, _UNTOLD.format(""))
     named = {name: p for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
     batch_name = next((name for name in _BATCH if name in named), None)
@@ -243,7 +246,7 @@ def cache_maker(
 
 
 def check_shapes(params: PyTree, adapted: PyTree) -> None:
-    """Refuses parameters of another module of the same kind."""
+    """Raises ValueError for parameters of another module of the same kind."""
     for (path, ours), theirs in zip(
         jax.tree_util.tree_leaves_with_path(adapted), jax.tree.leaves(params), strict=False
     ):
@@ -255,7 +258,7 @@ def check_shapes(params: PyTree, adapted: PyTree) -> None:
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
-    """Where an array stands in a module's state: "layers.0.kernel"."""
+    """The path of an array in a module's state: "layers.0.kernel"."""
     return ".".join(str(getattr(key, "key", getattr(key, "idx", ""))) for key in path).strip(".")
 
 

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation for TPUs that need not be at hand: plan the pod before you rent it."""
+"""Ahead-of-time compilation for TPUs, without a TPU: plan the pod before you rent it."""
 
 from specjax.aot.planning import Collective, Cost, Report, plan
 from specjax.aot.topology import ENVIRONMENT, HBM_GIB

@@ -1,7 +1,7 @@
-"""What a round and a step cost on a described chip: the compiler's estimates, and what no estimate can go below.
+"""Costs of a round and of a step on a described chip: the compiler's estimates, and a lower bound from bytes.
 
-The estimate leaves out what is fetched ahead of its use, and a good program fetches most weights so: a whole pass may
-then be estimated at less than main memory needs for its bytes. Each model's passes therefore cost the larger of both.
+The estimate leaves out weights that are prefetched, and a good program prefetches most of them. So the estimate of a
+pass may be less than the time that main memory needs for its bytes. Each model's passes cost the larger of both.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Turn(NamedTuple):
     """One turn of a loop, a round or a step, in cycles of one chip by part."""
 
     estimated: dict[str, int]  # by the compiler, but for specjax's own kernels
-    counted: dict[str, int]  # for those kernels: what they move, at the rate of main memory
-    least: dict[str, int]  # what the passes of a model cannot avoid to read and write, at that rate
+    counted: dict[str, int]  # of those kernels: for the bytes that they move, at the rate of main memory
+    least: dict[str, int]  # for the bytes that the passes of a model must read and write, at that rate
 
     @property
     def by_part(self) -> dict[str, int]:
@@ -39,7 +39,7 @@ class Turn(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """Of a round and of a step with one share of the cache live. For ranking only: collectives are not in it."""
+    """Costs of a round and of a step with one share of the cache live. For ranking only: without collectives."""
 
     round: Turn
     step: Turn
@@ -82,15 +82,15 @@ def turn(program: hlo.Program, halvings: int, rate: float, least: dict[str, int]
 
 
 def kernel_cycles(item: hlo.Timed, halvings: int, rate: float) -> int:
-    """What specjax's own kernels take to move what they say they move; 0 of anything else."""
+    """Cycles that one of specjax's own kernels needs for the bytes that it declares; 0 for other instructions."""
     instruction = item.step.instruction
-    # Attention says what it moves with the cache full; a write moves the same always.
+    # Attention declares its bytes for a full cache; a write always moves the same.
     share = 2 ** -(halvings if instruction.name.startswith(ATTENTION) else 0)
     return int(item.times * instruction.kernel_bytes * share / rate)
 
 
 def least_cycles(work: Workload, passes: list[roofline.Work], rate: float) -> int:
-    """What the bytes of these passes, counted for the rows of one chip, take on each chip that a model is cut over."""
+    """Cycles for the bytes of these passes, counted for the rows of one chip, on each chip that holds a part."""
     return int(roofline.total(passes).bytes / _ways(work, work.layout.width) / rate)
 
 

@@ -1,6 +1,6 @@
 """A reader of optimised HLO text: what a compiled program runs, inside which loops, and what it moves.
 
-Only what runs as an operation of its own is walked: what a fusion holds inside is no result in memory.
+It visits only instructions that run as separate operations: the inside of a fusion makes no result in memory.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _SHAPE = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _CALLED = re.compile(r"\b(?:body|calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ENTERED = {"while", "call", "conditional", "async-start"}
-# What names another operation's result.
+# Operations whose result is another operation's.
 _FREE = {
     "parameter",
     "constant",
@@ -44,13 +44,13 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Without the padding of tiles."""
+        """Its bytes, without the padding of tiles."""
         width = re.search(r"\d+", self.dtype)  # f32, bf16, f8e4m3fn; pred and token have none
         return math.prod(self.dims) * (int(width[0]) if width else 8) // 8
 
 
 class Instruction(NamedTuple):
-    """One line."""
+    """One line of HLO text."""
 
     name: str
     op: str
@@ -69,7 +69,7 @@ class Instruction(NamedTuple):
 
     @property
     def kernel_bytes(self) -> int:
-        """What a Pallas kernel says it moves; 0 of anything else, and of kernels that say nothing."""
+        """The bytes that a Pallas kernel declares to move; 0 for other instructions and for kernels without them."""
         found = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', self.text)
         return int(found[1]) if found else 0
 
@@ -81,7 +81,7 @@ class Instruction(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """Of the largest array of the result."""
+        """Bytes of the largest array of the result."""
         return max((shape.bytes for shape in self.shapes), default=0)
 
 
@@ -101,7 +101,7 @@ class Timed(NamedTuple):
 
     @property
     def cycles(self) -> int:
-        """Of all its runs together."""
+        """Cycles of all its runs together."""
         return self.times * self.step.instruction.cycles
 
 
@@ -128,10 +128,10 @@ class Program(NamedTuple):
                 yield from self._walk(called, inside)
 
     def timed(self, name: str, *, halvings: int = 0, times: int = 1, loops: tuple[str, ...] = ()) -> list[Timed]:
-        """What one run of a computation does, weighted by the trip counts of its loops (unknown ones count once).
+        """The steps of one run of a computation, with the trip counts of its loops (unknown ones count once).
 
-        Of two branches the dearer one runs. More branches than two are attention's, over longer and longer prefixes of
-        the cache: the last one runs, or the one `halvings` before it.
+        Of two branches the more expensive one counts. More than two branches are attention over longer and longer
+        prefixes of the cache: the last one counts, or the one `halvings` before it.
         """
         computation = self.computations[name]
         found = []
@@ -159,7 +159,7 @@ class Program(NamedTuple):
         raise ValueError("this program has no loop of unknown trip count.")
 
     def roots(self, step: Step) -> list[Step]:
-        """What makes the result: the instruction itself or, of a fusion, what its inside ends in."""
+        """The instructions that make the result: the instruction itself or, of a fusion, the roots inside it."""
         item = step.instruction
         if item.op == "fusion":
             inside = self.computations[item.called[0]]
@@ -182,7 +182,7 @@ def unknown_loops(program: Program) -> list[tuple[str, ...]]:
 
 
 def host_ops(program: Program) -> list[str]:
-    """What talks to the host."""
+    """The instructions that communicate with the host."""
     return [step.instruction.text for step in program.walk() if step.instruction.op in _HOST_OPS]
 
 
@@ -192,23 +192,23 @@ def host_calls(stablehlo: str) -> list[str]:
 
 
 def collectives(program: Program) -> list[Step]:
-    """What the chips tell each other."""
+    """The instructions by which chips communicate."""
     return [step for step in program.walk() if collective_kind(step.instruction)]
 
 
 def collective_kind(item: Instruction) -> str | None:
-    """ "all-reduce", say; None where chips tell each other nothing."""
+    """ "all-reduce", for example; None if the instruction is no collective."""
     found = _COLLECTIVE.fullmatch(item.op)
     return found[1] if found else None
 
 
 def collective_bytes(item: Instruction) -> int:
-    """Of its result; the start of an asynchronous one lists its operands too, none larger than the result."""
+    """Bytes of its result. The start of an asynchronous one also lists its operands, none larger than the result."""
     return item.bytes if item.op.endswith("-start") else sum(shape.bytes for shape in item.shapes)
 
 
 def large_results(program: Program, limit: int) -> list[tuple[str, ...]]:
-    """What writes an array of `limit` bytes or more, less updates in place and fetches into on-chip memory."""
+    """Instructions that write an array of `limit` bytes or more, except updates in place and fetches on chip."""
     found = []
     for step in program.walk():
         item = step.instruction
@@ -226,7 +226,7 @@ def large_results(program: Program, limit: int) -> list[tuple[str, ...]]:
 
 
 def spilled_bytes(program: Program, limit: int) -> int:
-    """What loops carry out of on-chip memory, in pieces of `limit` bytes or more; an execution of each counted once."""
+    """Bytes that loops copy out of on-chip memory, in pieces of `limit` bytes or more; each copy counts once."""
     done = (step for step in program.walk() if step.loops and step.instruction.op in ("copy-done", "slice-done"))
     sizes = [step.instruction.bytes for step in done if _direction(step) == "off chip"]
     return sum(size for size in sizes if size >= limit)
@@ -301,7 +301,7 @@ def _closing(text: str) -> int:
 
 
 def _with_limits(inside: dict[str, Instruction], computations: dict[str, dict[str, Instruction]]):
-    """The same computation, its loops knowing their limits: TPU programs say them in the condition only."""
+    """The same computation with the limits of its loops, which TPU programs state in the condition only."""
     return {
         name: item._replace(limit=_limit(item.text, computations)) if item.op == "while" else item
         for name, item in inside.items()

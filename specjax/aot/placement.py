@@ -39,6 +39,6 @@ def state_on(layout: Layout, state: PyTree, batch: int) -> PyTree:
 
 
 def bytes_per_chip(tree: PyTree) -> int:
-    """Of the arrays of `tree`, which have shardings."""
+    """Bytes per chip of the arrays of `tree`, which have shardings."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)

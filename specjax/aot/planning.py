@@ -1,4 +1,4 @@
-"""A plan of a pod: does the generation fit, what does the compiler think it costs, what do chips tell each other."""
+"""Plans a pod: does the generation fit, what are the compiler's cost estimates, which collectives run between chips."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from specjax.sharding import Layout, layout
 
 
 class Collective(NamedTuple):
-    """What chips tell each other in one round, of one kind and for one part."""
+    """The communication between chips in one round, of one kind and for one part."""
 
     part: str
     kind: str  # "all-reduce", say
     times: int
     bytes: int  # of the results, per chip
-    per_layer: float | None  # times over the layers and passes of that model; None where no model is at work
+    per_layer: float | None  # times, divided by the layers and passes of that model; None if the part is no model
 
 
 class Report(NamedTuple):
@@ -47,7 +47,7 @@ class Report(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the compiler, all programs together."""
+        """Compile time of all programs together."""
         return sum(item.seconds for item in self.programs)
 
 
@@ -64,7 +64,7 @@ def plan(
     axes: dict[str, int] | None = None,
     prefill: bool = True,
 ) -> Report:
-    """Compiles a generation for TPUs that need not be at hand, and reads the result.
+    """Compiles a generation for TPUs, without a TPU, and reads the result.
 
     Args:
       target, draft: shapes of the models; see `specjax.shapes.shaped`.
@@ -79,7 +79,7 @@ def plan(
       prefill: whether to compile reading the prompts too.
 
     Returns:
-      A Report. The loops are compiled with all their layers; too large a program is a fact in it, not an error.
+      A Report. The loops are compiled with all their layers. The report says if a program is too large; no error.
 
     Raises:
       ValueError: an unknown topology, a mesh that is not the topology's, heads or rows that do not divide over it.
@@ -104,7 +104,7 @@ def report(
     plain: Compiled,
     prefill: Compiled | None = None,
 ) -> Report:
-    """What these programs of one workload say; see `plan`."""
+    """The report on these programs of one workload; see `plan`."""
     done = [item for item in (rounds, plain, prefill) if item is not None]
     hbm = hbm_bytes(topology)
     needed = max(item.memory.peak if item.memory else item.needed or 0 for item in done)
@@ -146,7 +146,7 @@ def workload(
 
 
 def collectives(rounds: Compiled, work: Workload) -> list[Collective]:
-    """Of one round; [] where the loop does not fit."""
+    """The collectives of one round; [] where the loop does not fit."""
     if rounds.program is None:
         return []
     # The draft model's first pass stands before its loop; its passes are K in all.

@@ -31,7 +31,7 @@ _BYTES = {"B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
 class Workload(NamedTuple):
-    """What is generated, and where."""
+    """The models, sizes and mesh of a generation."""
 
     target: Shaped
     draft: Shaped
@@ -44,7 +44,7 @@ class Workload(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """Of one program, in bytes per chip."""
+    """Memory of one program, in bytes per chip."""
 
     arguments: int
     temporaries: int
@@ -55,7 +55,7 @@ class Memory(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """One program, or the room that it lacks."""
+    """One compiled program; or the memory that it would need, if it does not fit."""
 
     name: str
     seconds: float  # of the compiler
@@ -66,7 +66,7 @@ class Compiled(NamedTuple):
 
 
 def labelled(target: Model, draft: Model, draft_len: int, capacity: int) -> Setup:
-    """A generation by a draft model, rejection and a fixed K; each part says in the HLO whose it is."""
+    """A generation by a draft model, rejection and a fixed K; named scopes mark its parts in the HLO."""
 
     def label(model: Model, name: str) -> Model:
         return model._replace(apply=jax.named_scope(name)(model.apply), commit=jax.named_scope(WRITE)(model.commit))
@@ -76,7 +76,7 @@ def labelled(target: Model, draft: Model, draft_len: int, capacity: int) -> Setu
 
 
 class Arguments(NamedTuple):
-    """Of every program of one workload: shapes with shardings."""
+    """The arguments of all programs of one workload: shapes with shardings."""
 
     setup: Setup
     params: Params

@@ -17,7 +17,7 @@ def _llama(width: int, inner: int, layers: int, heads: int, kv_heads: int, head_
     }  # fmt: skip
 
 
-# Llama 3's shapes; the smallest is no published model, but what a draft for the 1B one may look like.
+# Llama 3's shapes. The smallest is no published model, but a plausible draft model for the 1B one.
 CONFIGS: dict[str, dict[str, Any]] = {
     "llama-100m": _llama(768, 2048, 12, 12, 4, 64, tied=True),
     "llama-1b": _llama(2048, 8192, 16, 32, 8, 64, tied=True),
@@ -83,12 +83,12 @@ def shaped(name_or_path: str, *, layers: int | None = None) -> Shaped:
 
 
 def read_config(name_or_path: str) -> dict[str, Any]:
-    """The contents of a config.json, or the like of it for a name; see `shaped`."""
+    """The contents of a config.json, or the equivalent for a known name; see `shaped`."""
     from specjax.models import PRETRAINED, checkpoint
 
     if name_or_path == "":
         raise ValueError("a model's name is empty: give a known shape, a folder, a config.json or a hub id.")
-    os.fsencode(name_or_path)  # pathlib takes a name that the locale cannot spell for one that is not there
+    os.fsencode(name_or_path)  # raises for a name that the locale cannot encode: pathlib would call it missing
     if name_or_path in CONFIGS:
         return CONFIGS[name_or_path]
     path = PRETRAINED / name_or_path if name_or_path in ("target", "draft") else Path(name_or_path)

@@ -1,4 +1,4 @@
-"""TPUs by name, described to the compiler by libtpu; none need be at hand."""
+"""TPUs by name, described to the compiler by libtpu; no TPU is needed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from jax.sharding import Mesh
 GIB = 2**30
 # Memory of a chip that programs may use, as the compiler says when it runs out of it (libtpu 0.0.52).
 HBM_GIB = {"v5e": 15.75, "v5p": 95.73, "v6e": 31.24}
-# Main memory's rate over the clock, GB/s over GHz; the clocks are those at which the published peaks come out.
+# Rate of main memory over clock, GB/s over GHz; the clocks are those that give the published peak rates.
 _BYTES_PER_CYCLE = {"v5e": 819 / 1.5, "v5p": 2765 / 1.75, "v6e": 1638 / 1.75}
-# What libtpu asks of its environment where there is no TPU, before it loads. The command sets it, the library never.
+# Environment variables that libtpu needs on a machine without a TPU, before it loads. Only the command sets them.
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
@@ -42,7 +42,7 @@ def hbm_bytes(topology: str) -> float:
 
 
 def bytes_per_cycle(topology: str) -> float:
-    """What a chip's main memory moves in a cycle. Raises ValueError for an unknown topology.
+    """Bytes that a chip's main memory moves in a cycle. Raises ValueError for an unknown topology.
 
     >>> bytes_per_cycle("v5e:2x2")
     546.0
@@ -80,7 +80,7 @@ def make_mesh(topology: str, axes: dict[str, int]) -> Mesh:
 
     Raises:
       ValueError: an unknown topology or axis, a product that is not the number of chips.
-      ImportError: libtpu cannot be had.
+      ImportError: libtpu is missing or cannot be used.
     """
     chips = num_chips(topology)
     unknown = [name for name in axes if name not in AXES]

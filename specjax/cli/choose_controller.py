@@ -1,4 +1,4 @@
-"""The controllers by name, as the command line asks for them; the one that needs a profile measures it first."""
+"""The controllers by name, for the command line; for the one that needs a profile, the profile is measured first."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Policy(enum.StrEnum):
 
 
 class Chosen(NamedTuple):
-    """A controller, and the profile that it decides by."""
+    """A controller, and the profile that it uses."""
 
     controller: Controller
     profile: Profile | None
@@ -46,12 +46,12 @@ def choose(
     kept_in: Path | None,
     busy: Callable[[str], AbstractContextManager[Any]],
 ) -> Chosen:
-    """The controller of that name, drafting `draft_len` tokens (at most), none where the pair has no draft.
+    """The controller of that name, which drafts at most `draft_len` tokens; none if the pair has no draft model.
 
     Args:
-      pair: what is profiled.
-      batch, context: rows, and tokens in the cache, that the profile is for.
-      sampling, verifier: that it is for.
+      pair: the models to profile.
+      batch, context: rows, and tokens in the cache, of the profile.
+      sampling, verifier: of the profile.
       kept_in: a folder for profiles; None measures anew.
       busy: for a spinner.
     """
@@ -74,7 +74,7 @@ def choose(
 
 
 def _shared(context: int, draft_len: int, pair: Pair) -> int:
-    """A length of text near `context` that others share, so that they find each other's profiles."""
+    """A rounded text length near `context`, so that similar calls share one profile."""
     near = max(round(context / _CONTEXT_STEP), 1) * _CONTEXT_STEP
     most = pair.target.model.max_positions
     if most is None or near + draft_len < most:

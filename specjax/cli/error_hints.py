@@ -1,4 +1,4 @@
-"""Errors of JAX's own that a user can do something about, and what."""
+"""Errors of JAX that a user can fix, and how."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ IS_FULL = re.compile(r"RESOURCE_EXHAUSTED|out of memory", re.IGNORECASE)  # CPUs
 
 
 def explain(error: BaseException) -> str | None:
-    """What happened and what to do, or None where that is not known and a traceback says more."""
+    """What happened and what to do; None if this is not known, so that a traceback says more."""
     said = environment.reason(error)
     if isinstance(error, MemoryError) or IS_FULL.search(str(error)):
         whose = "this machine" if isinstance(error, MemoryError) else "the device"
@@ -30,8 +30,8 @@ def explain(error: BaseException) -> str | None:
 
 
 def of_system(error: OSError) -> str:
-    """What the operating system refused, and for which file: Python's own text has numbers and quotes in it."""
-    if error.strerror is None or error.errno is None:  # a sentence of ours
+    """What the operating system refused, and for which file, without the numbers and quotes of Python's own text."""
+    if error.strerror is None or error.errno is None:  # raised by specjax, with a sentence of its own
         return str(error)
     if error.filename is None:
         return f"standard output, or a file that was asked for, cannot be written or read: {error.strerror}."
@@ -39,7 +39,7 @@ def of_system(error: OSError) -> str:
 
 
 def of_encoding(error: UnicodeEncodeError) -> str:
-    """Which name of a file this locale cannot spell."""
+    """Which file name this locale cannot encode."""
     name = ascii(error.object)
     return (
         f"{name} cannot be the name of a file here: this locale knows {error.encoding} only. Set PYTHONUTF8=1, or "
@@ -48,7 +48,7 @@ def of_encoding(error: UnicodeEncodeError) -> str:
 
 
 def device_cure(failure: str, asked: str | None) -> str:
-    """What to do where JAX does not start; `asked` is JAX_PLATFORMS."""
+    """What to do if JAX does not start; `asked` is JAX_PLATFORMS."""
     if IS_BUSY.search(failure):
         return BUSY_CURE
     if asked:

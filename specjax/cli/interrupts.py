@@ -1,5 +1,8 @@
-"""Ctrl-C for the command line. XLA compiles for seconds without looking at signals, and crashes on an exception that
-meets it there: so a thread of our own hears of the signal, and knows whether anything is being compiled."""
+"""Ctrl-C for the command line.
+
+XLA compiles for seconds without looking at signals, and crashes if an exception is raised inside it. So a separate
+thread waits for the signal, and checks whether anything is being compiled.
+"""
 
 from __future__ import annotations
 

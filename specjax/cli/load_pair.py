@@ -19,10 +19,10 @@ _log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """What `load_pair` found."""
+    """The models and the tokenizer that `load_pair` loaded."""
 
     target: Any  # models.Loaded
-    draft: Any  # likewise; None: plain decoding
+    draft: Any  # models.Loaded; None: plain decoding
     tokenizer: Any
 
     def stop_tokens(self) -> np.ndarray:
@@ -33,10 +33,10 @@ class Pair(NamedTuple):
 def load_pair(model: str | None, draft: str | None, tokenizer: str | None, dtype: str | None) -> Pair:
     """Loads the pair, by default the shipped one; float32 on CPU unless told otherwise.
 
-    The tokenizer ends both vocabularies, wherever it came from: ids past its last one are padding.
+    The tokenizer limits both vocabularies: ids past its last one are padding.
 
     Raises:
-      ValueError: one half of a pair, an unknown dtype, no tokenizer.
+      ValueError: only one model of a pair, an unknown dtype, no tokenizer.
     """
     from specjax import models
 
@@ -78,7 +78,7 @@ def _refuse_empty(model: str | None, draft: str | None, tokenizer: str | None, d
     for name, given in (("--model", model), ("--draft", draft), ("--tokenizer", tokenizer)):
         if given == "":
             raise ValueError(f"{name} is empty: give a folder, a file or a hub id, or leave the option out.")
-        os.fsencode(given or "")  # pathlib takes a name that the locale cannot spell for one that is not there
+        os.fsencode(given or "")  # raises for a name that the locale cannot encode: pathlib would call it missing
     if dtype == "":
         raise ValueError("--dtype is empty: give float32, bfloat16 or float16, or leave the option out.")
 

@@ -1,4 +1,4 @@
-"""Options that several commands take, and the values of those that choose."""
+"""Options that several commands share, and the values of those that choose among several."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Check(enum.StrEnum):
 
 
 class Part(enum.StrEnum):
-    """What can be kept in int8."""
+    """The models that can be quantised to int8."""
 
     target = "target"
     draft = "draft"

@@ -33,9 +33,9 @@ def check(path: Path) -> None:
 
 
 def speedups(found: Sequence[Speed]) -> Figure:
-    """A line for each batch size over the fixed draft lengths; a star where an adaptive controller ended up.
+    """A line for each batch size over the fixed draft lengths; a star for each adaptive controller.
 
-    The star stands at the mean draft length of its rounds; a dashed line carries its speed-up across.
+    The star is at the mean draft length of the controller's rounds; a dashed line extends its speed-up over the plot.
     """
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
@@ -72,7 +72,7 @@ def speedups(found: Sequence[Speed]) -> Figure:
 
 
 def save(found: Sequence[Speed], path: Path) -> None:
-    """Draws `speedups` into a file; whole, or not at all."""
+    """Draws `speedups` into a file; a failure leaves no partial file there."""
     half = path.with_name(f".{path.stem}.part{path.suffix}")
     speedups(found).savefig(half, dpi=160)
     half.replace(path)

@@ -1,4 +1,4 @@
-"""A command as a process runs it: whatever arguments and streams it is given, an error is a sentence and a status."""
+"""Runs a command as a process: with any arguments and streams, an error becomes one sentence and an exit status."""
 
 from __future__ import annotations
 
@@ -42,8 +42,10 @@ def _refuse(message: str) -> NoReturn:
 
 
 def prepare_streams() -> None:
-    """Closed input is empty, what goes to closed output is an error and what goes to closed errors is lost; a character
-    that a stream's encoding lacks is written as an escape."""
+    """Replaces closed streams: input is then empty, writing to output is an error, and writing to errors does nothing.
+
+    A character that a stream cannot encode is written as an escape.
+    """
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115
     if sys.stdout is None:
@@ -56,15 +58,17 @@ def prepare_streams() -> None:
 
 
 class _Closed(io.FileIO):
-    """Standard output where it is closed. It keeps the file descriptor from whatever is opened next."""
+    """Standard output where it is closed. It takes the file descriptor, so that no other file gets it."""
 
     def write(self, data: Any) -> NoReturn:
         raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def read_arguments(arguments: Sequence[str]) -> list[str]:
-    """The arguments as text, whatever the locale: Python hides bytes that are none of its encoding in half characters.
-    Raises ValueError for what is no UTF-8: tokenizers, JSON and pages hold nothing else."""
+    """The arguments as text, whatever the locale: Python stores bytes that it cannot decode as lone surrogates.
+
+    Raises ValueError for bytes that are not UTF-8, because tokenizers, JSON and pages need UTF-8.
+    """
     return [_as_text(argument) for argument in arguments]
 
 
@@ -84,7 +88,7 @@ def _as_text(argument: str) -> str:
 
 
 def _drop_output() -> None:
-    """Drops what cannot be written: the interpreter would try again at its end, and complain."""
+    """Drops output that cannot be written; otherwise the interpreter would try again at its end and print an error."""
     try:
         sys.stdout.flush()
     except OSError:

@@ -1,4 +1,4 @@
-"""Two more after a full acceptance, one less otherwise: the heuristic that users of transformers know."""
+"""Draft two tokens more after a full acceptance, one less otherwise: the heuristic of transformers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from specjax.types import Array, Controller, Round, Rows
 
 
 def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: int = 1) -> Controller:
-    """After a round that kept its whole draft a row drafts `up` tokens more, after any other `down` fewer; 1 or more.
+    """After a fully accepted draft a row drafts `up` tokens more, after any other draft `down` fewer; 1 at least.
 
-    It knows no costs: on a machine where a wide pass is dear it drafts too much, and it never stops speculating. Its
-    state, the draft lengths [B] int32, goes from call to call as `controller_state`.
+    It ignores costs: on a machine where a wide pass is expensive it drafts too much, and it never stops speculating.
+    Its state is the draft lengths, [B] int32; the next call may take it as `controller_state`.
 
     Args:
-      longest: K, the most it drafts.
-      start: of every row, at first; default 5, or `longest` where that is less.
-      up, down: its steps.
+      longest: K, the most that it drafts.
+      start: the first draft length of every row; default 5, or `longest` if that is less.
+      up, down: the two steps.
 
     Raises:
       ValueError: not 1 <= start <= longest, or a step below 0.
 
-    Source: transformers' assisted generation with `num_assistant_tokens_schedule="heuristic"`; unlike there, rows have
-    lengths of their own and there is a most.
+    Source: transformers' assisted generation with `num_assistant_tokens_schedule="heuristic"`; unlike there, each row
+    has its own length, and the length has a maximum.
 
     >>> additive(8).longest
     8
@@ -35,7 +35,7 @@ def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: 
     longest = longest_draft(longest, "longest")
     start = min(5, longest) if start is None else integers.static(start, "additive's start", most=longest)
     up, down = (
-        # Larger steps lead no further, and could wrap.
+        # Larger steps have the same effect, and could overflow.
         min(integers.static(step, f"additive's {name}", least=0, most=sys.maxsize), longest)
         for name, step in (("up", up), ("down", down))
     )
@@ -46,7 +46,7 @@ def additive(longest: int = 16, start: int | None = None, *, up: int = 2, down: 
 def _additive(longest: int, start: int, up: int, down: int) -> Controller:
     def update(state: Array, info: Round) -> Array:
         asked = info.draft_lengths
-        # A draft that a limit or a stop token cut short says nothing of the length that was wanted.
+        # If a limit or a stop token cut the draft short, the round says nothing about the wanted length.
         was_judged = (asked >= jnp.minimum(state, longest)) & (info.num_emitted > 0)
         changed = jnp.where(info.num_accepted >= asked, state + up, state - down)
         return jnp.where(was_judged, jnp.clip(changed, 1, longest), state)

@@ -6,8 +6,8 @@ from specjax import integers
 
 MOST = 2**16 - 1  # of draft tokens in a round
 
-# Widths of 1, 2, 3, 4, 6, 9, 17, 33, 65 tokens: each costs a compiled target pass, and a draft between two of them pays
-# for the wider.
+# Target passes over 1, 2, 3, 4, 6, 9, 17, 33, 65 tokens. Each one is compiled; a draft between two of them costs
+# as much as the wider one.
 _USUAL = (0, 1, 2, 3, 5, 8, 16, 32, 64)
 
 

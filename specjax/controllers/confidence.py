@@ -1,4 +1,4 @@
-"""Stop drafting when the drafter is no longer sure."""
+"""Stops drafting when the drafter's confidence is low."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from specjax.types import Array, Controller, Drawn, Rows
 
 
 def confidence(threshold: float = 0.4, longest: int = 8) -> Controller:
-    """Drafts until a token whose probability under the drafter is below `threshold`, K at most; that one is the last.
+    """Drafts up to K tokens; the first one whose probability under the drafter is below `threshold` is the last.
 
-    The probability is the drafter's own, at temperature 1 and before any filter, so that it says something at
-    temperature 0 too. The token that ends a draft stays in it: to leave a token out for what it is would bias the rest.
-    Exact with every verifier: where a draft ends depends on the draft alone.
+    The probability is the drafter's own, at temperature 1 and before any filter, so that it has a meaning at
+    temperature 0 too. The token that ends a draft stays in it: dropping a token because of its value would bias the
+    others. Exact with every verifier: where a draft ends depends on the draft alone.
 
     Its state is the threshold of each row, [B] float32: traced, so thresholds may differ by row and change without a
     new compilation. `specjax.calibrate` finds the one that costs least on a sample of prompts.
@@ -46,7 +46,7 @@ def _confidence(threshold: float, longest: int) -> Controller:
 
     def keep_drafting(state: Array, drawn: Drawn, step: Array | int) -> Array:
         del step
-        return drawn.confidence >= state  # not for NaN: a drafter without finite logits stops at once
+        return drawn.confidence >= state  # False for NaN: a drafter without finite logits stops at once
 
     return Controller(
         init=lambda batch: jnp.full((batch,), threshold, jnp.float32),

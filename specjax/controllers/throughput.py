@@ -1,4 +1,4 @@
-"""As many draft tokens as pay: the length that is expected to end the batch soonest, by what rounds cost here."""
+"""Chooses the draft length that is expected to end the batch soonest, from the measured costs of rounds."""
 
 from __future__ import annotations
 
@@ -17,48 +17,48 @@ from specjax.types import Array, Controller, Round, Rows
 
 # Half or twice as large, each moves the mean cost over the cases of benchmarks/simulate.py by less than 2%
 # (`--constant _WAIT=12`). The worst case moves more: 1.25 of the best fixed length with `_LOSS` at 12.
-_FADE = 24.0  # tokens: how long a row's acceptance is remembered, as texts are easy or hard in stretches
-_PAIR = 256.0  # tested tokens a row: how long the pair's mean is remembered, some texts
-_SHRINK = 2.0  # tested tokens: what the pair's mean counts for in a row's estimate, and the prior in the mean
-_WAIT = 24  # rounds: the least from one probe to the next; on two cores a probe costs two to three plain steps
-_LOSS = 24.0  # plain steps: the most that drafts may lose; as many may earlier gains pay for on top
+_FADE = 24.0  # tokens: how long a row's acceptance is remembered; a text has easy and hard stretches
+_PAIR = 256.0  # tested tokens a row: how long the pair's mean is remembered; this is some texts
+_SHRINK = 2.0  # tested tokens: weight of the pair's mean in a row's estimate, and of the prior in the mean
+_WAIT = 24  # rounds: the fewest from one probe to the next
+_LOSS = 24.0  # plain steps: the most that drafts may lose; earlier gains may pay for as many again
 
 
 class ThroughputState(NamedTuple):
-    """What was learnt."""
+    """The acceptance learnt so far, the timing of probes, and the ledger of plain steps."""
 
     tested: Array  # [B] float32, draft tokens that were tested lately
     accepted: Array  # [B] float32, how many of them were accepted
-    pair_tested: Array  # [] float32, likewise of all rows and earlier texts
+    pair_tested: Array  # [] float32, the same over all rows and earlier texts
     pair_accepted: Array  # [] float32
     wait: Array  # [] int32, n: rounds without a draft before the next probe
-    waited: Array  # [] int32, rounds since the last draft, over texts
+    waited: Array  # [] int32, rounds since the last draft, earlier texts included
     last: Array  # [] int32, the longest draft of the last round
     active: Array  # [] int32, rows in the last round; 0 where a text begins
     emitted: Array  # [B] int32, tokens since the text began
-    spent: Array  # [] float32, plain steps that this text took
-    ledger: Array  # [] float32, plain steps that drafts gained over earlier texts; less than 0: lost
+    spent: Array  # [] float32, time of this text in plain steps
+    ledger: Array  # [] float32, plain steps that drafts gained in earlier texts; below 0 they lost
 
 
 def throughput(profile: Profile, *, prior: float = 0.7) -> Controller:
     """Drafts the number of tokens, 0 to K, that is expected to end the batch soonest.
 
-    Each row keeps a decayed acceptance estimate, shrunk to the pair's mean. Of all draft lengths, 0 included, it takes
-    the one that minimises the expected time until the batch's last row ends, by the profile. While that is 0, it drafts
-    one token every n rounds; n doubles after such a probe that does not pay, and starts over after one that does. A
-    ledger holds the plain steps that drafts gained or lost: below -24 only probes are allowed. The mean, n and the
-    ledger are what the next call starts from.
+    Each row keeps a decayed acceptance estimate, shrunk to the pair's mean. Of all draft lengths, 0 included, the
+    controller takes the one that minimises the expected time until the batch's last row ends, by the profile. While
+    that is 0, it probes with one token every n rounds; n doubles after a probe that does not pay and starts over after
+    one that does. A ledger holds the plain steps that drafts gained or lost: below -24 only probes are allowed. The
+    next call starts from the mean, n and the ledger.
 
-    The state is `Generation.controller_state`: hand it to the next call. The output's distribution is the target's, as
-    with any controller. But rows decide together, so the tokens of a row that is *sampled* may be others in other
-    company; with `verify.coupled()`, and at temperature 0, they are not.
+    The state is `Generation.controller_state`: pass it to the next call. The output's distribution is the target's, as
+    with any controller. But all rows share one decision, so the tokens of a *sampled* row may depend on the other rows
+    of the batch; with `verify.coupled()`, and at temperature 0, they do not.
 
     Args:
       profile: what rounds cost here, by `specjax.profile`; K and the buckets are its own.
       prior: mean acceptance of a draft token before any was tested, in 0..1.
 
     Raises:
-      ValueError: no usable profile, or a prior that is no share.
+      ValueError: no usable profile, or a prior outside 0..1.
 
     >>> from specjax.costs import Costs, Profile
     >>> cheap = Costs(1, 64, 1.0, (1.0, 1.2, 1.4), (0.0, 0.2, 0.4), 0.0)
@@ -107,15 +107,15 @@ def _throughput(profile: Profile, prior: float) -> Controller:
                 )
 
             best = jnp.argmin(needed(tokens(state)) + ending).astype(jnp.int32)
-            # A perfect draft would emit 1 + K: where not even that pays, nothing is tried.
+            # A perfect draft of K tokens emits 1 + K tokens: if even that does not pay, there is no probe.
             perfect = needed(jnp.broadcast_to(jnp.asarray(1 + sizes, jnp.float32), drafts.shape)) + ending
-            # What the batch would have gained were there no more drafts.
+            # The batch's gain if there are no more drafts.
             gained = jnp.max(left + state.emitted) - jnp.max(left)
             best = jnp.where(state.ledger + gained.astype(jnp.float32) - state.spent > -_LOSS, best, 0)
             tried = jnp.where(jnp.min(perfect[1:]) < perfect[0], 1, 0)
             return jnp.where((best == 0) & is_due, tried, best)
 
-        # Between probes nothing is learnt, so there is nothing to decide unless a row has ended.
+        # Between probes nothing is learnt, so the decision changes only if a row has ended.
         is_new = jnp.sum(active, dtype=jnp.int32) != state.active
         size = lax.cond((state.last > 0) | is_due | is_new, decide, lambda: jnp.int32(0))
         return jnp.broadcast_to(size, left.shape)
@@ -124,7 +124,7 @@ def _throughput(profile: Profile, prior: float) -> Controller:
         size, batch = jnp.max(info.draft_lengths), len(state.tested)
         steps, change = in_steps(batch, jnp.int32(profile.contexts()[0]))
         ending = jnp.where((state.last > 0) & (size == 0), change, 0.0)
-        # The token whose turn came is tested, whether it was accepted or replaced.
+        # The draft token after the accepted ones counts as tested too: it was replaced.
         tested = jnp.minimum(jnp.minimum(info.num_accepted + 1, info.num_emitted), info.draft_lengths)
         tested, accepted = (x.astype(jnp.float32) for x in (tested, jnp.minimum(info.num_accepted, tested)))
         fade = (1 - 1 / _FADE) ** info.num_emitted.astype(jnp.float32)
@@ -142,20 +142,19 @@ def _throughput(profile: Profile, prior: float) -> Controller:
         )
         slowest = jnp.min(jnp.where((info.num_emitted > 0)[:, None], tokens(seen), jnp.inf), 0)
         pays = jnp.max((slowest / steps)[1:]) * steps[0] > 1
-        # A probe that was right, and is not yet enough to draft on, is no failure.
+        # An accepted probe is no failure, even if drafting does not pay yet.
         failed = jnp.min(jnp.where(info.num_emitted > 0, info.num_accepted, 1)) == 0
         wait = jnp.where(pays, _WAIT, jnp.where(failed, jnp.minimum(2 * state.wait, 2**20), state.wait))
         return seen._replace(wait=jnp.where((size > 0) & (state.last == 0), wait, state.wait))
 
     def tokens(state: ThroughputState) -> Array:
-        """[B, K+1] float32: what a round of each draft length is expected to emit: 1 + a + ... + a^K, acceptance a."""
+        """[B, K+1] float32: expected tokens of a round of each draft length, 1 + a + ... + a^K for acceptance a."""
         mean = state.pair_accepted / state.pair_tested
         acceptance = (state.accepted + _SHRINK * mean) / (state.tested + _SHRINK)
         return jnp.cumsum(acceptance[:, None] ** jnp.asarray(sizes, jnp.float32)[None], 1)
 
     def in_steps(batch: int, live: Array) -> tuple[Array, Array]:
-        """Plain steps, [K+1] and []: a round of each draft length with `live` [] tokens in the longest row, and what
-        going to drafts and back costs on top."""
+        """In plain steps: [K+1] a round of each draft length with `live` [] tokens in the longest row; [] a change."""
         contexts = profile.contexts()
         table = jnp.asarray([(c.plain, c.change, *c.rounds) for c in (profile.at(batch, x) for x in contexts)])
         at = functools.partial(jnp.interp, live.astype(jnp.float32), jnp.asarray(contexts, jnp.float32))

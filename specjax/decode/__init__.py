@@ -1,4 +1,4 @@
-"""The loop: generation with speculation, the autoregressive baseline, tokens as they come."""
+"""Decoding: generation with speculation, the autoregressive baseline, streams, and rounds by hand."""
 
 from specjax.decode.admit import admit as admit
 from specjax.decode.admit import open_slots as open_slots

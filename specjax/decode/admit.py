@@ -1,4 +1,4 @@
-"""Rows that come and go: slots without a text, and a request put into one of them between rounds."""
+"""Empty rows, and requests that are put into rows between rounds."""
 
 from __future__ import annotations
 
@@ -50,16 +50,16 @@ def open_slots(
     controller: Controller | None = None,
     inputs: PyTree | None = None,
 ) -> State:
-    """Rows that hold nothing and have ended, for `admit` to put requests into.
+    """Makes empty rows; `admit` puts requests into them.
 
     Args:
       model, params, drafter, drafter_params, processor, verifier, controller: as for `generate`.
       batch: B, the number of slots.
       capacity: the most tokens that a row may hold, prompt included.
-      sampling: which of its optional fields (penalties, bias, bad words, minimum length) are not None says which ones
-        requests may have; the values are those of the requests.
+      sampling: requests may use those optional fields (penalties, bias, bad words, minimum length) that are not None
+        here; the values come from the requests.
       num_stop_tokens: the most stop tokens of a request.
-      inputs: of any request, repeated [B, ...], for a target that reads them.
+      inputs: those of any request, repeated to [B, ...], for a target that takes inputs.
 
     >>> import jax, jax.numpy as jnp, specjax
     >>> from specjax import testing
@@ -99,19 +99,19 @@ def admit(
     stop_tokens: ArrayLike | Sequence[int] = (),
     inputs: PyTree | None = None,
 ) -> State:
-    """Puts another request into a row, whatever the row did before; the other rows do not notice.
+    """Puts a new request into a row, whatever the row did before; the other rows are not affected.
 
-    The row then emits what it would emit alone, by `generate` with the same key and this seed. What drafter and
-    controller keep for each row begins anew; what they share between rows stays.
+    The row then emits the tokens that `generate` would emit for this request alone, with the same key and this seed.
+    The row's state of drafter and controller begins anew; state that rows share stays.
 
     Args:
-      state: from `init` or `step`; used up, as by `step`.
+      state: from `init` or `step`; its buffers are reused, as by `step`.
       row: [] int32 in 0..B-1.
       prompt: [P] int32 ids, padded on the right. Another width compiles another program: use few.
       prompt_length: [] int32 in 1..P; None means P.
       seed: [] int32; see `generate`.
       key, max_new_tokens, sampling, max_draft_len, stop_tokens, inputs: of this request, as for `generate`; sampling
-        has the fields that the state's own has, and stop_tokens are as many at most.
+        has the same optional fields as the state's, and there are no more stop_tokens than the state has room for.
 
     Raises:
       ValueError: the request does not fit the state.
@@ -136,7 +136,7 @@ def admit(
     )  # fmt: skip
     row = integers.exact(integers.whole(row, "row", "[]"), "row", least=0, most=batch - 1)
     arrays = request.arrays
-    if arrays.sampling.logit_bias is not None:  # one for all rows would be no row's own
+    if arrays.sampling.logit_bias is not None:  # a bias for all rows lacks the row axis
         bias = jnp.atleast_2d(arrays.sampling.logit_bias)
         arrays = arrays._replace(sampling=arrays.sampling._replace(logit_bias=bias))
     carry = _admit(setup, state.params, state.carry, arrays, jnp.asarray(row))
@@ -163,12 +163,12 @@ def _admit(setup: Setup, params: Params, carry: Carry, request: Request, row: Ar
 
 
 def row_axes(setup: Setup, params: Params, carry: Carry, request: Request) -> Any:
-    """Which axis of each leaf of a carry counts rows; -1 where none does and rows share the leaf.
+    """The row axis of each leaf of a carry; -1 where the rows share the leaf.
 
-    Found by its shapes for one row and for two, so that no author of a model or drafter has to say.
+    It compares the shapes for one row and for two rows, so authors of models and drafters need not name the axis.
 
     Raises:
-      ValueError: a leaf has two such axes, or the carry has another form than `start` makes with this request.
+      ValueError: a leaf has two such axes, or the carry has another structure than `start` makes with this request.
     """
 
     def opened(rows: int) -> Carry:

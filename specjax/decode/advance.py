@@ -1,4 +1,4 @@
-"""After a round: rows, drafter, controller and statistics move on by what was emitted."""
+"""After a round: updates rows, drafter, controller and statistics with the emitted tokens."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from specjax.types import Array, Params, PyTree, Round, Rows, Setup, Stats
 
 
 class Played(NamedTuple):
-    """What a round made."""
+    """The result of a round, with the updated carry."""
 
     carry: Carry
     took_part: Array  # [B] bool, rows that were active
     round: Round
-    happened: Array | bool  # whether the target was asked; False where all drafts were empty: a plain round comes next
+    happened: Array | bool  # whether the target ran; False where all drafts were empty: a plain round comes next
 
 
 def advance(
@@ -33,7 +33,7 @@ def advance(
     took_part = is_active(before)
     info = result.round
     rows = append_emitted(setup, before, info, result.status)
-    # What the target has read: the root and all that was emitted but the last, which is the next root.
+    # The tokens that the target has read: the root, and all emitted tokens but the last, which is the next root.
     read = jnp.concatenate([last_tokens(before, 1), jnp.maximum(info.tokens[:, :-1], 0)], 1)
     context = context_of(setup, params, rows, result.cache)
     drafter_state = setup.drafter.read(params.drafter, drafter_state, context, read, result.hidden, info.num_emitted)
@@ -44,19 +44,19 @@ def advance(
     if happened is not True:
         now = (carry.controller_state, carry.stats)
         state, counts = jax.tree.map(lambda new, old: jnp.where(happened, new, old), (state, counts), now)
-    # After a round in which nobody found a draft comes a plain one.
+    # A plain round follows a round in which no row had a draft.
     lengths = jnp.where(happened, next_draft_lengths(setup, state, rows), 0)
     return Played(Carry(rows, result.cache, drafter_state, state, lengths, counts), took_part, info, happened)
 
 
 def append_emitted(setup: Setup, rows: Rows, info: Round, status: Array) -> Rows:
-    """The rows with the round's tokens."""
+    """The rows with the round's emitted tokens appended."""
     appended = append(rows, jnp.maximum(info.tokens, 0), info.log_probs, Decision(info.num_emitted, status))
     return constrain(setup.model.layout, appended, "rows")
 
 
 def next_draft_lengths(setup: Setup, controller_state: PyTree, rows: Rows) -> Array:
-    """[B] for the next round; a row never drafts past its limits, less the token that verification adds."""
+    """Draft lengths [B] of the next round. Each row leaves room for the token that verification adds."""
     most = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
     wanted = setup.controller.draft_len(controller_state, rows)
     parts.draft_lengths(wanted, rows.lengths.shape[0])
@@ -70,7 +70,7 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
     longest = jnp.max(info.draft_lengths)
     was_plain = stats.switches % 2 == 1  # as the start counts as a round with a draft
     was_drafted = place[:, :-1] < info.draft_lengths[:, None]
-    # An emitted token that was not drafted replaces the draft token whose turn it was.
+    # The draft token after the accepted ones was tested too, if a token was emitted in its place.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
     took_part = was_active.astype(jnp.int32)
     return Stats(

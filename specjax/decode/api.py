@@ -80,15 +80,15 @@ def generate(
       prompts: [B, P] int32 ids, padded on the right (with any valid or invalid id).
       prompt_lengths: [B] int32 in 1..P; None means P for all.
       key: a PRNG key of any implementation; None is `jax.random.key(0, impl="threefry2x32")`. Row b draws by a Threefry
-        key of its own, made from the bits of `key` and seeds[b].
+        key of its own, derived from the bits of `key` and seeds[b].
       max_new_tokens: an int, or [B] int32. Traced, it needs `capacity`.
       sampling: temperature, top-k, top-p, min-p, penalties, bias, bad words, minimum length: scalars or [B]. The
         default is greedy.
       processor: your own rule, a grammar or a mask; see `specjax.Processor`. Draft and target both obey it.
       verifier: default `verify.rejection()`, exact at every temperature.
       controller: how many tokens to draft; default `controllers.fixed(5)`.
-      controller_state: from an earlier Generation, to go on from what was learnt.
-      drafter_state: likewise, of a drafter that learns.
+      controller_state: from an earlier Generation, to continue from what the controller learnt.
+      drafter_state: the same for a drafter that learns.
       max_draft_len: int32 scalar or [B]: the most tokens to draft for a row in a round, whatever the controller says; 0
         switches speculation off for the row. None is no limit.
       stop_tokens: ids that end a row, [n] or [B, n], pad -1. The stop token is emitted.
@@ -98,13 +98,13 @@ def generate(
         model's positions. Keep it the same from call to call and different max_new_tokens share one program.
       pad_token: fills `Generation.tokens` past each row's length.
       rounds_per_test: rounds between two tests whether all rows have ended, 65536 at most. On a mesh each test is an
-        all-reduce; at the end up to as many rounds, less one, do nothing.
+        all-reduce. At the end up to rounds_per_test - 1 rounds do nothing.
 
     Returns:
-      A Generation. Rows with bad data end with a `Status` of their own; the others go on untouched.
+      A Generation. Rows with bad data end with a `Status` that says so; the other rows are not affected.
 
     Raises:
-      ValueError: an argument is wrong and that can be seen before running; the message says what to do.
+      ValueError: an argument is wrong, as far as this can be checked before running; the message says what to do.
 
     >>> import jax, jax.numpy as jnp, specjax
     >>> from specjax import testing
@@ -149,9 +149,9 @@ def autoregressive(
     pad_token: int = 0,
     rounds_per_test: int = 1,
 ) -> Generation:
-    """Generates one token per target pass: the baseline that speed-ups are quoted against.
+    """Generates one token per target pass: the baseline of all speed-ups.
 
-    Arguments, result and errors as for `generate`, less what concerns the drafter.
+    Arguments, result and errors as for `generate`, without those of the drafter.
     """
     filler = arguments.pad_token(pad_token)
     rounds_per_test = integers.static(rounds_per_test, "rounds_per_test", most=MOST_ROUNDS)
@@ -191,7 +191,7 @@ def _until_done(setup: Setup, params: Params, carry: Carry, rounds_per_test: int
 
 
 def result(setup: Setup, carry: Carry, pad_token: Array | int) -> Generation:
-    """What the rows hold now."""
+    """The rows' texts so far, as a Generation."""
     rows, capacity = carry.rows, setup.capacity
     # A bad prompt has generated nothing; its length is kept inside the buffer, whatever the caller passed.
     is_bad = rows.status == Status.BAD_PROMPT

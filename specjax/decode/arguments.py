@@ -1,7 +1,7 @@
-"""Arguments: everything that can be known to be wrong before running is a ValueError that says what to do.
+"""Checks of arguments: a mistake that can be found before running is a ValueError that says what to do.
 
-Shapes and dtypes are always checked. Values are checked where they are known (outside the caller's jit); traced ones
-cannot raise, and end their row with a `Status` instead.
+Shapes and dtypes are always checked. Values are checked where they are known (outside the caller's jit). Wrong traced
+values cannot raise; they end their row with a `Status` instead.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from specjax.types import Array, Model, PyTree, Sampling
 
 _log = logging.getLogger(__name__)
 
-_MOST_TOKENS = 2**30  # of a row: with a round on top, and rounded up, its places are still int32
+_MOST_TOKENS = 2**30  # of a row: its slot numbers stay within int32, also with a round added and rounded up
 _KEY_WORDS = (2, 4)  # of legacy keys: Threefry, and rbg
 
 
@@ -138,7 +138,7 @@ def _check_prompt_values(prompts: Any, lengths: Any, vocab_size: int) -> None:
     width = prompts.shape[1]
     host_lengths, host_prompts = known(lengths), known(prompts)
     if host_lengths is None:
-        # Which places are text is not known: an id that int32 cannot hold is wrong at any of them.
+        # The lengths are not known, so any column may be text: an id that int32 cannot hold is wrong everywhere.
         integers.exact(prompts, "prompts")
         return
     for row, length in enumerate(host_lengths):
@@ -164,8 +164,7 @@ def _check_prompt_values(prompts: Any, lengths: Any, vocab_size: int) -> None:
 
 
 def _within_capacity(model: Model, prompts: Any, lengths: Any, capacity: int | None) -> Any:
-    """The prompts without columns past the capacity or the model's positions, where those are padding in every row:
-    padding has no position."""
+    """Drops prompt columns past the capacity or the model's positions, if they are padding in every row."""
     width, most = prompts.shape[1], model.max_positions
     if capacity is not None:
         most = capacity if most is None else min(most, capacity)
@@ -299,7 +298,7 @@ def _real(value: Any, name: str) -> Any:
 
 
 def _in_float32(host: np.ndarray) -> np.ndarray:
-    """The numbers as programs hold them; infinite where they are too large for that."""
+    """The numbers in float32, as programs hold them; infinite where they are too large."""
     with np.errstate(over="ignore"):
         return np.asarray(host, np.float32)
 

@@ -58,9 +58,9 @@ def init(
     inputs: PyTree | None = None,
     capacity: int | None = None,
 ) -> State:
-    """Reads the prompts and emits each row's first token; `step` goes on from there.
+    """Reads the prompts and emits each row's first token; `step` continues from there.
 
-    Arguments and errors as for `generate`. The same tokens come as from `generate` with the same arguments.
+    Arguments and errors as for `generate`. The tokens are those of `generate` with the same arguments.
 
     >>> import jax, jax.numpy as jnp, specjax
     >>> from specjax import testing
@@ -85,8 +85,8 @@ def init(
 def step(state: State) -> tuple[State, Round]:
     """One round of every row that is active: plan, draft, score, verify, emit, commit.
 
-    A pure function of the state, inside jit and out of it. Outside, the caches of the state that is passed in are
-    written in place: go on with the state that comes back. To keep one, copy it first, `jax.tree.map(jnp.copy, state)`.
+    A pure function of the state, inside jit and outside. Outside jit, the buffers of the given state are reused:
+    continue with the returned state. To keep a state, copy it first: `jax.tree.map(jnp.copy, state)`.
 
     Returns:
       The state after the round, and the Round: what was drafted, accepted and emitted, arrays [B, ...].
@@ -100,12 +100,12 @@ def step(state: State) -> tuple[State, Round]:
 
 
 def finish(state: State, *, pad_token: int = 0) -> Generation:
-    """What the rows hold now, as `generate` returns it; rows still under way are ACTIVE."""
+    """The rows' texts so far, as `generate` returns them; rows that have not ended are ACTIVE."""
     return _finish(state.setup, state.carry, arguments.pad_token(pad_token))
 
 
 def check_unused(state: State) -> None:
-    """Raises ValueError where the state is none, or was used up by an earlier step."""
+    """Raises ValueError if `state` is no State, or if an earlier step has reused its buffers."""
     if not isinstance(state, State):
         raise ValueError(f"state must be a specjax.State, what init and step return; got {type(state).__name__}.")
     leaves = [leaf for leaf in jax.tree.leaves(state.carry) if isinstance(leaf, jax.Array)]

@@ -13,7 +13,7 @@ from specjax.types import Controller, Drafter, Model, Params, Processor, PyTree,
 
 
 class Call(NamedTuple):
-    """What a program is made of, and what it is given."""
+    """The static setup of a program, and its arguments."""
 
     setup: Setup
     params: Params
@@ -36,7 +36,7 @@ def prepare(
     drafter_state: PyTree | None = None,
     **options: Any,
 ) -> Call:
-    """The call; see `generate` for the arguments. Raises ValueError for what can be seen to be wrong."""
+    """The call; see `generate` for the arguments. Raises ValueError for arguments that are wrong."""
     parts.kinds(model, drafter, verifier, controller)
     parts.processor(processor)
     verifier, controller = verifier or verify.rejection(), controller or controllers.fixed(5)

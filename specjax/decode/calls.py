@@ -1,4 +1,4 @@
-"""Calls that Python or JAX would refuse in words that help nobody: settings in the wrong place, gradients."""
+"""Clear errors for two wrong uses: sampling settings in the wrong place, and gradients through a generation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _R = TypeVar("_R")
 
 
 def names_sampling(function: Callable[_P, _R]) -> Callable[_P, _R]:
-    """`function`, but `temperature=0.8` says that it belongs into `sampling=specjax.Sampling(temperature=0.8)`."""
+    """`function`, but an argument such as `temperature=0.8` raises an error that says to use `specjax.Sampling`."""
 
     @functools.wraps(function)
     def checked(*args: _P.args, **kwargs: _P.kwargs) -> _R:
@@ -37,9 +37,9 @@ def names_sampling(function: Callable[_P, _R]) -> Callable[_P, _R]:
 
 
 def without_gradient(run: Callable[..., Generation], *given: PyTree) -> Generation:
-    """`run(*given)`, whose tokens can be used inside a function that is differentiated with respect to what is given.
+    """`run(*given)`, whose tokens can be used inside a function that is differentiated with respect to `given`.
 
-    The loop has no gradient. Who differentiates its log-probabilities all the same is told what to do instead.
+    The loop has no gradient. Differentiating its log-probabilities raises an error that says what to do instead.
     """
     if not is_traced(given):
         return run(*given)
@@ -52,10 +52,10 @@ _NO_GRADIENT = (
     "Re-score the text by one forward pass over out.tokens (model.apply) and differentiate that, as "
     "docs/training.md does."
 )
-_FORWARD = " Where you do, generate from jax.lax.stop_gradient(params): forward mode cannot see what is left unused."
+_FORWARD = " Then generate from jax.lax.stop_gradient(params): forward mode differentiates unused results too."
 
-# The change of a generation's log-probabilities, [] float32, by the changes of what is given: an operation that nobody
-# can run. Reverse mode only transposes it, and that only where its result is used.
+# Stands for the derivative of a generation's log-probabilities, [] float32. It cannot be run. Reverse mode only
+# transposes it, and only where its result is used.
 _change = Primitive("change_of_a_generation")
 
 

@@ -1,4 +1,4 @@
-"""What a drafter or a verifier sees in a round, put together."""
+"""Makes the Context that a drafter or a verifier gets in a round."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _coupled_keys(rows: Rows, step: Array | int) -> Array:
 
 
 def context_of(setup: Setup, params: Params, rows: Rows, target_cache: PyTree) -> Context:
-    """What the drafter and the verifier of a generation see of these rows."""
+    """The context of these rows, for the drafter and the verifier of a generation."""
     return make_context(
         rows,
         target_cache,

@@ -1,4 +1,4 @@
-"""The target's log-probability of what was emitted, under its raw and its processed distribution."""
+"""The target's log-probabilities of the emitted tokens, under its raw and its processed distribution."""
 
 from __future__ import annotations
 

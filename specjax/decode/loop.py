@@ -21,7 +21,7 @@ RecordFn = Callable[[Any, Array, Round], Any]
 ContinueFn = Callable[[Rows, Any], Array]
 
 
-MOST_ROUNDS = 2**16  # from one look at the rows to the next: a dispatch of a stream keeps a record of each
+MOST_ROUNDS = 2**16  # between two tests of the rows: a dispatch of a stream keeps a record of each round
 
 
 class _Run(NamedTuple):
@@ -32,11 +32,12 @@ class _Run(NamedTuple):
 def run(
     setup: Setup, params: Params, carry: Carry, record: PyTree, record_fn: RecordFn, continue_fn: ContinueFn
 ) -> tuple[Carry, PyTree]:
-    """Rounds for as long as `continue_fn` says.
+    """Runs rounds as long as `continue_fn` returns True.
 
-    Where nobody has a draft the round is a plain one, if the controller's buckets begin with 0. Plain rounds have a
-    loop of their own inside the other, so that one after the other costs what plain decoding costs: what is for drafts
-    lies outside of it, and on a GPU, where the host waits for each loop's condition, some 20 us, there is one.
+    If no row has a draft, the round is a plain one, provided that the controller's buckets begin with 0. Plain rounds
+    have a loop of their own inside the other, so a sequence of plain rounds costs what plain decoding costs. Nothing
+    for drafts is in that loop. It also needs one loop condition a round only: on a GPU the host waits for each
+    condition (benchmarks/investigations/gpu_loops.py measures how long).
     """
 
     def round_with(propose: Propose) -> Callable[[_Run], _Run]:
@@ -65,7 +66,7 @@ def run(
 
 
 def one_round(setup: Setup, params: Params, carry: Carry) -> tuple[Carry, Round]:
-    """One round, with a draft or plain. Where nobody found a draft, the plain round after it."""
+    """One round, with a draft or plain. If no row had a draft, the plain round that follows."""
     record = (jnp.bool_(False), empty_round(setup, carry.rows.lengths.shape[0]))
     carry, (_, info) = run(
         setup, params, carry, record,

@@ -1,4 +1,4 @@
-"""The parts of a generation: each must be what it should be, and fit the others."""
+"""Checks of the parts of a generation: each has the right type, and all fit together."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ _NO_TREES = (
 
 
 def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
-    """Checks that every part is what it should be: parts are tuples, and a wrong one fails in odd places."""
+    """Checks the type of every part. Parts are tuples: without this check a wrong one would fail later, unclearly."""
     parts = (
         (
             model,
             Model,
-            "model must be a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here",
+            "model must be a specjax.Model: pass the `.model` of what models.load or adapters.from_nnx returned",
         ),
         (
             drafter,
@@ -57,7 +57,7 @@ def _buckets(buckets: Any) -> None:
 
 
 def draft_lengths(lengths: Any, batch: int) -> None:
-    """Checks what a controller asks for, while tracing."""
+    """Checks the draft lengths that a controller asks for, while tracing."""
     wanted, given = (batch,), jax.eval_shape(lambda: lengths)
     if given.shape != wanted or not jax.numpy.issubdtype(given.dtype, jax.numpy.integer):
         raise ValueError(
@@ -67,7 +67,7 @@ def draft_lengths(lengths: Any, batch: int) -> None:
 
 
 def draft(setup: Setup, made: Any) -> None:
-    """Checks, while tracing, that a draft is what its drafter says that it makes."""
+    """Checks, while tracing, that a draft has the form that its drafter declares."""
     if not isinstance(made, Draft):
         raise ValueError(f"a Drafter's propose must return (Draft, state), got a {type(made).__name__} for the draft.")
     places, wanted = made.tokens.shape[1], setup.num_nodes
@@ -83,7 +83,7 @@ def draft(setup: Setup, made: Any) -> None:
 
 
 def verdict(setup: Setup, made: Any) -> None:
-    """Checks, while tracing, the path that a verifier of trees gives."""
+    """Checks, while tracing, the path that a verifier of trees returns."""
     if made.path is not None and (setup.drafter.num_nodes is None or made.path.shape[1] != setup.longest):
         raise ValueError(
             f"a Verdict's path must be int32 [B, K] with K = {setup.longest}, for a drafter that says its num_nodes; "
@@ -100,12 +100,12 @@ def updated(before: Any, after: Any) -> None:
 
 
 def _form(make: Callable[[], Any]) -> Any:
-    """Dtypes and shapes of the state that `make` would return, as they are said in messages."""
+    """Dtypes and shapes of the state that `make` would return, as messages show them."""
     return jax.tree.map(lambda leaf: f"{leaf.dtype}{list(leaf.shape)}", jax.eval_shape(make))
 
 
 def _first_difference(wanted: Any, given: Any) -> tuple[str, Any, Any]:
-    """Where two forms first differ, and what they are there; all of them where they have other parts."""
+    """Where two forms first differ, and both forms there; the whole forms if their structures differ."""
     if jax.tree.structure(wanted) != jax.tree.structure(given):
         names = _named(wanted), _named(given)
         return "", *(names if names[0] != names[1] else (wanted, given))
@@ -120,7 +120,7 @@ def _named(form: Any) -> Any:
 
 
 def processor(rule: Any) -> None:
-    """Checks that the caller's own rule can be one: jit knows it by its hash."""
+    """Checks that the caller's own rule is a function that jit can hash."""
     if rule is None:
         return
     if not callable(rule):
@@ -157,7 +157,7 @@ def fit(setup: Setup, sampling: Sampling) -> None:
 
 
 def drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: Any) -> None:
-    """Checks what the caller passes on of an earlier call's drafter."""
+    """Checks the drafter state that the caller passes on from an earlier call."""
     if state is None:
         return
     drafter = setup.drafter
@@ -179,7 +179,7 @@ def drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: 
 
 
 def controller_state(controller: Controller, state: Any, request: Checked) -> None:
-    """Checks a state that the caller passes on: it must be of such a controller and for as many rows."""
+    """Checks the controller state that the caller passes on: of the same controller, and for as many rows."""
     if state is None:
         return
     batch = request.arrays.prompts.shape[0]

@@ -1,6 +1,6 @@
 """Plain decoding as the loop sees it: nothing is ever drafted, and every round is a plain one.
 
-The autoregressive baseline is this, and so is a stream or a trace of a target that has no draft model.
+Used by the autoregressive baseline, and by streams and traces of a target without a draft model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from specjax.verify.rejection import rejection
 
 
 def _propose(params: PyTree, state: PyTree, context: Context, plan: DraftPlan) -> tuple[Draft, PyTree]:
-    """The empty draft; never asked for, as the controller has no width but 0."""
+    """The empty draft; never called, because the controller's only draft length is 0."""
     del params, plan
     lengths = context.rows.lengths
     return Draft(jnp.zeros((lengths.shape[0], 0), jnp.int32), jnp.zeros_like(lengths), None), state

@@ -1,4 +1,4 @@
-"""Long texts: read in chunks, so that memory follows the chunk and not the square of the text."""
+"""Reads long texts in chunks, so that memory grows with the chunk and not with the square of the text."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from specjax.types import Array, Extended, Model, PyTree
 
 CHUNK = 512
 
-# Told of each chunk: (state, tokens [B, T], hidden [B, T, D] per layer, keep [B], the target's cache) -> state.
+# Called with each chunk: (state, tokens [B, T], hidden [B, T, D] per layer, keep [B], the target's cache) -> state.
 Read = Callable[[PyTree, Array, tuple[Array, ...], Array, PyTree], PyTree]
 
 
 class Prefilled(NamedTuple):
-    """A cache that holds the prompts, and what the target said at their ends."""
+    """A cache that holds the prompts, and the target's logits at their ends."""
 
     cache: PyTree
     logits: Array  # [B, V] float32 after the last prompt token
-    state: PyTree  # what `read` made of the chunks
+    state: PyTree  # what the last call of `read` returned
 
 
 def extend(
@@ -35,7 +35,7 @@ def extend(
     logits_at: Array,
     hidden_layers: tuple[int, ...] = (),
 ) -> Extended:
-    """Reads tokens [B, T] into the cache, of which the first `keep` [B] stay; see `types.Extend`."""
+    """Reads tokens [B, T] into the cache and keeps the first `keep` [B] of them; see `types.Extend`."""
     if model.extend is not None:
         return model.extend(params, tokens, cache, keep, logits_at=logits_at, hidden_layers=hidden_layers)
     block = model.init_block(params, *tokens.shape)
@@ -57,13 +57,13 @@ def prefill(
 ) -> Prefilled:
     """Reads the first `lengths` [B] tokens of the right-padded `prompts` [B, P] into an empty cache.
 
-    Lengths of 0 are allowed and keep nothing; that row's logits mean nothing then.
+    A length of 0 is allowed: such a row keeps nothing, and its logits have no meaning.
     """
     width = prompts.shape[1]
     chunk = min(width, CHUNK)
     num_chunks = -(-width // chunk)
-    # The first chunk takes what full ones leave over, so that the last ends with the prompts: a commit writes its whole
-    # block, and a cache need not have room for more than the prompts.
+    # The first chunk is the shorter one, so that the last chunk ends with the prompts: a commit writes its whole block,
+    # and a cache need not have room for more than the prompts.
     first = width - (num_chunks - 1) * chunk
 
     def one(start: Array | int, size: int, cache: PyTree, state: PyTree) -> Prefilled:
@@ -75,7 +75,7 @@ def prefill(
     def turn(index: Array, done: Prefilled) -> Prefilled:
         start = first + chunk * index
         found = one(start, chunk, done.cache, done.state)
-        reaches = lengths > start  # the last chunk that a row reaches holds its end
+        reaches = lengths > start  # the last chunk that a row reaches holds the row's end
         return found._replace(logits=jnp.where(reaches[:, None], found.logits, done.logits))
 
     done = one(0, first, cache, state)

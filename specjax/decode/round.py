@@ -1,7 +1,7 @@
 """One round, top to bottom: plan, draft, score, verify, emit, commit.
 
-The block of a round is the root, which is the row's last token, and the draft behind it. W is the draft's width in this
-program: N, less where a narrower width holds the draft, 0 in a plain round.
+The block of a round holds the root (the row's last token) and the draft after it. W is the draft's width in this
+program: N; or a narrower width, if it holds the draft; or 0 in a plain round.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
     # plan: how many tokens each row drafts, [B] in 0..K
     plan = plan_round(setup, carry)
 
-    # draft: tokens [B, N], and the probabilities that they were drawn from, [B, N, V]
+    # draft: tokens [B, N], and the distributions that they were drawn from, [B, N, V]
     drafted, drafter_state = propose(setup, params, carry, plan)
 
     def judge(before: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
@@ -63,10 +63,10 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
         # score: one target pass over root and draft, logits [B, W+1, V]
         scores = score(setup, params, context, draft)
 
-        # verify: how much stays, num_accepted [B], and the token after it, next_token [B]
+        # verify: the first num_accepted [B] draft tokens stay, and next_token [B] follows them
         verdict = verify(setup, context, draft, scores)
 
-        # emit: what each row gains, tokens [B, W+1] and status [B], after faults, stop tokens and limits
+        # emit: new tokens of each row [B, W+1] and its status [B], after faults, stop tokens and limits
         emitted = emit(setup, rows, draft, scores, verdict)
 
         # commit: the target's cache keeps the root and the accepted path
@@ -75,12 +75,12 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
     # score to commit, compiled at a few widths W: the narrowest that holds the draft runs
     result, happened = at_narrowest_width(setup, judge, _empty_result(setup, params, carry), carry.rows, drafted)
 
-    # rows, drafter, controller and statistics move on
+    # update rows, drafter, controller and statistics
     return advance(setup, params, carry, drafter_state, result, happened)
 
 
 def _empty_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
-    """The result before any: the caches as they are, and a round in which nothing happened."""
+    """The result before the target runs: the caches as they are, and an empty round."""
     rows, batch, layers = carry.rows, carry.rows.lengths.shape[0], setup.drafter.hidden_layers
 
     def hidden(context: Context) -> tuple[Array, ...]:
@@ -95,7 +95,7 @@ def _empty_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
 
 
 def plan_round(setup: Setup, carry: Carry) -> DraftPlan:
-    """What the drafter is told of a round."""
+    """The drafter's plan for a round."""
     controller, state = setup.controller, carry.controller_state
     buckets, rule = controller.buckets, controller.keep_drafting
     steps = jnp.maximum(jnp.max(carry.draft_lengths), min(buckets)) if len(buckets) > 1 else setup.longest
@@ -116,7 +116,7 @@ def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[
 
 
 def draft_nothing(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
-    """The empty draft of a plain round; the drafter is not asked."""
+    """The empty draft of a plain round; the drafter is not called."""
     del setup, params, plan
     return _empty_draft(carry.rows), carry.drafter_state
 
@@ -126,7 +126,7 @@ def _empty_draft(rows: Rows) -> Draft:
 
 
 class Scores(NamedTuple):
-    """What the target says of the root and each draft token."""
+    """The target's scores at the root and at each draft token."""
 
     logits: Array  # [B, W+1, V] float32, the model's own
     processed: Array  # [B, W+1, V] float32, after penalties, temperature and filters; -inf: probability zero
@@ -165,8 +165,8 @@ def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verd
     if draft.tokens.shape[1] == 0:
         return Verdict(jnp.zeros_like(draft.lengths), _plain_token(rows, scores))
     draft = _in_columns(setup, draft, scores.processed.shape[-1])
-    # A chain ends before the first token that would stand where there is no distribution, and verifiers that compute
-    # with all places at once meet no NaN. The row ends at that place, whatever is drawn there.
+    # A chain is cut before the first place without a distribution, so verifiers that compute with all places at once
+    # meet no NaN. The row ends at that place, whatever is drawn there.
     is_sound = scores.fault == Status.ACTIVE
     logits = jnp.where(is_sound[..., None], scores.processed, 0.0)
     sound = draft
@@ -174,8 +174,8 @@ def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verd
         sound = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(is_sound)))
     verdict = setup.verifier.verify(context, sound, Target(logits, jax.nn.softmax(logits, -1)))
     parts.verdict(setup, verdict)
-    # The distribution is the same. But whether others draft must not change the token, and if none does there is no
-    # verifier: so a row without a draft draws with the noise of plain decoding.
+    # A row without a draft draws with the noise of plain decoding. Both draws have the same distribution, but the token
+    # must not depend on whether other rows draft; and if none does, no verifier runs.
     has_none = draft.lengths == 0
     next_token = lax.cond(
         jnp.any(has_none),
@@ -186,7 +186,7 @@ def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verd
 
 
 def _plain_token(rows: Rows, scores: Scores) -> Array:
-    """[B] int32 after the root. Its noise is addressed by position, so any verifier can find it again."""
+    """The token after the root, [B] int32. Its noise is addressed by position, so any verifier can draw it again."""
     return sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), scores.processed[:, 0], rows.sampling)
 
 
@@ -200,20 +200,20 @@ def _in_columns(setup: Setup, draft: Draft, width: int) -> Draft:
 
 
 class Emitted(NamedTuple):
-    """What the rows gain in a round."""
+    """The round with its emitted tokens, and the rows' status after it."""
 
     round: Round
     status: Array  # [B] int32, a `Status`
 
 
 def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdict) -> Emitted:
-    """How many of the accepted tokens and the one after them each row emits, and what becomes of it."""
+    """How many of the accepted tokens, and of the token after them, each row emits; and its status."""
     path, drafted, logits, processed, fault = verdict.path, draft.tokens, scores.logits, scores.processed, scores.fault
     if path is not None:
         drafted, places = jnp.take_along_axis(drafted, path, 1), block_places(path)
         logits, processed = (jnp.take_along_axis(x, places[..., None], 1) for x in (logits, processed))
         fault = jnp.take_along_axis(fault, places, 1)
-    # Nothing after a place without a distribution can be trusted: tokens before it stay, the row ends there.
+    # Tokens after a place without a distribution are not valid: tokens before it stay, and the row ends there.
     num_sound = num_leading(fault == Status.ACTIVE)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
     ends = num_sound <= num_accepted
@@ -261,7 +261,8 @@ def _of_draft(draft: Draft, scores: Scores, vocab_size: int) -> LogProbs:
         parents = jnp.broadcast_to(jnp.atleast_2d(draft.parents), draft.tokens.shape)
         logits, processed = (jnp.take_along_axis(x, parents[..., None] + 1, 1) for x in (logits, processed))
         return log_probs.of_tokens(logits, processed, draft.tokens, vocab_size)
-    # The last place holds no draft token; with it, these are the sums over the vocabulary that the emitted tokens need.
+    # The last place holds no draft token. It is included because the emitted tokens need the same sums over the
+    # vocabulary, at all places: XLA then computes them once.
     scored = log_probs.of_tokens(logits, processed, jnp.pad(draft.tokens, ((0, 0), (0, 1))), vocab_size)
     return LogProbs(*(values[:, :-1] for values in scored))
 
@@ -272,7 +273,7 @@ def block_places(path: Array) -> Array:
 
 
 def commit(setup: Setup, cache: PyTree, scores: Scores, emitted: Emitted) -> RoundResult:
-    """The target's cache with the root and the accepted path; the token that was emitted last is the next root."""
+    """Adds the root and the accepted path to the target's cache; the last emitted token is the next root."""
     path, hidden = emitted.round.path, scores.hidden
     places = None if path is None else block_places(path)
     if places is not None:
@@ -282,7 +283,7 @@ def commit(setup: Setup, cache: PyTree, scores: Scores, emitted: Emitted) -> Rou
 
 
 def first_token(setup: Setup, context: Context, logits: Array) -> Rows:
-    """The rows with the token after the prompt, from its logits [B, V]; it is part of no round."""
+    """The rows with the token after the prompt, from its logits [B, V]; this token belongs to no round."""
     rows = context.rows
     nothing = _empty_draft(rows)
     scores = _scores(setup, context, nothing, tree.chain(0), logits[:, None])

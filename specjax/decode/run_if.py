@@ -1,4 +1,4 @@
-"""Work that a round does or leaves out: loops of one turn or none, where conditionals would copy what they carry."""
+"""Optional work of a round, as a loop of one turn or none: XLA's conditionals would copy the arrays that they take."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _Carry = TypeVar("_Carry")
 
 
 def run_if(runs: Array | bool, body: Callable[..., _Carry], carry: _Carry, *given: Any) -> _Carry:
-    """`body(carry, *given)` where `runs`, else `carry`; what does not run costs nothing, and nothing is copied.
+    """`body(carry, *given)` if `runs`, else `carry`. If it does not run it costs nothing; no array is copied.
 
     XLA copies whole caches into `lax.cond` and `lax.switch` and out of them again, in every round. A loop that turns
     once or never leaves them in place.
@@ -24,8 +24,8 @@ def run_if(runs: Array | bool, body: Callable[..., _Carry], carry: _Carry, *give
       runs: [] bool; a Python bool decides while tracing.
       body: keeps the structure, shapes and dtypes of its first argument.
       carry: any pytree of arrays.
-      given: what else it reads that is new in this round. XLA may compute with what it closes over ahead of the loop,
-        needed or not: good for parameters, a waste for anything else.
+      given: the other values of this round that `body` reads. XLA may move computations on closed-over values out of
+        the loop, where they always run: good for parameters, a waste for anything else.
 
     >>> run_if(jnp.bool_(False), lambda x, y: x + y, jnp.int32(1), jnp.int32(1)).tolist()
     1
@@ -34,7 +34,7 @@ def run_if(runs: Array | bool, body: Callable[..., _Carry], carry: _Carry, *give
         return body(carry, *given) if runs else carry
 
     def turn(index: Array, carry: _Carry) -> _Carry:
-        _, inside = lax.optimization_barrier((index, given))  # behind the index, which only the loop knows
+        _, inside = lax.optimization_barrier((index, given))  # depends on the index, so it stays in the loop
         return body(carry, *inside)
 
     return lax.fori_loop(0, runs.astype(jnp.int32), turn, carry)

@@ -1,4 +1,4 @@
-"""Where a generation begins: rows opened, prompts read by target and drafter, first tokens emitted."""
+"""The start of a generation: makes rows, reads the prompts with target and drafter, emits the first tokens."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def open_cache(model: Model, params: PyTree, request: Request, slots: int) -> Py
 
 
 def open_slots(setup: Setup, params: Params, request: Request, learnt: Learnt = Learnt()) -> Carry:
-    """Rows that have ended and hold nothing, and of which target and drafter have read nothing."""
+    """Empty rows whose status is an ended one; target and drafter have read nothing."""
     opened = _opened(setup, params, request, learnt)
     rows, none = opened.rows, jnp.zeros_like(opened.rows.lengths)
     ended = jnp.full_like(rows.status, Status.LENGTH)
@@ -57,7 +57,7 @@ def start(setup: Setup, params: Params, request: Request, learnt: Learnt = Learn
 
 
 def _opened(setup: Setup, params: Params, request: Request, learnt: Learnt) -> Carry:
-    """Rows with their prompts, and caches and states that have seen nothing of them."""
+    """Rows with their prompts, and the empty caches and states of before they are read."""
     batch = request.prompts.shape[0]
     rows = open_request(setup.model, request, setup.slots)
     cache = open_cache(setup.model, params.target, request, setup.slots)
@@ -75,6 +75,6 @@ def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
 
 
 def no_counts(batch: int, longest: int) -> Stats:
-    """Of rows that have done nothing."""
+    """Statistics with all counts 0."""
     none, by_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, longest), jnp.int32)
     return Stats(none, none, by_depth, by_depth, by_depth, jnp.zeros((batch, longest + 1), jnp.int32), none)

@@ -1,4 +1,4 @@
-"""What rounds pass on."""
+"""The state that one round passes on to the next."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from specjax.types import Array, Params, PyTree, Rows, Setup, Stats, Status
 
 
 class Learnt(NamedTuple):
-    """What earlier calls left; None to start afresh."""
+    """States that earlier calls returned; None to start afresh."""
 
     controller: PyTree | None = None
     drafter: PyTree | None = None
 
 
 class Carry(NamedTuple):
-    """What a round changes: the carry of the loop.
+    """The arrays that a round changes: the carry of the loop.
 
     Invariant between rounds: the target's cache holds all tokens of a row but the last, and the drafter has read them.
     """
@@ -36,7 +36,7 @@ class Carry(NamedTuple):
 class State:
     """A generation under way, for `specjax.step`: a pytree whose static part is the setup.
 
-    Parameters are leaves of it: `dataclasses.replace(state, params=...)` goes on with others.
+    Parameters are leaves of it: `dataclasses.replace(state, params=...)` continues with other parameters.
     """
 
     setup: Setup = dataclasses.field(metadata={"static": True})

@@ -1,4 +1,4 @@
-"""Tokens as they come: the loop of `generate`, one dispatch at a time."""
+"""Streams tokens: the loop of `generate`, one dispatch at a time."""
 
 from __future__ import annotations
 
@@ -61,17 +61,17 @@ class LogProb(NamedTuple):
 
 
 class Drafted(NamedTuple):
-    """What one round drafted for one row, and what became of it."""
+    """One round's draft for one row, and how much of it was accepted."""
 
     tokens: list[int]  # the draft, in order
     draft_probs: list[float]  # of each, under the distribution it was drawn from; 1 for an argmax
     target: list[LogProb]  # how likely the target found each, after the draft tokens before it
     accepted: list[int]  # which of them were emitted: 0, 1, ... of a chain, the path of a tree
-    num_emitted: int  # those, and the corrected or bonus token; without it the row ended on the last of them
+    num_emitted: int  # the accepted tokens and the corrected or bonus token, which a row that ends may lack
 
 
 class Chunk(NamedTuple):
-    """What one dispatch brought."""
+    """The new tokens of one dispatch."""
 
     tokens: list[list[int]]  # new tokens of each row
     origins: list[list[Origin]]  # where each of them came from
@@ -79,7 +79,7 @@ class Chunk(NamedTuple):
     rounds: list[list[Drafted]]  # the rounds that each row took part in
     status: np.ndarray  # [B] int32, a `Status`
     stats: Stats  # since the start, NumPy arrays
-    controller_state: PyTree = ()  # to start the next call from what was learnt; NumPy arrays
+    controller_state: PyTree = ()  # pass it to the next call, which continues from what was learnt; NumPy arrays
 
 
 class _Log(NamedTuple):
@@ -115,8 +115,8 @@ def stream(
 ) -> Iterator[Chunk]:
     """Yields newly emitted tokens per row, the same tokens as `generate` with the same arguments.
 
-    Each dispatch runs `rounds_per_dispatch` rounds with the state donated, and is sent off before the one before it is
-    read, so the device does not wait for the host. Arguments and errors as for `generate`; errors come from this call,
+    Each dispatch runs `rounds_per_dispatch` rounds with the state donated. It starts before the host reads the previous
+    one, so the device does not wait for the host. Arguments and errors as for `generate`; errors come from this call,
     not from the first `next`.
 
     >>> import jax, jax.numpy as jnp, specjax
@@ -171,7 +171,7 @@ def _chunks(call: Call, num_rounds: int) -> Iterator[Chunk]:
 
 
 def warn_of_troubles(status: np.ndarray) -> None:
-    """Logs the rows that ended for a reason that nobody asked for."""
+    """Logs the rows that a problem ended."""
     for row, value in enumerate(status.tolist()):
         if Status(value).is_trouble:
             _log.warning("row %d: %s", row, Status(value).describe())
@@ -208,7 +208,7 @@ def _pairs(raw: list[float], processed: list[float]) -> list[LogProb]:
 
 @functools.partial(jax.jit, static_argnums=0)
 def _copies(layout: Layout | None, tree: PyTree) -> PyTree:
-    """What the host reads: the state's own buffers are donated to the next dispatch, and may lie on other hosts."""
+    """Copies for the host: the state's own buffers are donated to the next dispatch, and may lie on other hosts."""
     return constrain(layout, jax.tree.map(jnp.copy, tree))
 
 

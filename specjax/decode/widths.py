@@ -1,7 +1,7 @@
 """The width of a round: a shorter draft costs less.
 
-A round is compiled at a few widths (`Controller.buckets`) and takes the narrowest that holds its drafts. What each
-gives back is padded to the widest.
+A round is compiled at a few widths (`Controller.buckets`) and runs at the narrowest that holds its drafts. The results
+of all widths are padded to the widest.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from specjax.types import Array, Draft, LogProbs, PyTree, Round, Rows, Setup
 
 
 class RoundResult(NamedTuple):
-    """What the target made of a draft; the rows are as they were before."""
+    """The target's result for a draft; the rows are not updated yet."""
 
     cache: PyTree  # the target's, with the accepted path
     status: Array  # [B] int32, a `Status`: of each row after the round
@@ -32,13 +32,14 @@ Judge = Callable[[RoundResult, Rows, Draft], RoundResult]
 def at_narrowest_width(
     setup: Setup, judge: Judge, empty: RoundResult, rows: Rows, draft: Draft
 ) -> tuple[RoundResult, Array | bool]:
-    """Judges the draft at the first width that holds it; nothing else runs. And whether it was judged at all: a draft
-    without a token is left to a plain round, if the controller has them; then `empty` comes back.
+    """Judges the draft at the first width that holds it; no other width runs.
 
-    A choice of one among several, made of `run_if`: XLA copies the caches into `lax.switch` and out of it again.
+    The second result is whether the draft was judged. An empty draft is left to a plain round, if the controller has
+    plain rounds; then the first result is `empty`. The choice of a width is a sequence of `run_if`, because XLA copies
+    the caches into `lax.switch` and out of it again.
     """
     widest = draft.tokens.shape[1]
-    # A tree of fewer nodes is another tree, and not for the loop to choose.
+    # A tree of fewer nodes is another tree: the loop cannot choose the nodes to drop.
     narrower = () if draft.parents is not None else (size for size in setup.controller.buckets if 0 < size < widest)
     widths = [*narrower, widest]
 
@@ -55,14 +56,14 @@ def at_narrowest_width(
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
     result = empty
     for index, width in enumerate(widths):
-        # Only what changes is carried: XLA copies a carried buffer that is read before the loop and after it.
+        # Only changed arrays are carried: XLA copies a carried buffer that is read before the loop and after it.
         is_next = (chosen == index) & (needed > 0) if has_plain_rounds else chosen == index
         result = run_if(is_next, at(width), result, rows, draft)
     return result, needed > 0 if has_plain_rounds else True
 
 
 def empty_round(setup: Setup, batch: int) -> Round:
-    """A round in which nothing happened, at the widest."""
+    """An empty round, at the widest width."""
     longest, nodes = setup.longest, setup.num_nodes
     none, unscored = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, nodes), jnp.float32)
     emitted = jnp.zeros((batch, longest + 1), jnp.float32)
@@ -81,13 +82,13 @@ def empty_round(setup: Setup, batch: int) -> Round:
 
 
 def pad_result(result: RoundResult, like: RoundResult) -> RoundResult:
-    """The result with as many places as `like` has; those that are new hold nothing."""
+    """The result padded to as many places as `like` has."""
     hidden = tuple(_pad(x, wanted, 0) for x, wanted in zip(result.hidden, like.hidden, strict=True))
     return result._replace(round=pad_round(result.round, like.round), hidden=hidden)
 
 
 def pad_round(narrow: Round, like: Round) -> Round:
-    """The round with as many places as `like` has; those that are new hold nothing."""
+    """The round padded to as many places as `like` has."""
 
     def both(values: LogProbs, wanted: LogProbs) -> LogProbs:
         return LogProbs(_pad(values.raw, wanted.raw, 0.0), _pad(values.processed, wanted.processed, 0.0))

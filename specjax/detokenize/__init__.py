@@ -1,1 +1,1 @@
-"""Tokens to text, piece by piece: characters that several tokens spell, stop strings, rows as they grow."""
+"""Tokens to text, piece by piece: characters that span several tokens, stop strings, growing rows."""

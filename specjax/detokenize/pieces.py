@@ -1,8 +1,8 @@
-"""Ids to text, token by token: which text each token completes, while more tokens come.
+"""Ids to text, token by token: the text that each token completes, also while more tokens arrive.
 
 Two kinds of tokenizers spell a character in several tokens. Byte-level BPE (GPT-2) has tokens that hold parts of a
 character; a broken character becomes U+FFFD and its neighbours stay as they are. Byte fallback (Llama 2, Mistral) has a
-token for every byte, and neighbouring ones decode as a unit: where such a run is not valid UTF-8 from end to end, every
+token for every byte, and a run of byte tokens decodes as a unit: if the run is not valid UTF-8 from end to end, every
 byte of it becomes U+FFFD, those of complete characters too. So the text of a run is known only after the run.
 """
 
@@ -28,7 +28,7 @@ class Codec(NamedTuple):
 
     decode: Decode
     byte_tokens: frozenset[int]  # those that decode as a unit with their neighbours
-    is_silent: Callable[[int], bool]  # whether a token has no text wherever it stands, as special ones that are skipped
+    is_silent: Callable[[int], bool]  # whether a token never has text, such as a skipped special token
 
 
 def codec(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Codec:
@@ -42,18 +42,18 @@ def codec(tokenizer: Tokenizer, *, skip_special_tokens: bool = True) -> Codec:
 
 
 def codec_for(decode: Decode, ids: Sequence[int]) -> Codec:
-    """The codec of any function from ids to text, as far as texts of these `ids` need it."""
+    """The codec of any function from ids to text, for texts made of these `ids`."""
     return Codec(decode, _byte_tokens(decode, ids), functools.cache(lambda token: decode([token] * 4) == ""))
 
 
 class Detokenizer:
     """The text of one row while its tokens come: each character belongs to the token that completes it.
 
-    `feed` and `flush` return the texts of the tokens that are settled since the last call, one for each token, in
-    order. They hold tokens back whose text the next token may change: the beginning of a character, and a run of byte
-    tokens until another token follows. All texts together are `decode(prompt + new)` without `decode(prompt)`, but for
-    prompts that new tokens change: where the prompt ends inside a character, it belongs to the new token that completes
-    it; where new byte tokens spoil the run that the prompt ends with, each of them is one U+FFFD.
+    `feed` and `flush` return the texts that have become final since the last call, one for each token, in order. A
+    token is held back while the next one may change its text: the beginning of a character, and a run of byte tokens
+    until another token follows. All texts together are `decode(prompt + new)` without `decode(prompt)`, with two
+    exceptions. If the prompt ends inside a character, the character belongs to the new token that completes it. If new
+    byte tokens make the run at the prompt's end invalid, each of them is one U+FFFD.
 
     >>> row = Detokenizer(codec_for(lambda ids: bytes(ids).decode(errors="replace"), []))
     >>> [row.feed(byte) for byte in "né!".encode()], row.flush()
@@ -62,11 +62,11 @@ class Detokenizer:
 
     def __init__(self, codec: Codec, prompt: Sequence[int] = ()):
         self._codec = codec
-        self._before: list[int] = []  # the last settled tokens
+        self._before: list[int] = []  # the last tokens whose text is final
         self._base = ""  # their text
-        self._held: list[int] = []  # not settled, silent ones included; the first is never silent
-        self._is_run = False  # whether those are byte tokens
-        self._shown = ""  # what settled and held tokens decode to; not kept up while byte tokens are held
+        self._held: list[int] = []  # tokens held back, silent ones included; the first is never silent
+        self._is_run = False  # whether the held tokens are byte tokens
+        self._shown = ""  # text of `_before` and the held tokens; not updated while byte tokens are held
         self._of_prompt = 0  # how many held tokens belong to the prompt
         for token in self._tail(prompt):
             self._add(token)
@@ -77,7 +77,7 @@ class Detokenizer:
         return self._without_prompt(self._add(token))
 
     def flush(self) -> list[str]:
-        """The texts of all tokens that are held, as nothing follows."""
+        """The texts of all held tokens; no token follows."""
         return self._without_prompt(self._release())
 
     def _tail(self, prompt: Sequence[int]) -> list[int]:
@@ -108,7 +108,7 @@ class Detokenizer:
         return texts + self._add_ordinary(token)
 
     def _add_ordinary(self, token: int) -> list[str]:
-        """A token that is no byte token, after held tokens of the same kind: they lack the end of a character."""
+        """Adds a token that is no byte token. Held tokens are of the same kind and lack the end of a character."""
         self._trim()
         shown = self._shown
         whole = self._codec.decode([*self._before, *self._visible(), token])
@@ -127,7 +127,7 @@ class Detokenizer:
         return [*texts, added]
 
     def _release(self, shown: str | None = None) -> list[str]:
-        """Texts of the held tokens, which now belong to those before; `shown` is the text up to here."""
+        """Texts of the held tokens, which are final now and move to `_before`; `shown` is the text up to here."""
         if not self._held:
             return []
         visible = self._visible()
@@ -162,7 +162,7 @@ def split(codec: Codec, prompt: Sequence[int], new: Iterable[int]) -> list[str]:
 
 
 def beyond(before: str, text: str) -> str:
-    """What `text` has after the part that it begins with in common with `before`: all of that, as a rule."""
+    """The part of `text` after its common beginning with `before`, which usually is all of `before`."""
     if text.startswith(before):
         return text[len(before) :]
     same = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(before, text, strict=False))
@@ -170,9 +170,9 @@ def beyond(before: str, text: str) -> str:
 
 
 def completed_by(codec: Codec, before: Sequence[int], token: int) -> str:
-    """The character that a byte token completes after those before it; U+FFFD while there is none.
+    """The character that a byte token completes after those before it; U+FFFD if it completes none.
 
-    Said of the token alone: a run that is spoilt elsewhere is not looked at.
+    Invalid bytes elsewhere in the run are ignored.
     """
     for count in range(min(3, len(before)) + 1):
         ids = [*before[len(before) - count :], token]
@@ -183,7 +183,7 @@ def completed_by(codec: Codec, before: Sequence[int], token: int) -> str:
 
 
 def _of_bytes(text: str, count: int) -> list[str]:
-    """What each of `count` byte tokens completes of the text that they make together."""
+    """Splits the text of `count` byte tokens: the character that each of them completes."""
     if text == PARTIAL * count:
         return [PARTIAL] * count
     sizes = [len(char.encode()) for char in text]
@@ -199,7 +199,10 @@ def _of_bytes(text: str, count: int) -> list[str]:
 
 
 def _byte_tokens(decode: Decode, ids: Sequence[int]) -> frozenset[int]:
-    """Those of `ids` that decode as a unit with their neighbours, found by trial: a part of a character spoils them."""
+    """Those of `ids` that decode as a unit with their neighbours.
+
+    Found by trial: next to a part of a character, all tokens of such a unit decode to U+FFFD.
+    """
     alone = {token: decode([token] * 2) for token in set(ids)}
     parts = [token for token, text in alone.items() if text == PARTIAL * 2]
     whole = [token for token, text in alone.items() if text and PARTIAL not in text]
@@ -219,7 +222,7 @@ def _byte_tokens(decode: Decode, ids: Sequence[int]) -> frozenset[int]:
 
 
 def _sound_runs(decode: Decode, ids: Sequence[int], parts: frozenset[int]) -> Iterable[list[int]]:
-    """Short runs of parts, as they stand in `ids`, that are characters together; the first few."""
+    """The first few short runs of parts in `ids` that together form characters."""
     runs = (
         list(ids[start : start + size])
         for start in range(len(ids))
@@ -229,7 +232,7 @@ def _sound_runs(decode: Decode, ids: Sequence[int], parts: frozenset[int]) -> It
     )
 
     def is_sound(run: list[int]) -> bool:
-        # U+FFFD itself may be spelt out: less of its three bytes is more of U+FFFD, where bytes decode as a unit.
+        # The run may spell U+FFFD itself in three bytes: its first two decode to two U+FFFD, if bytes are a unit.
         text = decode(run)
         return PARTIAL not in text or (text == PARTIAL and decode(run[:2]) == PARTIAL * 2)
 

@@ -21,7 +21,7 @@ class Piece(NamedTuple):
     """Text that one token completed."""
 
     row: int
-    text: str  # may be empty: the token began a character that a later one completes, or is a special one
+    text: str  # may be empty: of a special token, or of one that begins a character that a later token completes
     origin: Origin
     token: int  # its id
 
@@ -55,12 +55,12 @@ class Printer:
         return [row.has_stopped for row in self._rows]
 
     def pieces(self, chunk: Chunk) -> list[Piece]:
-        """The pieces that the chunk settles, row by row; for rows that have ended, all the rest."""
+        """The pieces that are final with this chunk, row by row; all remaining ones of rows that have ended."""
         rows = zip(self._rows, chunk.tokens, chunk.origins, chunk.status.tolist(), strict=True)
         return [piece for row, tokens, origins, status in rows for piece in row.add(tokens, origins, status)]
 
     def rest(self) -> list[Piece]:
-        """What is still held back, where a stream is left before its end."""
+        """The pieces that are still held back, for a stream that is left before its end."""
         return [piece for row in self._rows for piece in row.rest()]
 
     def follow(self, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, list[Piece]]]:
@@ -78,7 +78,7 @@ class Printer:
 
 
 class _Row:
-    """Tokens of one row whose pieces are held back, and what it takes to release them."""
+    """The tokens of one row whose pieces are held back until their text is final."""
 
     def __init__(self, number: int, codec: Codec, prompt: Sequence[int], stop: Sequence[str]):
         self._number = number

@@ -1,4 +1,4 @@
-"""Stop strings: where a text ends, found while it comes."""
+"""Stop strings: finds the end of a text while the text is generated."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
-    """One string or several as a tuple. Raises ValueError for an empty string and for what is no string.
+    """One string or several as a tuple. Raises ValueError for an empty string and for other types.
 
     >>> stop_strings("###")
     ('###',)
@@ -20,11 +20,12 @@ def stop_strings(stop: str | Sequence[str]) -> tuple[str, ...]:
 
 
 class StopFinder:
-    """Cuts the text of one row before the first place where a stop string begins, wherever it lies in tokens and calls.
+    """Cuts the text of one row before its first stop string, which may span tokens and calls.
 
-    `feed` takes the texts of tokens, in order, and returns those that are decided, in order: text that may be the
-    beginning of a stop string is held back until it is known. Once `found`, nothing more comes. The token with which
-    the stop string was complete is the last of the row: it and those before it are returned, without the stop string.
+    `feed` takes the texts of tokens in order and returns those that are final, in order. Text that may be the beginning
+    of a stop string is held back until this is decided. Once a stop string is `found`, nothing more is returned. The
+    token that completes the stop string is the last one of the row: it and the tokens before it are returned, without
+    the stop string.
 
     >>> finder = StopFinder(("END",))
     >>> [finder.feed([text]) for text in ("a", "b E", "N", "x", "EN", "D.")], finder.found
@@ -38,7 +39,7 @@ class StopFinder:
         self.found = False
 
     def feed(self, texts: Sequence[str]) -> list[str]:
-        """The texts that are decided now."""
+        """The texts that are final now."""
         if self.found:
             return []
         if not self._stop:
@@ -46,13 +47,13 @@ class StopFinder:
         self._held += texts
         whole = "".join(self._held)
         start, undecided = self._start(whole), self._undecided(whole)
-        # One that begins earlier may still become complete, and then the text ends there.
+        # A stop string that begins earlier may still become complete; then the text ends there.
         if start is not None and start <= undecided:
             return self._cut(whole, start)
         return self._release(undecided)
 
     def flush(self) -> list[str]:
-        """The rest, as nothing follows."""
+        """The remaining texts; no text follows."""
         whole = "".join(self._held)
         start = None if self.found else self._start(whole)
         return self._release(len(whole)) if start is None else self._cut(whole, start)
@@ -61,7 +62,7 @@ class StopFinder:
         return min((place for place in map(whole.find, self._stop) if place >= 0), default=None)
 
     def _undecided(self, whole: str) -> int:
-        """Where the first stop string begins that is not yet complete; the length of the text where none does."""
+        """The start of the first incomplete stop string; the length of the text if there is none."""
         places = range(max(len(whole) - self._longest + 1, 0), len(whole))
         return next(
             (place for place in places if any(stop.startswith(whole[place:]) for stop in self._stop)), len(whole)

@@ -1,4 +1,4 @@
-"""Drafters: cheap proposals. One file per method; `draw` is what those with logits share."""
+"""Drafters: cheap proposals. One file per method; drafters with logits share `draw`."""
 
 from specjax.drafters.draft_model import draft_model
 from specjax.drafters.draw import draw

@@ -26,26 +26,29 @@ from specjax.types import (
     Rows,
 )
 
-_WIDE = 32  # tokens of a pass that catches up with a long way
+_WIDE = 32  # tokens of a pass over much missed text
 
 
 class DraftModelState(NamedTuple):
-    """Invariant between rounds that follow each other: of `read` tokens the cache holds all but the last, and `read` is
-    all of the row but its last token. Rounds without a draft leave the cache behind."""
+    """The draft model's cache and how much text it holds.
+
+    Invariant between rounds with a draft: `read` counts all tokens of the row but the last, and the cache holds all of
+    these but the last. After rounds without a draft the cache lacks more.
+    """
 
     cache: PyTree
-    read: Array  # [B] int32, tokens that came by `read`
+    read: Array  # [B] int32, tokens passed to `Drafter.read` so far
     cached: Array  # [B] int32, how many of them the cache holds
-    probs: Array  # [B, K, V] float32 of the last draft: kept, as making room for them anew would cost every round
-    block: PyTree | None = None  # of a draft under way only; its first slot is the last but one token
+    probs: Array  # [B, K, V] float32 of the last draft: reused, because a new buffer would cost time in every round
+    block: PyTree | None = None  # only while drafting; its first slot is the row's last token but one
 
 
 def draft_model(model: Model) -> Drafter:
     """Drafts with `model`, any Model over the target's vocabulary; its parameters are generate's drafter_params.
 
     Each round begins with a forward over the row's last *two* tokens. After a full acceptance the draft model has
-    never seen the last drafted token; feeding two catches up without a step of its own, and every row does the same.
-    A round without a draft leaves the model where it is; the next draft begins with passes over what it missed.
+    never read the last drafted token. Reading two tokens catches up without an extra step, and every row does the same.
+    A round without a draft does not run the draft model; the next draft begins with passes over the missed tokens.
 
     A draft model whose logits are not finite drafts from the uniform distribution: it costs speed, never correctness.
 
@@ -54,7 +57,7 @@ def draft_model(model: Model) -> Drafter:
 
     if not isinstance(model, Model):
         raise ValueError(
-            "draft_model wants a specjax.Model: of what models.load or adapters.from_nnx returns, pass `.model` here; "
+            "draft_model takes a specjax.Model: pass the `.model` of what models.load or adapters.from_nnx returned; "
             f"got {type(model).__name__}."
         )
     return _draft_model(model)
@@ -79,8 +82,8 @@ def _draft_model(model: Model) -> Drafter:
         del hidden
         state = state._replace(read=state.read + keep)
         if state.block is not None:
-            # The block holds the last two tokens and the drafted ones but the last: keeping as many as were emitted
-            # leaves out exactly the last two of the new text.
+            # The block holds the row's last two tokens and all drafted ones but the last. Keeping as many as were
+            # emitted leaves out exactly the last two tokens of the new text.
             cache = model.commit(state.cache, state.block, keep, None)
             return state._replace(cache=cache, cached=state.cached + keep, block=None)
         if tokens.shape[1] == 1:  # a plain round's token waits for the next draft
@@ -131,7 +134,7 @@ class _Drafted(NamedTuple):
     tokens: Array  # [B, K] int32
     probs: Array  # [B, K, V] float32
     block: PyTree
-    keeps_drafting: Array  # [B] bool, what `plan.keep_drafting` said of the last token
+    keeps_drafting: Array  # [B] bool, result of `plan.keep_drafting` for the last token
 
 
 def _draft_until_done(
@@ -160,7 +163,7 @@ def _behind(state: DraftModelState) -> Array:
 
 
 def _read_on(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
-    """One pass over the next `width` tokens of each row's text, of which the cache keeps those that it lacks."""
+    """One pass over the next `width` tokens of each row's text; the cache keeps those that it lacks."""
     place = jnp.minimum(state.cached[:, None] + jnp.arange(width)[None], rows.tokens.shape[1] - 1)
     tokens, last = jnp.take_along_axis(rows.tokens, place, 1), jnp.full((len(place), 1), width - 1)
     keep = jnp.minimum(_behind(state), width)
@@ -169,10 +172,10 @@ def _read_on(model: Model, params: PyTree, state: DraftModelState, rows: Rows, w
 
 
 def _catch_up(model: Model, params: PyTree, state: DraftModelState, rows: Rows, width: int) -> DraftModelState:
-    """Before a draft, reads what was emitted without one.
+    """Before a draft: reads the tokens that were emitted without one.
 
-    Many tokens in wide passes, the rest `width` at a time: a cache has room for a round, K + 1 tokens, past its live
-    part, and for a wide pass only where that ends early enough.
+    It reads many tokens in wide passes and the rest `width` at a time. A cache has room for a round, K + 1 tokens, past
+    its live part; a wide pass fits only if the live part ends early enough.
     """
     slots = rows.tokens.shape[1]
 

@@ -1,4 +1,4 @@
-"""One draft token, drawn as the target would draw it: what every drafter that has logits needs."""
+"""Draws one draft token as the target would draw it; for every drafter that has logits."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from specjax.types import Array, Context, Drawn
 
 
 def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> Drawn:
-    """The draft token at `step` of a chain, the distribution that it was drawn from, and how sure the drafter was of
-    it.
+    """Draws the draft token at `step` of a chain; with its distribution and the drafter's confidence in it.
 
-    The drafter's logits go the target's way: the same processors with the draft tokens before this one in view, the
-    same temperature, top-k, top-p and min-p. Logits that are not finite, or of which nothing is left, become the
-    uniform distribution over the target's vocabulary: a bad drafter costs speed, never correctness.
+    The drafter's logits are processed as the target's: by the same processors, which see the draft tokens before this
+    one, and with the same temperature, top-k, top-p and min-p. Logits that are not finite, or all -inf after
+    processing, become the uniform distribution over the target's vocabulary: a bad drafter costs speed, never
+    correctness.
 
     Args:
       context: of this round.
@@ -24,7 +24,7 @@ def draw(context: Context, logits: Array, drafted: Array, step: Array | int) -> 
       step: 0..K-1, may be traced.
 
     Returns:
-      A Drawn: token and distribution for `Draft.tokens` and `Draft.probs`, the whole for `DraftPlan.keep_drafting`.
+      A Drawn: its token and probs go into `Draft.tokens` and `Draft.probs`; `DraftPlan.keep_drafting` takes all of it.
     """
     visible = (jnp.arange(drafted.shape[1]) < step)[None, None]
     processed = context.process(logits[:, None], drafted, visible)[:, 0]

@@ -1,1 +1,1 @@
-"""Pallas kernels for TPU, where what XLA makes of a step costs more than the step's bytes; cache.py chooses."""
+"""Pallas kernels for TPU, for steps where XLA's code takes longer than moving the step's bytes; cache.py chooses."""

@@ -1,9 +1,9 @@
-"""Attention on TPU of a few queries a row over the live part of a cache; the rest of it is not read.
+"""Attention on TPU: a few queries a row over the live part of the cache; the rest of the cache is not read.
 
-XLA's form works on a prefix that holds the longest row, and fetches whole caches ahead all the same. Here a list of
-(row, piece of the cache) names what is live, and the grid is as long as that list: a row pays for its own length. The
-softmax is kept as a running peak and sum (FlashAttention, arXiv:2205.14135, algorithm 1), which begin with the block's
-own keys: unlike there, they are finite from the start.
+XLA's form works on a prefix that holds the longest row, and prefetches whole caches nevertheless. Here a list of (row,
+piece of the cache) names the live pieces, and the grid is as long as that list: the cost of a row follows its own
+length. The softmax is a running peak and sum (FlashAttention, arXiv:2205.14135, algorithm 1), which begin with the
+block's own keys: unlike there, they are finite from the start.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ NAME = "attention"  # in compiled programs
 _MASKED = -1e30
 _LANES = 128
 _PIECES = (1024, 512, 256, 128)
-_PIECE_BYTES = 1 << 19  # of keys and values; a v5e reads them in 0.6 us, about what a turn of the grid takes anyway
+_PIECE_BYTES = 1 << 19  # of keys and values; at 819 GB/s (v5e) 0.6 us, about the fixed cost of a turn of the grid
 _SCORE_BYTES = 1 << 20
 
 
 def piece_slots(queries: int, keys: Array) -> int | None:
-    """Slots of a piece for so many queries of each key head; None where the kernel does not take them.
+    """Slots of a piece for this number of queries of each key head; None if the kernel does not support them.
 
-    Narrow heads are left to XLA. Their models are small, and what XLA fetches of their weights while it attends, it
-    does not fetch during a kernel (docs/notes/tpu-estimates-leave-out-prefetched-weights.md).
+    Narrow heads are left to XLA. Their models are small, and XLA prefetches weights during its own attention but not
+    during a kernel (docs/notes/tpu-estimates-leave-out-prefetched-weights.md).
     """
     heads, slots, head_dim = keys.shape[1:]
     if keys.dtype not in (jnp.float32, jnp.bfloat16) or slots % _LANES or head_dim % _LANES:
@@ -44,14 +44,14 @@ def piece_slots(queries: int, keys: Array) -> int | None:
 
 
 class Operands(NamedTuple):
-    """What attention works on, with the queries of each key head in one axis; for the kernel and for XLA's form."""
+    """The inputs of attention, with the queries of each key head in one axis; for the kernel and for XLA's form."""
 
     query: Array  # [B, Hkv, Q, D]
     cache_keys: Array  # [B, Hkv, S, D]
     cache_values: Array
     block_keys: Array  # [B, Hkv, N, D]
     block_values: Array
-    seen: Array  # [B or 1, Q, N] bool, what queries see of the block
+    seen: Array  # [B or 1, Q, N] bool, block slots that each query sees
     lengths: Array  # [B] int32, live slots of the cache
     oldest: Array | None  # [B, Q, 1] int32, the first slot that a query sees; None: the first of all
 
@@ -61,7 +61,7 @@ def attend(given: Operands, *, scale: float, interpret: object = False) -> Array
     """One softmax over cache and block; [B, Hkv, Q, D], the query's dtype.
 
     Args:
-      given: for which `piece_slots` is no None.
+      given: operands for which `piece_slots` is not None.
       scale: factor on the scores.
       interpret: what `pallas_call` takes, for tests without a TPU.
     """
@@ -80,7 +80,7 @@ def attend(given: Operands, *, scale: float, interpret: object = False) -> Array
         return pl.BlockSpec((1, *inner), lambda step, rows, *_: (rows[step], *(0,) * len(inner)))
 
     piece = pl.BlockSpec((1, heads, size, head_dim), lambda step, rows, pieces, _: (rows[step], 0, pieces[step], 0))
-    # Else XLA may fetch a whole cache on chip ahead of the kernel.
+    # Otherwise XLA may prefetch a whole cache into on-chip memory before the kernel.
     cached = [pltpu.with_memory_space_constraint(array, pltpu.HBM) for array in (cache_keys, cache_values)]
     small = (query, block_keys, block_values, seen.astype(jnp.int32), *(() if oldest is None else (oldest,)))
     products = batch * heads * queries * slots
@@ -109,14 +109,14 @@ def attend(given: Operands, *, scale: float, interpret: object = False) -> Array
 
 
 def _live(first: Array, lengths: Array, slots: int, size: int) -> tuple[Array, Array, Array]:
-    """(row of each live piece, which piece of it, how many there are). A row has one at least, dead if it must be.
+    """(row of each live piece, index of the piece in its row, number of pieces). Every row has at least one.
 
-    The lists are as long as they may have to be, and one longer: past the last piece stands a row that is none.
+    The lists have their maximal length plus one. Past the last piece they hold a row number that no row has.
     """
     most = -(-slots // size)
     begin = jnp.minimum(first, lengths) // size
     count = jnp.maximum(-(-lengths // size) - begin, 1)
-    # Sums over a few rows, all of a fusion or two: XLA makes a chain of small operations of a cumsum and of lookups.
+    # Sums over a few rows fuse into one or two operations; of a cumsum and lookups XLA makes a chain of small ones.
     row = jnp.arange(len(lengths))
     ends = jnp.sum(jnp.where(row[:, None] >= row[None, :], count[None, :], 0), 1)
     steps = jnp.arange(len(lengths) * most + 1)
@@ -153,7 +153,7 @@ def _kernel(rows, pieces, lengths, query, block_keys, block_values, seen, *refs,
     fade, weights = jnp.exp(before - now), jnp.exp(scores - now)
     peak[...] = now
     total[...] = total[...] * fade + jnp.sum(weights, 2, keepdims=True)
-    # Dead slots hold anything, and past the cache's end lies what was on chip before: NaN times 0 is NaN.
+    # Dead slots may hold NaN, and so may on-chip memory past the cache's end: NaN times 0 is NaN.
     is_live = lax.broadcasted_iota(jnp.int32, values.shape[1:], 1) < live
     clean = jnp.where(is_live, values[0], jnp.zeros((), values.dtype))
     mixed[...] = mixed[...] * fade + _dot(weights.astype(values.dtype), clean, 1)

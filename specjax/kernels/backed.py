@@ -1,4 +1,4 @@
-"""A kernel that JAX can differentiate and map: by the plain form, which computes the same."""
+"""Makes a kernel differentiable and mappable: JAX transforms a plain form, which computes the same."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from jax.interpreters import mlir
 def on_tpu(kernel: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
     """`kernel` on TPU and `plain` elsewhere; under vmap, and when differentiated, `plain` everywhere.
 
-    Every platform's form is traced on every platform, so what transforms one has to transform both. The kernel itself
-    is traced where TPUs are lowered for, and only there: it is long, and others would wait for nothing.
+    JAX traces the forms of all platforms on every platform, so a transformation has to work on both forms. The kernel
+    itself is traced only when lowering for TPU: tracing it takes long, and other platforms do not need it.
 
-    With SPECJAX_TPU_KERNELS=0 in the environment, `plain` everywhere: a way out until the kernels have run on TPUs.
+    With SPECJAX_TPU_KERNELS=0 in the environment, `plain` everywhere: a fallback until the kernels have run on TPUs.
     """
     if os.environ.get("SPECJAX_TPU_KERNELS") == "0":
         return plain
@@ -55,7 +55,7 @@ def _run(*leaves: Any, kernel: Callable[..., Any], given: Any, avals: Any) -> li
 
 
 def _lower(ctx: mlir.LoweringRuleContext, *leaves: Any, **params: Any) -> Any:
-    # Exported for TPU and CUDA at once, this branch is lowered for both, and CUDA refuses TPU kernels.
+    # An export for TPU and CUDA together lowers this branch for both, and CUDA refuses TPU kernels.
     narrowed = ctx.replace(module_context=ctx.module_context.replace(platforms=("tpu",)), platforms=("tpu",))
     return mlir.lower_fun(functools.partial(_run, **params), multiple_results=True)(narrowed, *leaves)
 

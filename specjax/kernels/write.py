@@ -1,9 +1,9 @@
-"""The cache write on TPU: every buffer's new rows in few kernels, in place, with all copies of a row under way at once.
+"""The cache write on TPU: few kernels write the new slots of all buffers, in place; all copies of a row run together.
 
-XLA's loop over rows takes a slice and an update for each buffer, one after the other; each costs far more than its few
-kilobytes (docs/notes/tpu-estimates-leave-out-prefetched-weights.md). Here the aligned window around a row's new slots
-is fetched from each buffer, the new keys or values are laid over it, and it is sent back; while one window is worked
-on, the others travel.
+XLA's loop over rows does a slice and an update for each buffer, one after the other; each takes far longer than moving
+its few kilobytes (docs/notes/tpu-estimates-leave-out-prefetched-weights.md). Here the kernel fetches the aligned window
+around a row's new slots from each buffer, overwrites it with the new keys or values, and sends it back. While it works
+on one window, the others are being copied.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from specjax.types import Array
 
-_MOST_TOKENS = 17  # K of 16; every token is a step of the kernel, and a prompt pays for XLA's way
+_MOST_TOKENS = 17  # K = 16; every token is a step of the kernel, so prompts are left to XLA
 _MOST_BUFFERS = 32  # of one kernel
 _MOST_BYTES = 8 * 2**20  # of on-chip memory, half of what a kernel may take
 _LANES = 128  # columns of a tile
@@ -34,7 +34,7 @@ class _Kind(NamedTuple):
     window: int  # slots, enough for all new ones wherever they start
 
     def shape(self, head_dim: int) -> tuple[int, int]:
-        """Of one head's window."""
+        """The shape of one head's window."""
         return (head_dim, self.window) if self.slots_last else (self.window, head_dim)
 
 
@@ -45,7 +45,7 @@ def is_fit(buffer: Array, new: Array) -> bool:
     if not 1 <= tokens <= _MOST_TOKENS or buffer.dtype not in (jnp.float32, jnp.bfloat16):
         return False
     kind = _kind(buffer, tokens)
-    # Heads of other widths XLA lays out as it likes: a kernel would make it copy the whole cache.
+    # XLA may lay out heads of other widths differently: a kernel would make it copy the whole cache.
     is_laid_out_so = head_dim == _LANES // 2 or head_dim % _LANES == 0
     return (
         is_laid_out_so
@@ -58,7 +58,7 @@ def is_fit(buffer: Array, new: Array) -> bool:
 def write_rows(
     buffers: Sequence[Array], new: Sequence[Array], starts: Array, *, interpret: object = False
 ) -> tuple[Array, ...]:
-    """The buffers with new[i][b] in buffers[i][b] from slot starts[b] on, or from the last that leaves room.
+    """The buffers with new[i][b] written into buffers[i][b] from slot starts[b] on, or from the last one with room.
 
     Args:
       buffers: [B, H, S, D] each, all alike; in place where XLA may reuse them.
@@ -70,7 +70,7 @@ def write_rows(
     kind = _kind(buffers[0], tokens)
     count = min(_MOST_BUFFERS, _MOST_BYTES // _bytes(kind, buffers[0], tokens))
     starts = jnp.minimum(starts, buffers[0].shape[2] - tokens)
-    # In the orders that XLA keeps them in: others would be copied, layer by layer.
+    # In the axis orders that XLA uses: with others, XLA would copy the buffers of every layer.
     new = [update.astype(buffers[0].dtype) for update in new]
     if kind.slots_last:
         buffers, new = ([array.swapaxes(2, 3) for array in arrays] for arrays in (buffers, new))
@@ -90,7 +90,7 @@ def _kind(buffer: Array, tokens: int) -> _Kind:
 
 
 def _bytes(kind: _Kind, buffer: Array, tokens: int) -> int:
-    """On chip, for one buffer: a window, and the new rows of two turns, padded to tiles."""
+    """On-chip bytes of one buffer: a window, and the new slots of two turns, padded to tiles."""
     heads, head_dim, size = buffer.shape[1], buffer.shape[3], buffer.dtype.itemsize
     sublanes = _TILE_BYTES // size
     new = heads * head_dim * _LANES if kind.slots_last else tokens * -(-heads // sublanes) * sublanes * head_dim
@@ -113,7 +113,7 @@ def _call(
         windows, fetched, sent = refs[3 * count :]
         row = pl.program_id(0)
         start = starts[row]
-        # Not by division: its lowering asks which TPU is at hand, and for jax.export there is none.
+        # A mask, not a division: lowering a division asks which TPU is present, and for jax.export there is none.
         base = pl.multiple_of(jnp.minimum(start & -kind.tile, slots - kind.window), kind.tile)
         place = base + lax.broadcasted_iota(jnp.int32, windows_shape, axis - 1) - start
 
@@ -140,7 +140,7 @@ def _call(
                 laid = jnp.where(place == token, token_of(index, token), laid)
             windows[index] = laid
             send(index).start()
-        # The next row's windows use the same room.
+        # The next row's windows use the same memory.
         for index in range(count):
             send(index).wait()
 

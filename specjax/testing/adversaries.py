@@ -51,8 +51,10 @@ def adversaries(table: Array, vocab_size: int) -> list[Adversary]:
 
 @functools.cache
 def time_varying_drafter(vocab_size: int) -> Drafter:
-    """Drafts from one of the tables [n, vocab_size + 1, ..., V] that are its parameters: another in every round and at
-    every place. Of the text it looks at the last token and at its own draft only."""
+    """Drafts from its parameters, n tables [n, vocab_size + 1, ..., V]: another in every round and at every place.
+
+    Of the text it uses the last token and its own draft only.
+    """
 
     def propose(params: Array, state, context: Context, plan: DraftPlan):
         rows = context.rows
@@ -74,7 +76,7 @@ def time_varying_drafter(vocab_size: int) -> Drafter:
 
 @functools.cache
 def constant_drafter(token: int) -> Drafter:
-    """Drafts `token`, always: a one-hot distribution, which an argmax drafter has too."""
+    """Always drafts `token`, from a one-hot distribution, as an argmax drafter does."""
 
     def propose(params, state, context: Context, plan: DraftPlan):
         batch = context.rows.tokens.shape[0]

@@ -1,4 +1,4 @@
-"""A target that can be enumerated, and what every verifier with every controller must do on it."""
+"""A target whose texts can be enumerated, and the checks that every verifier with every controller must pass on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from specjax.types import Array, Controller, Drafter, Generation, PyTree, Sampli
 
 _VOCAB, _ORDER, _PROMPT = 3, 2, [1, 2]
 _MODEL = table_model(_ORDER, _VOCAB)
-# One field of each, so that all of them are rows of one batch: one program a drafter.
+# All settings have the same fields, so they can be rows of one batch: one program a drafter.
 _SETTINGS = {
     "temperature 1": Sampling(1.0, top_p=1.0, presence_penalty=0.0, frequency_penalty=0.0),
     "temperature 0.7, top-p 0.9": Sampling(0.7, top_p=0.9, presence_penalty=0.0, frequency_penalty=0.0),
@@ -41,7 +41,7 @@ def _generate(adversary: Adversary, verifier: Verifier, controller: Controller, 
 
 
 def check_greedy(adversary: Adversary, verifier: Verifier, controller: Controller) -> str:
-    """Greedy output is that of greedy decoding; what was checked, or an AssertionError."""
+    """Greedy output is that of greedy decoding. Returns what was checked; raises AssertionError."""
     prompts, lengths = jnp.array([[1, 2, 0], [2, 0, 0], [0, 1, 1]]), jnp.array([2, 1, 3])
     plain = autoregressive(_MODEL, _table(), prompts, lengths, max_new_tokens=12).new_tokens()
     out = _generate(adversary, verifier, controller, prompts, lengths, max_new_tokens=12).new_tokens()
@@ -51,7 +51,7 @@ def check_greedy(adversary: Adversary, verifier: Verifier, controller: Controlle
 
 
 def check_rows(adversary: Adversary, verifier: Verifier, controller: Controller) -> str:
-    """The same row beside one and beside another: same tokens, same rounds, same log-probabilities."""
+    """A row beside different other rows: same tokens, same rounds, same log-probabilities."""
     prompts, seeds = jnp.array([[1, 2, 0], [2, 0, 1], [0, 1, 1]]), jnp.array([4, 9, 2])
     sampling = Sampling(0.0 if verifier.greedy_only else 1.0)
 
@@ -72,7 +72,7 @@ def check_rows(adversary: Adversary, verifier: Verifier, controller: Controller)
     return f"rows keep to themselves against {adversary.name}"
 
 
-@functools.lru_cache(maxsize=8)  # of some controller's programs, not of all there ever were
+@functools.lru_cache(maxsize=8)  # so that programs of earlier controllers are freed
 def _sampled(drafter: Drafter, verifier: Verifier, controller: Controller, length: int) -> Callable[..., Array]:
     """(drafter_params, prompts, seeds, sampling) -> texts of `length` new tokens; one program for all of a drafter's
     parameters."""

@@ -1,4 +1,4 @@
-"""The contract of a Controller: whatever it decides, the output is the target's (same tokens or same distribution)."""
+"""The contract of a Controller: the output is always the target's (the same tokens or the same distribution)."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def check_controller(
     """Checks `controller` on a target that can be enumerated, with seven drafters made to break a verifier.
 
     Greedy output must equal greedy decoding. Sequences of 5 tokens at three settings are compared with their exact
-    distribution by a chi-square test: a draft length that depends on what it must not (the noise of verification, or a
-    token that is then left out) shows there. Each sequence is a batch of its own.
+    distribution by a chi-square test. The test fails if a draft length depends on the noise of verification, or on a
+    token that is then left out. Each sequence is a batch of its own.
 
     Args:
       controller: under test.

@@ -40,7 +40,7 @@ def check_drafter(
       drafter: under test.
       params: its parameters.
       target, target_params: what it drafts for; default a random table over the last token.
-      samples: rows that draw, for the comparison of what was drawn with the stated distributions; 100 or more.
+      samples: rows whose draft tokens are compared with the stated distributions; 100 or more.
       false_alarm: bound on the chance that an honest drafter fails that comparison.
 
     Returns:
@@ -132,11 +132,10 @@ def _check_shapes(bench: _Bench) -> None:
 
 
 def _check_honest(bench: _Bench, samples: int, false_alarm: float) -> None:
-    """Tokens against the distributions they are said to come from, all rows and places together, whatever those
-    distributions are.
+    """Compares draft tokens with the stated distributions, over all rows and places together.
 
-    Counted are how often one of the n most likely tokens came, for a few n, and how often each id did: each count is a
-    sum of independent draws with known probabilities, so Bernstein's inequality bounds how far it may stray.
+    It counts how often one of the n most likely tokens was drawn, for a few n, and how often each id was drawn. Each
+    count is a sum of independent draws with known probabilities, so Bernstein's inequality bounds its deviation.
     """
     draft = bench.propose(jnp.tile(bench.prompts(1), (samples, 1)), None, None, Sampling(1.0))
     tokens, width = np.asarray(draft.tokens), bench.target.vocab_size

@@ -1,4 +1,4 @@
-"""The contract of a Model: one forward over a block is as many single steps, and what is not kept leaves no trace."""
+"""The contract of a Model: a pass over a block equals single steps, and tokens that are not kept leave no trace."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def check_model(
     Args:
       model: under test.
       params: its parameters. Better float32: the comparisons are of logits.
-      tolerance: most difference of two logits that should be the same, relative to the largest of them.
+      tolerance: the largest allowed difference of two logits that should be equal, relative to the largest of them.
       key: for the ids.
       inputs: of three rows, [3, ...], for a model that takes them.
 

@@ -50,10 +50,10 @@ def check_pair(
 ) -> list[Agreement]:
     """Compares speculation with plain decoding, token for token: greedy, and sampled by the coupled verifier.
 
-    A pass over K+1 tokens and a pass over one round differently, in bfloat16 by enough to turn a near-tie the other
-    way; from there on the texts have nothing in common. So a row counts up to its first divergence, and there the two
-    tokens' scores are taken from a third pass, over the whole text at once: they may differ by four times the largest
-    rounding seen on the tokens before. In float32 hardly anything is that close.
+    A pass over K+1 tokens and a pass over one token round differently. In bfloat16 the difference can reverse a
+    near-tie, and after that the two texts have nothing in common. So each row counts up to its first divergence. There
+    a third pass, over the whole text at once, scores both tokens: the scores may differ by four times the largest
+    rounding seen on the tokens before. In float32 such near-ties are rare.
 
     Args:
       model, params: the target.

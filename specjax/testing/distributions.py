@@ -26,8 +26,9 @@ def numpy_probs(
     stop_tokens: Sequence[int] = (),
     processor: Processor | None = None,
 ) -> np.ndarray:
-    """The distribution that specjax should make of one place's logits [V], in float64, by sorting; zero where nothing
-    is left.
+    """The probabilities [V] that specjax should compute from the logits [V] of one place, in float64, by sorting.
+
+    All are zero if no token is allowed.
 
     Args:
       logits: [V], padding columns left out.
@@ -89,8 +90,8 @@ def exact_sequence_probs(
 ) -> np.ndarray:
     """The probability of every continuation of up to `length` tokens, by enumeration in float64.
 
-    The model scores all vocab_size ** (length - 1) texts in one plain forward pass, no cache behind it; what its logits
-    become is `numpy_probs`. So keep the vocabulary to a few ids.
+    The model scores all vocab_size ** (length - 1) texts in one forward pass with an empty cache, and `numpy_probs`
+    turns its logits into probabilities. So keep the vocabulary to a few ids.
 
     Args:
       model, params: of the target.
@@ -102,8 +103,8 @@ def exact_sequence_probs(
 
     Returns:
       [vocab_size] * length float64; entry [a, b, c] is the probability of emitting a, then b, then c. After a stop
-      token the other indices are 0, as `Generation.tokens` is padded. What is missing from 1 is texts that reach a
-      place where nothing is allowed.
+      token the other indices are 0, as `Generation.tokens` is padded. The sum is less than 1 if texts reach a place
+      where no token is allowed.
     """
     vocab_size, prompt = model.vocab_size, list(prompt)
     if not prompt or length < 1 or vocab_size ** (length - 1) > _MOST_TEXTS:
@@ -135,7 +136,7 @@ def exact_sequence_probs(
 
 
 def count_sequences(tokens: ArrayLike, prompt_length: int, length: int, vocab_size: int) -> np.ndarray:
-    """How often each continuation of `length` tokens came: [vocab_size] * length, from Generation.tokens [B, C]."""
+    """How often each continuation of `length` tokens occurs: [vocab_size] * length, from Generation.tokens [B, C]."""
     if (np.asarray(tokens) >= vocab_size).any():
         raise ValueError(f"tokens holds {np.max(tokens)}, outside the vocabulary 0..{vocab_size - 1}.")
     counts = np.zeros((vocab_size,) * length)

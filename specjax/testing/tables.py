@@ -1,4 +1,4 @@
-"""Models whose distribution is a small table: every sequence of theirs can be enumerated."""
+"""Models whose distribution is a small table: all their sequences can be enumerated."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specjax.types import Array, Model, Output
 
 
 class TableCache(NamedTuple):
-    """The last tokens of each row, all that a table looks at."""
+    """The last tokens of each row: a table depends on nothing else."""
 
     history: Array  # [B, order] int32, newest last; vocab_size stands for "before the text"
     lengths: Array  # [B] int32
@@ -32,7 +32,7 @@ def table_model(order: int, vocab_size: int, logits_size: int | None = None) -> 
     """A Model whose next-token logits are a table over the last `order` tokens.
 
     Its parameters are the table, [vocab_size + 1] * order + [logits_size] float32 (see `random_table`), where index
-    vocab_size stands for the time before the text. Small enough to enumerate, and tree-capable like any Model.
+    vocab_size stands for places before the text. It is small enough to enumerate, and supports trees.
 
     Args:
       order: tokens of context, 1 or more.

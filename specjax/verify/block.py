@@ -15,20 +15,20 @@ from specjax.verify.prefix import at_place, at_tokens, draft_probs, drafted
 
 @functools.cache
 def block() -> Verifier:
-    """Every emitted token follows the target's distribution exactly; on average at least as many stay as by
-    `rejection()`.
+    """Emitted tokens follow the target's distribution exactly; on average at least as many stay as with `rejection()`.
 
-    Token-level rejection forgets how likely the target finds the tokens so far. Here the running ratio
-    joint_i = min(joint_{i-1} * target(x_i) / draft(x_i), 1) says with what probability at least i tokens must stay, and
-    an unlikely token can be made good by those after it. The longest prefix i that passes its own test stays: with
-    residual_i = sum over x of max(joint_i * target(x) - draft(x), 0), the test has probability
-    residual_i / (residual_i + 1 - joint_i), and joint_i at the draft's end. The next token comes from that residual.
+    Token-level rejection tests each token by itself. Here the running ratio
+    joint_i = min(joint_{i-1} * target(x_i) / draft(x_i), 1) is the probability with which at least i tokens must stay,
+    and tokens after an unlikely token can make up for it. The longest prefix i that passes its own test stays. With
+    residual_i = sum over x of max(joint_i * target(x) - draft(x), 0), the test passes with probability
+    residual_i / (residual_i + 1 - joint_i), and with joint_i at the draft's end. The next token is drawn from that
+    residual.
 
-    Which prefix stays depends on draft tokens that are then thrown away: noise that a later round saw again would bias
-    it, hence one key per round.
+    Which prefix stays depends on draft tokens that are dropped afterwards. Noise that is used again in a later round
+    would bias the result, so every round has its own key.
 
     Source: Sun et al., "Block Verification Accelerates Speculative Decoding", arXiv:2403.10444, algorithm 2. Unlike
-    there, rows stop at their own draft length: a draft may end wherever the tokens before decide that it ends.
+    there, rows stop at their own draft length, which may depend on the draft tokens before that end.
 
     >>> from specjax.verify import block
     >>> block() is block()
@@ -58,7 +58,7 @@ def _verify(context: Context, draft: Draft, target: Target) -> Verdict:
     num_accepted = jnp.max(jnp.where(passed, jnp.arange(1, longest + 1)[None], 0), -1)
 
     probs = at_place(residual, num_accepted)
-    # No mass is left only where both distributions agree up to rounding; then either of them is right.
+    # The residual is 0 only where both distributions agree up to rounding; then the target's is as good.
     probs = jnp.where(jnp.sum(probs, -1, keepdims=True) > 0, probs, at_place(target.probs, num_accepted))
     residual_keys = noise.derive(rows.keys, Role.RESIDUAL, rows.rounds)
     return Verdict(num_accepted, sample(residual_keys, jnp.log(probs), rows.sampling))

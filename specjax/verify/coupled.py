@@ -18,11 +18,11 @@ from specjax.verify.prefix import matching
 def coupled() -> Verifier:
     """The output is that of `autoregressive` with the same seeds, token for token, at any temperature, by any drafter.
 
-    The target draws its token at each position by the Gumbel-max rule, with noise addressed by row and position alone:
-    the very noise of plain decoding. Drafters draw with it too, so close distributions choose the same token.
-    Acceptance is a little lower than that of `rejection()`, at least (1 - TV) / (1 + TV) a token where that accepts 1 -
-    TV; in return a sampled text does not change with the drafter, the draft length, or speculation itself. Equal logits
-    are needed: float32, as for greedy decoding.
+    The target draws its token at each position by the Gumbel-max rule, with noise addressed by row and position only,
+    as in plain decoding. Drafters draw with the same noise, so similar distributions choose the same token. Acceptance
+    is a little lower than with `rejection()`: at least (1 - TV) / (1 + TV) a token, where `rejection()` accepts 1 - TV.
+    In return a sampled text does not depend on the drafter, the draft length or speculation itself. This needs equal
+    logits: use float32, as for greedy decoding.
 
     Source: Daliri, Musco and Suresh, "Coupling without Communication and Drafter-Invariant Speculative Decoding",
     arXiv:2408.07978.

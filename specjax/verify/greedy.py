@@ -11,9 +11,9 @@ from specjax.verify.prefix import matching
 
 @functools.cache
 def greedy() -> Verifier:
-    """The output is that of greedy decoding, whatever the drafter; for temperature 0 only.
+    """The output is that of greedy decoding, with any drafter; for temperature 0 only.
 
-    Gives what `rejection()` gives at temperature 0, without touching a distribution.
+    The result is that of `rejection()` at temperature 0, without computing any distribution.
 
     >>> from specjax.verify import greedy
     >>> greedy().greedy_only

@@ -1,4 +1,4 @@
-"""The longest accepted prefix of a draft, and what verifiers read of its probabilities."""
+"""Helpers of verifiers: the longest accepted prefix of a draft, and the probabilities of draft tokens."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def matching(draft: Draft, wanted: Array) -> Verdict:
 
 
 def draft_probs(draft: Draft, width: int) -> Array:
-    """[B, N, V]: what each draft token was drawn from; zero where none was."""
+    """[B, N, V]: the distribution of each draft token; zero where there is no draft token."""
     probs = jax.nn.one_hot(draft.tokens, width) if draft.probs is None else by_token(draft)
     return jnp.where(drafted(draft)[..., None], probs, 0.0)
 
 
 def by_token(draft: Draft) -> Array:
-    """[B, N, V]: `draft.probs`, of which siblings may share one, for each token."""
-    assert draft.probs is not None, "a one-hot distribution is kept nowhere"
+    """[B, N, V]: the distribution of each token; in `draft.probs` siblings may share one."""
+    assert draft.probs is not None, "the draft has one-hot distributions, which are not stored"
     if draft.probs_at is None:
         return draft.probs
     at = jnp.broadcast_to(jnp.atleast_2d(draft.probs_at), draft.tokens.shape)

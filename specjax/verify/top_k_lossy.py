@@ -16,8 +16,8 @@ def top_k_lossy(k: int = 3) -> Verifier:
     """LOSSY: the output does not follow the target's distribution. Token-level rejection sampling, except that a draft
     token stays in any case if it is one of the k most likely under the target's processed distribution.
 
-    So it keeps at least what `rejection()` keeps. At temperature 0 the distribution is one-hot, and the rule is greedy
-    verification, which loses nothing.
+    So it accepts at least the tokens that `rejection()` accepts. At temperature 0 the distribution is one-hot, and the
+    rule is greedy verification, which is exact.
 
     Args:
       k: 1 or more.

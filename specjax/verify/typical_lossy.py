@@ -1,4 +1,4 @@
-"""Typical acceptance (lossy): a draft token stays where the target finds it likely enough for its own uncertainty."""
+"""Typical acceptance (lossy): a draft token stays if its target probability is above an entropy-dependent threshold."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def typical_lossy(epsilon: float = 0.3, delta: float = 0.09) -> Verifier:
     """LOSSY: the output does not follow the target's distribution. A draft token stays if its target probability
     exceeds min(epsilon, delta * exp(-entropy of the target's distribution)).
 
-    Longer accepted drafts for a text that is plausible rather than sampled. At temperature 0 the distribution is
-    one-hot, and the rule is greedy verification, which loses nothing.
+    More draft tokens are accepted, and the text is plausible but not a sample of the target. At temperature 0 the
+    distribution is one-hot, and the rule is greedy verification, which is exact.
 
     Args:
       epsilon: in (0, 1]; the probability that is always enough.

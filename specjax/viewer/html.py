@@ -1,7 +1,7 @@
-"""Text whose tokens are told apart by colour and line, as HTML for notebooks.
+"""Text as HTML for notebooks; the colour and the line of each token show where it came from.
 
-Every style is inline, so nothing leaks into the page around it. Text keeps the page's own colour and tints let its
-background through: it is readable on light and on dark ones.
+All styles are inline, so they do not affect the page around the text. Text keeps the page's own colour and the tints
+are transparent, so it is readable on light and on dark pages.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Passage(NamedTuple):
     """A prompt, and its continuation token by token."""
 
     prompt: str
-    tokens: Sequence[tuple[str, str, str]]  # text, kind, what to say when pointed at
+    tokens: Sequence[tuple[str, str, str]]  # text, kind, tooltip
     caption: str
 
 
@@ -48,11 +48,11 @@ def _passage(passage: Passage) -> str:
 def _span(text: str, kind: str, hint: str) -> str:
     tint, line, _ = _LINES[kind]
     title = f' title="{_escaped(hint)}"' if hint else ""
-    # A newline alone would leave nothing to point at.
+    # A newline alone would leave no area for the mouse.
     shown = _escaped(text).replace("\n", "↵\n")
     return f'<span style="background:{tint};border-bottom:{line}"{title}>{shown}</span>'
 
 
 def _escaped(text: str) -> str:
-    # Halves of surrogate pairs, as undecodable arguments of a command line have them, are in no encoding.
+    # Lone surrogates, which undecodable command-line arguments contain, cannot be encoded.
     return escape(text.encode(errors="replace").decode())

@@ -26,7 +26,7 @@ function make(tag, properties = {}, ...children) {
   return element;
 }
 
-// ---- Text: what cannot be seen gets a sign ----
+// ---- Text: invisible characters get a sign ----
 
 const SIGNS = { " ": "·", "\n": "↵", "\r": "␍", "\t": "⇥" };
 const UNSEEN = /([ \n\r\t]+|(?! )[\p{Zs}\p{Zl}\p{Zp}\p{Cc}\p{Cs}\p{Co}]|(?!\u200d)\p{Cf}|^\u200d$)/u;
@@ -57,7 +57,7 @@ function probability(value) {
   return value === 0 || value === 1 ? String(value) : value >= 5e-5 ? value.toFixed(4) : value.toExponential(1);
 }
 
-// ---- What stands above the rounds ----
+// ---- The facts above the rounds ----
 
 function fact(list, name, value, note) {
   list.append(make("div", {}, make("dt", {}, name), make("dd", {}, value, ...(note ? [" ", make("small", {}, note)] : []))));
@@ -259,7 +259,7 @@ function point(element) {
   drawTip(token, Number(element.parentElement.dataset.round), Number(element.dataset.column));
 }
 
-// ---- What the reader does ----
+// ---- Events ----
 
 function choose(index) {
   row = trace.rows[index];

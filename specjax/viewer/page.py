@@ -16,7 +16,7 @@ _LONGEST_TITLE = 60
 def page(trace: Trace) -> str:
     """The whole page, ASCII but for the template's own signs; write it in UTF-8.
 
-    Whatever prompts and tokens hold, tags, quotes, control characters, halves of characters, is data to the page.
+    Prompts and tokens are only data to the page, even if they hold tags, quotes, control or partial characters.
 
     >>> from specjax.viewer.trace import Trace
     >>> page(Trace([], {"note": "</script>"})).count("</script>")
@@ -29,12 +29,12 @@ def page(trace: Trace) -> str:
         "script": _file("page.js"),
         "trace": _data(trace),
     }
-    # One pass over the template: what is put in is never searched for places.
+    # One pass over the template: inserted parts are never searched for placeholders.
     return re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _file("page.html"))
 
 
 def _data(trace: Trace) -> str:
-    # No "<" of the data may end the element that holds it, or open a comment.
+    # No "<" in the data may end its script element or open a comment.
     return json.dumps(_rounded(as_json(trace)), allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
 
 

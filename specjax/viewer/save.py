@@ -18,10 +18,10 @@ def save(trace: Trace, path: str | Path) -> None:
 def writer(path: str | Path) -> Callable[[Trace], None]:
     """A function that writes the page of a trace to `path`, as often as it is called.
 
-    The page is written beside the old one and put in its place: whoever fails or is stopped leaves the old one whole.
+    The page is written to another file, which then replaces the old one: a failure leaves the old page whole.
 
     Raises:
-      ValueError: now, not when it is called, where nothing can be written there.
+      ValueError: nothing can be written there. It is raised here, and not when the returned function is called.
     """
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ValueError(f"path must be the name of a file, such as 'trace.html', got {path!r}.")

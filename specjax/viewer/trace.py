@@ -1,11 +1,11 @@
-"""A generation round by round, as text with probabilities: what the viewer shows, and plain data to make more of.
+"""A generation round by round, as text with probabilities: for the viewer, and as plain data for other uses.
 
     chunks = specjax.stream(model, params, drafter, drafter_params, *prompts)
     trace = specjax.trace.collect(chunks, prompts.ids(), tokenizer.decode)
     specjax.viewer.save(trace, "trace.html")
 
-In a notebook a `Trace` shows itself. It is NamedTuples of strings, numbers and lists all the way down: one that you
-make yourself, of edited rounds or of another system's, is shown as well.
+In a notebook a `Trace` shows itself. It consists of NamedTuples, strings, numbers and lists only: you can also show a
+trace that you make yourself, from edited rounds or from those of another system.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Kind(enum.StrEnum):
 
     ACCEPTED = "accepted"  # drafted, and kept
     REJECTED = "rejected"  # drafted, and replaced by the corrected token
-    UNUSED = "unused"  # drafted behind a rejected token, off a tree's path, or past the end of the row
+    UNUSED = "unused"  # drafted after a rejected token, off a tree's path, or past the end of the row
     CORRECTED = "corrected"  # the target's, in place of a rejected token
     BONUS = "bonus"  # the target's, after a draft that was kept whole
     FIRST = "first"  # the target's, from the prompt's own forward pass
@@ -63,10 +63,10 @@ class Token(NamedTuple):
 
 
 class TracedRound(NamedTuple):
-    """One draft, and what the target made of it."""
+    """One draft, and the target's verdict on it."""
 
     draft: list[Token]
-    target: Token | None  # the corrected or bonus token; None where the row ended on a drafted one
+    target: Token | None  # the corrected or bonus token; None where the row ended on a draft token
     text: str  # what the round added; a character belongs to the round that completed it
 
     def emitted(self) -> list[Token]:
@@ -79,13 +79,13 @@ class TracedRow(NamedTuple):
     """One prompt, its rounds and its end."""
 
     prompt: str
-    start: TracedRound  # what came with the reading of the prompt: no draft, one token; counted nowhere as a round
+    start: TracedRound  # from reading the prompt: no draft, one token; not counted as a round
     rounds: list[TracedRound]
     status: Status
 
     @property
     def text(self) -> str:
-        """What was generated."""
+        """The generated text."""
         return self.start.text + "".join(one.text for one in self.rounds)
 
     def emitted(self) -> list[Token]:
@@ -94,7 +94,7 @@ class TracedRow(NamedTuple):
 
 
 class Trace(NamedTuple):
-    """Some generations, and what they were made with."""
+    """Some generations, and their settings."""
 
     rows: list[TracedRow]
     settings: dict[str, Setting]  # shown as they are, in this order
@@ -155,7 +155,7 @@ def collect(
 def counts(rows: Sequence[TracedRow]) -> Stats:
     """What `generate` counts, from the rounds of a trace: NumPy arrays, for the functions of `specjax.stats`.
 
-    K is that of the longest draft; the rows are taken for those of one batch.
+    K is the length of the longest draft; all rows count as rows of one batch.
     """
     longest = max((len(one.draft) for row in rows for one in row.rounds), default=0)
     together = itertools.zip_longest(*(row.rounds for row in rows))
@@ -212,7 +212,7 @@ def as_json(trace: Trace) -> dict[str, Any]:
 
 
 class _RoundRecord(NamedTuple):
-    """One round of a row, as chunks tell it."""
+    """One round of a row, as chunks report it."""
 
     drafted: Drafted
     emitted: list[tuple[int, LogProb, Origin]]
@@ -231,7 +231,7 @@ def _round_records(chunk: Chunk, row: int) -> Iterator[_RoundRecord]:
 def _row(
     prompt: list[int], known: list[_RoundRecord], status: Status, decode: Decode, name: Name, stop: Sequence[str]
 ) -> TracedRow:
-    """A row once all of it is known: only then is it known which text each token completed."""
+    """A row, made when all its tokens are known: only then is it known which text each token completed."""
     emitted = [token for one in known for token in one.ids()]
     codec, finder = codec_for(decode, prompt + emitted), StopFinder(stop)
     texts = split(codec, prompt, emitted)

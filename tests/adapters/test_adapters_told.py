@@ -45,9 +45,12 @@ def test_an_init_cache_whose_arguments_cannot_be_told():
             adapters.from_linen(linen_module, variables, strategy=strategy),
         ):
             assert adapted.strategy == "uncached"
-            assert "Which arguments of its init_cache(config, n) are rows and slots can't be told" in adapted.notes[0]
+            assert (
+                "The argument names of its init_cache(config, n) do not say which are rows and slots"
+                in adapted.notes[0]
+            )
             assert "pass init_cache=lambda batch, slots: module.init_cache(...)" in adapted.describe()
-    assert "init_cache are rows and slots can't be told" in adapters.from_nnx(_NoFunction(nnx.Rngs(0))).notes[0]
+    assert "its init_cache do not say which are rows and slots" in adapters.from_nnx(_NoFunction(nnx.Rngs(0))).notes[0]
     unused = adapters.from_nnx(
         flax_modules.Stack(nnx.Rngs(0)), init_cache=lambda batch, slots: 1 / 0, strategy="uncached"
     )
@@ -55,7 +58,7 @@ def test_an_init_cache_whose_arguments_cannot_be_told():
     module = flax_modules.Untold(nnx.Rngs(0))
     told = adapters.from_nnx(module, init_cache=lambda batch, slots: module.init_cache({"rows": batch}, slots))
     assert told.strategy == "at-end"
-    with pytest.raises(ValueError, match=r"could not be called.*init_cache\(config, n\) are rows and slots"):
+    with pytest.raises(ValueError, match=r"could not be called.*init_cache\(config, n\) do not say which are rows"):
         adapters.from_nnx(_NeedsACache(nnx.Rngs(0)))
 
 

@@ -58,7 +58,7 @@ def test_a_slow_machine_is_told_what_was_left_out(small_pair):
     found = self_check.run(small_pair, lambda what: contextlib.nullcontext(), setting, budget=0.0)
     assert [finding.check for finding in found.findings] == ["greedy speculation against plain decoding, float32"]
     assert "of 1 texts" in found.findings[0].detail  # the others had no time
-    assert found.left_out == ["sampled speculation against its exact law", "time of steps and rounds"]
+    assert found.left_out == ["sampled speculation against its exact distribution", "time of steps and rounds"]
     assert (found.passed, found.pace) == (True, None)
     assert f"No time was left for: {'; '.join(found.left_out)}." in shown(doctor_display.result(found))
     assert doctor_display.as_json(problems.Report(HEALTHY, [], found))["check"]["left_out"] == found.left_out
@@ -141,4 +141,4 @@ def test_a_wrong_distribution_is_found(monkeypatch):
     lossy = specjax.verify.typical_lossy()
     monkeypatch.setattr(specjax.verify, "rejection", lambda: lossy)
     with pytest.raises(AssertionError, match=r"chi-square \d+"):
-        self_check._same_law(self_check._Clock(lambda what: contextlib.nullcontext()))
+        self_check._same_distribution(self_check._Clock(lambda what: contextlib.nullcontext()))

@@ -117,7 +117,7 @@ def test_foreign_profiles_are_told(caplog):
     with caplog.at_level(logging.WARNING, "specjax"):
         controllers.throughput(made_up(batch=2)).init(5)
     assert "this profile is of no device" in caplog.text
-    assert "5 rows, and the profile is of 2 to 2" in caplog.text
+    assert "5 rows, but the profile is of 2 to 2" in caplog.text
 
 
 def test_a_threshold_for_good_drafts_and_for_bad_ones():

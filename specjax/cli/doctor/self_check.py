@@ -143,7 +143,7 @@ def run(pair: Pair, busy: Busy, setting: Setting = SETTING, budget: float = _BUD
 
     checks = {
         "greedy speculation against plain decoding, float32": lambda: _same_tokens(wide, comparison, clock),
-        "sampled speculation against its exact law": lambda: _same_law(clock),
+        "sampled speculation against its exact distribution": lambda: _same_distribution(clock),
         "time of steps and rounds": measure,
     }
     findings, left_out = [], []
@@ -241,7 +241,7 @@ def _refuse_unless_tied(pair: Pair, text: list[int], wanted: list[int], got: lis
         )
 
 
-def _same_law(clock: _Clock) -> str:
+def _same_distribution(clock: _Clock) -> str:
     """A target small enough to enumerate, a draft model that is often wrong, and every text counted."""
     model = testing.table_model(2, 3)
     table = testing.random_table(jax.random.key(11), order=2, vocab_size=3, sharpness=1.5)
@@ -254,10 +254,10 @@ def _same_law(clock: _Clock) -> str:
         ).tokens  # fmt: skip
 
     with clock.compile("a model small enough to enumerate"):
-        law = testing.exact_sequence_probs(model, table, _PROMPT, _LENGTH, sampling=Sampling(1.0))
+        probs = testing.exact_sequence_probs(model, table, _PROMPT, _LENGTH, sampling=Sampling(1.0))
         jax.block_until_ready(draw())
     counts = testing.count_sequences(draw(), len(_PROMPT), _LENGTH, 3)
-    testing.assert_same_distribution(counts, law, false_alarm=_FALSE_ALARM)
+    testing.assert_same_distribution(counts, probs, false_alarm=_FALSE_ALARM)
     return f"{_SAMPLES:,} texts of {_LENGTH} tokens (chi-square, false alarms at most {_FALSE_ALARM:g})"
 
 
