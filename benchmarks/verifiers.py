@@ -1,4 +1,4 @@
-"""How much of a draft each verifier keeps: the shipped pair, real prompts, temperature 1, all on drafts of one distribution.
+"""How much of a draft each verifier keeps: the shipped pair, real prompts, temperature 1, one distribution of drafts.
 
     python benchmarks/verifiers.py --draft-len 3 --draft-len 5 --draft-len 8
 
