@@ -305,7 +305,7 @@ def _call(
     options: dict[str, Any],
 ) -> _Call:  # fmt: skip
     """Prompts within the model's positions, parts within the tokenizer's vocabulary, the checkpoint's stop tokens."""
-    parts.kinds(model, drafter)
+    parts.check_kinds(model, drafter)
     refuse_traced("text is made", "inside jit call specjax.generate.", (params, drafter_params, options))
     prompts = encode(tokenizer, texts, limit=model.max_positions)
     model = within_vocab(model, tokenizer)

@@ -79,7 +79,7 @@ def cached_module(
         params: PyTree, tokens: Array, cache: ModuleCache, block: ModuleBlock, *, depths: Array | None = None,
         visible: Array | None = None, logits_at: Array | None = None, hidden_layers: tuple[int, ...] = (),
     ) -> Output:  # fmt: skip
-        del hidden_layers  # parts.fit and check_model know that there are none
+        del hidden_layers  # parts.check_fit and check_model know that there are none
         batch, width = tokens.shape
         size = block.room.shape[0]
         own = cache.own if block.own is None else block.own

@@ -39,7 +39,7 @@ def advance(
     drafter_state = setup.drafter.read(params.drafter, drafter_state, context, read, result.hidden, info.num_emitted)
     info = pad_round(info, empty_round(setup, rows.lengths.shape[0]))
     state = controller.update(carry.controller_state, info)
-    parts.updated(carry.controller_state, state)
+    parts.check_updated(carry.controller_state, state)
     counts = count(carry.stats, info, took_part)
     if happened is not True:
         now = (carry.controller_state, carry.stats)
@@ -59,7 +59,7 @@ def next_draft_lengths(setup: Setup, controller_state: PyTree, rows: Rows) -> Ar
     """Draft lengths [B] of the next round. Each row leaves room for the token that verification adds."""
     most = jnp.minimum(rows.limits - rows.lengths - 1, rows.draft_limits)
     wanted = setup.controller.draft_len(controller_state, rows)
-    parts.draft_lengths(wanted, rows.lengths.shape[0])
+    parts.check_draft_lengths(wanted, rows.lengths.shape[0])
     lengths = jnp.clip(jnp.minimum(wanted, most), 0, setup.longest)
     return jnp.where(is_active(rows), lengths, 0)
 

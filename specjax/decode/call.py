@@ -37,14 +37,14 @@ def prepare(
     **options: Any,
 ) -> Call:
     """The call; see `generate` for the arguments. Raises ValueError for arguments that are wrong."""
-    parts.kinds(model, drafter, verifier, controller)
-    parts.processor(processor)
+    parts.check_kinds(model, drafter, verifier, controller)
+    parts.check_processor(processor)
     verifier, controller = verifier or verify.rejection(), controller or controllers.fixed(5)
     request = arguments.request(model, prompts, prompt_lengths, **options)
     setup = Setup(model, drafter, verifier, controller, request.capacity, processor)
-    parts.fit(setup, request.arrays.sampling)
+    parts.check_fit(setup, request.arrays.sampling)
     arrays, both = request.arrays, Params(params, drafter_params)
-    parts.controller_state(controller, controller_state, request)
-    parts.drafter_state(setup, both, arrays.prompts.shape[0], arrays.inputs, drafter_state)
+    parts.check_controller_state(controller, controller_state, request)
+    parts.check_drafter_state(setup, both, arrays.prompts.shape[0], arrays.inputs, drafter_state)
     arrays = globally(model.layout, arrays)
     return Call(setup, both, arrays, Learnt(controller_state, drafter_state))

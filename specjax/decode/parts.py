@@ -18,7 +18,7 @@ _NO_TREES = (
 )
 
 
-def kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
+def check_kinds(model: Any, drafter: Any = None, verifier: Any = None, controller: Any = None) -> None:
     """Checks the type of every part. Parts are tuples: without this check a wrong one would fail later, unclearly."""
     parts = (
         (
@@ -56,7 +56,7 @@ def _buckets(buckets: Any) -> None:
         )
 
 
-def draft_lengths(lengths: Any, batch: int) -> None:
+def check_draft_lengths(lengths: Any, batch: int) -> None:
     """Checks the draft lengths that a controller asks for, while tracing."""
     wanted, given = (batch,), jax.eval_shape(lambda: lengths)
     if given.shape != wanted or not jax.numpy.issubdtype(given.dtype, jax.numpy.integer):
@@ -66,7 +66,7 @@ def draft_lengths(lengths: Any, batch: int) -> None:
         )
 
 
-def draft(setup: Setup, made: Any) -> None:
+def check_draft(setup: Setup, made: Any) -> None:
     """Checks, while tracing, that a draft has the form that its drafter declares."""
     if not isinstance(made, Draft):
         raise ValueError(f"a Drafter's propose must return (Draft, state), got a {type(made).__name__} for the draft.")
@@ -82,7 +82,7 @@ def draft(setup: Setup, made: Any) -> None:
         raise ValueError("a Draft with probs_at needs parents: tokens of a chain have a distribution each.")
 
 
-def verdict(setup: Setup, made: Any) -> None:
+def check_verdict(setup: Setup, made: Any) -> None:
     """Checks, while tracing, the path that a verifier of trees returns."""
     if made.path is not None and (setup.drafter.num_nodes is None or made.path.shape[1] != setup.longest):
         raise ValueError(
@@ -91,7 +91,7 @@ def verdict(setup: Setup, made: Any) -> None:
         )
 
 
-def updated(before: Any, after: Any) -> None:
+def check_updated(before: Any, after: Any) -> None:
     """Checks, while tracing, that a controller's state keeps its form."""
     was, now = _form(lambda: before), _form(lambda: after)
     if was != now:
@@ -119,7 +119,7 @@ def _named(form: Any) -> Any:
     return f"a {type(form).__name__}" if hasattr(form, "_fields") else form
 
 
-def processor(rule: Any) -> None:
+def check_processor(rule: Any) -> None:
     """Checks that the caller's own rule is a function that jit can hash."""
     if rule is None:
         return
@@ -133,7 +133,7 @@ def processor(rule: Any) -> None:
         ) from None
 
 
-def fit(setup: Setup, sampling: Sampling) -> None:
+def check_fit(setup: Setup, sampling: Sampling) -> None:
     """Checks that the parts of a generation fit each other."""
     model, drafter, verifier = setup.model, setup.drafter, setup.verifier
     if drafter.vocab_size is not None and drafter.vocab_size != model.vocab_size:
@@ -156,7 +156,7 @@ def fit(setup: Setup, sampling: Sampling) -> None:
         )
 
 
-def drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: Any) -> None:
+def check_drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: Any) -> None:
     """Checks the drafter state that the caller passes on from an earlier call."""
     if state is None:
         return
@@ -178,7 +178,7 @@ def drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: 
         )
 
 
-def controller_state(controller: Controller, state: Any, request: Checked) -> None:
+def check_controller_state(controller: Controller, state: Any, request: Checked) -> None:
     """Checks the controller state that the caller passes on: of the same controller, and for as many rows."""
     if state is None:
         return

@@ -1,7 +1,8 @@
-"""One round, top to bottom: plan, draft, score, verify, emit, commit.
+"""One round, top to bottom: plan, draft, score, verify, emit, commit; and the first token, which the prompt gives.
 
-The block of a round holds the root (the row's last token) and the draft after it. W is the draft's width in this
-program: N; or a narrower width, if it holds the draft; or 0 in a plain round.
+The block of a round holds the root (the row's last token) and the draft after it. Letters in shapes: B rows, V columns
+of the logits, K the longest draft (the depth, for a tree), N draft tokens (K of a chain, all nodes of a tree), W the
+draft places that a compiled width handles: N, a smaller number that holds the draft, or 0 in a plain round.
 """
 
 from __future__ import annotations
@@ -54,11 +55,11 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
     # plan: how many tokens each row drafts, [B] in 0..K
     plan = plan_round(setup, carry)
 
-    # draft: tokens [B, N], and the distributions that they were drawn from, [B, N, V]
+    # draft: tokens [B, N], and the distributions that they were drawn from, [B, N, V]; N is 0 in a plain round
     drafted, drafter_state = propose(setup, params, carry, plan)
 
-    def judge(before: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
-        context = context_of(setup, params, rows, before.cache)
+    def score_to_commit(initial: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
+        context = context_of(setup, params, rows, initial.cache)
 
         # score: one target pass over root and draft, logits [B, W+1, V]
         scores = score(setup, params, context, draft)
@@ -66,21 +67,23 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
         # verify: the first num_accepted [B] draft tokens stay, and next_token [B] follows them
         verdict = verify(setup, context, draft, scores)
 
-        # emit: new tokens of each row [B, W+1] and its status [B], after faults, stop tokens and limits
+        # emit: new tokens of each row ([B, W+1]; [B, K+1] along a path) and its status [B], after faults, stops, limits
         emitted = emit(setup, rows, draft, scores, verdict)
 
-        # commit: the target's cache keeps the root and the accepted path
-        return commit(setup, before.cache, scores, emitted)
+        # commit: the target's cache keeps the root and all emitted tokens but the last, which is the next root
+        return commit(setup, initial.cache, scores, emitted)
 
-    # score to commit, compiled at a few widths W: the narrowest that holds the draft runs
-    result, happened = at_narrowest_width(setup, judge, _empty_result(setup, params, carry), carry.rows, drafted)
+    # These four are compiled at a few widths W; the narrowest that holds the draft runs. If every draft is empty and the
+    # controller has plain rounds, none runs: `happened` is False, and a plain round comes next.
+    initial = _initial_result(setup, params, carry)
+    result, happened = at_narrowest_width(setup, score_to_commit, initial, carry.rows, drafted)
 
-    # update rows, drafter, controller and statistics
+    # Rows, drafter, controller and statistics move on by what was emitted.
     return advance(setup, params, carry, drafter_state, result, happened)
 
 
-def _empty_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
-    """The result before the target runs: the caches as they are, and an empty round."""
+def _initial_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
+    """The result before the target runs: cache and status unchanged, and an empty round."""
     rows, batch, layers = carry.rows, carry.rows.lengths.shape[0], setup.drafter.hidden_layers
 
     def hidden(context: Context) -> tuple[Array, ...]:
@@ -89,28 +92,27 @@ def _empty_result(setup: Setup, params: Params, carry: Carry) -> RoundResult:
         return setup.model.apply(params.target, tokens, context.target_cache, block, hidden_layers=layers).hidden
 
     context = context_of(setup, params, rows, carry.target_cache)
-    return RoundResult(
-        carry.target_cache, rows.status, empty_round(setup, batch), zeros_like(hidden, context) if layers else ()
-    )
+    no_states = zeros_like(hidden, context) if layers else ()  # `hidden` never runs: its shapes are what is needed
+    return RoundResult(carry.target_cache, rows.status, empty_round(setup, batch), no_states)
 
 
 def plan_round(setup: Setup, carry: Carry) -> DraftPlan:
-    """The drafter's plan for a round."""
+    """How far each row may draft in this round, by the controller."""
     controller, state = setup.controller, carry.controller_state
-    buckets, rule = controller.buckets, controller.keep_drafting
+    buckets, rule = controller.buckets, controller.keep_drafting  # buckets: the widths that are compiled
     steps = jnp.maximum(jnp.max(carry.draft_lengths), min(buckets)) if len(buckets) > 1 else setup.longest
     keep_drafting = None if rule is None else lambda drawn, step: rule(state, drawn, step)
-    return DraftPlan(carry.draft_lengths, setup.longest, steps, min(buckets) == 0, keep_drafting)
+    return DraftPlan(carry.draft_lengths, setup.longest, steps, may_skip=min(buckets) == 0, keep_drafting=keep_drafting)
 
 
 def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
     """The drafter's draft, within the plan."""
     context = context_of(setup, params, carry.rows, carry.target_cache)
     made, state = setup.drafter.propose(params.drafter, carry.drafter_state, context, plan)
-    parts.draft(setup, made)
+    parts.check_draft(setup, made)
     if made.parents is None:
         lengths = jnp.minimum(made.lengths, plan.lengths)
-    else:
+    else:  # a tree is verified whole: its nodes are in no order that could be cut
         lengths = jnp.where(plan.lengths > 0, made.lengths, 0)
     return made._replace(lengths=lengths), state
 
@@ -139,43 +141,44 @@ class Scores(NamedTuple):
 def score(setup: Setup, params: Params, context: Context, draft: Draft) -> Scores:
     """The target's pass over the block."""
     model, batch, width = setup.model, *draft.tokens.shape
-    shape, places = tree.chain(width), {}
+    layout, places = tree.chain(width), {}
     if draft.parents is not None:
-        shape = tree.layout(draft.parents)
-        places = {"depths": shape.depths, "visible": shape.visible}
+        layout = tree.layout(draft.parents)
+        places = {"depths": layout.depths, "visible": layout.visible}
     tokens = jnp.concatenate([last_tokens(context.rows, 1), draft.tokens], 1)
     block = model.init_block(params.target, batch, width + 1)
     hidden_layers = setup.drafter.hidden_layers
     out = model.apply(params.target, tokens, context.target_cache, block, **places, hidden_layers=hidden_layers)
-    return _scores(setup, context, draft, shape, out.logits)._replace(hidden=out.hidden, block=out.block)
+    return _scores(setup, context, draft, layout, out.logits)._replace(hidden=out.hidden, block=out.block)
 
 
-def _scores(setup: Setup, context: Context, draft: Draft, shape: tree.Layout, logits: Array) -> Scores:
-    processed = context.process(logits, draft.tokens, shape.visible[..., 1:], shape.depths[:, 1:] - 1)
+def _scores(setup: Setup, context: Context, draft: Draft, layout: tree.Layout, logits: Array) -> Scores:
+    # `process` counts draft tokens, without the root: the visible ones, and how many stand before each.
+    processed = context.process(logits, draft.tokens, layout.visible[..., 1:], layout.depths[:, 1:] - 1)
     # NaN propagates through max; -inf alone is a mask, not a fault.
     is_finite = jnp.isfinite(jnp.max(without_padding(logits, setup.model.vocab_size), -1))
     has_choice = jnp.isfinite(jnp.max(processed, -1))
     fault = jnp.where(is_finite, jnp.where(has_choice, Status.ACTIVE, Status.DEAD_END), Status.NON_FINITE)
-    return Scores(logits, processed, fault, shape.depths)
+    return Scores(logits, processed, fault, layout.depths)
 
 
 def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verdict:
-    """The verifier's verdict; for rows without a draft, the token of plain decoding."""
+    """Runs the verifier; rows without a draft get the token of plain decoding."""
     rows = context.rows
     if draft.tokens.shape[1] == 0:
         return Verdict(jnp.zeros_like(draft.lengths), _plain_token(rows, scores))
-    draft = _in_columns(setup, draft, scores.processed.shape[-1])
-    # A chain is cut before the first place without a distribution, so verifiers that compute with all places at once
-    # meet no NaN. The row ends at that place, whatever is drawn there.
+    draft = _match_columns(setup, draft, scores.processed.shape[-1])
+    # A chain is cut before its first place without a distribution, because verifiers may compute with all places at
+    # once. `emit` ends the row at that place, whatever is drawn there. A tree keeps its other branches.
     is_sound = scores.fault == Status.ACTIVE
     logits = jnp.where(is_sound[..., None], scores.processed, 0.0)
     sound = draft
     if draft.parents is None:
         sound = draft._replace(lengths=jnp.minimum(draft.lengths, num_leading(is_sound)))
     verdict = setup.verifier.verify(context, sound, Target(logits, jax.nn.softmax(logits, -1)))
-    parts.verdict(setup, verdict)
-    # A row without a draft draws with the noise of plain decoding. Both draws have the same distribution, but the token
-    # must not depend on whether other rows draft; and if none does, no verifier runs.
+    parts.check_verdict(setup, verdict)
+    # Plain rounds run no verifier, so a row without a draft draws with the noise of plain decoding here too: its token
+    # must not depend on whether other rows draft.
     has_none = draft.lengths == 0
     next_token = lax.cond(
         jnp.any(has_none),
@@ -186,11 +189,12 @@ def verify(setup: Setup, context: Context, draft: Draft, scores: Scores) -> Verd
 
 
 def _plain_token(rows: Rows, scores: Scores) -> Array:
-    """The token after the root, [B] int32. Its noise is addressed by position, so any verifier can draw it again."""
+    """The token after the root, [B] int32. Its noise depends on the row's key and position alone, so the coupled
+    verifier can draw the same token."""
     return sample(noise.derive(rows.keys, Role.TARGET, rows.lengths), scores.processed[:, 0], rows.sampling)
 
 
-def _in_columns(setup: Setup, draft: Draft, width: int) -> Draft:
+def _match_columns(setup: Setup, draft: Draft, width: int) -> Draft:
     """The draft's probabilities over the target's columns: vocabularies are equal, but paddings may differ."""
     if draft.probs is None:
         return draft
@@ -207,7 +211,7 @@ class Emitted(NamedTuple):
 
 
 def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdict) -> Emitted:
-    """How many of the accepted tokens, and of the token after them, each row emits; and its status."""
+    """Decides how many of the accepted tokens and `next_token` each row emits, and the row's status after that."""
     path, drafted, logits, processed, fault = verdict.path, draft.tokens, scores.logits, scores.processed, scores.fault
     if path is not None:
         drafted, places = jnp.take_along_axis(drafted, path, 1), block_places(path)
@@ -216,7 +220,7 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
     # Tokens after a place without a distribution are not valid: tokens before it stay, and the row ends there.
     num_sound = num_leading(fault == Status.ACTIVE)
     num_accepted = jnp.minimum(verdict.num_accepted, num_sound)
-    ends = num_sound <= num_accepted
+    ends = num_sound == num_accepted
     candidates = jnp.where(
         jnp.arange(drafted.shape[1] + 1)[None] == num_accepted[:, None],
         verdict.next_token[:, None],
@@ -231,19 +235,20 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
     )
     num_emitted = decision.num_emitted
     is_drafted = jnp.arange(draft.tokens.shape[1])[None] < jnp.where(is_active(rows), draft.lengths, 0)[:, None]
-    info = Round(
+    round_ = Round(
         tokens=jnp.where(jnp.arange(candidates.shape[1])[None] < num_emitted[:, None], candidates, -1),
         num_emitted=num_emitted,
         num_accepted=jnp.minimum(num_accepted, num_emitted),
         draft_tokens=jnp.where(is_drafted, draft.tokens, -1),
         draft_lengths=jnp.max(jnp.where(is_drafted, scores.depths[:, 1:], 0), -1, initial=0),
+        # Without probabilities the draft was drawn from a one-hot distribution.
         draft_probs=jnp.ones(draft.tokens.shape) if draft.probs is None else at_tokens(by_token(draft), draft.tokens),
-        target_log_probs=_of_draft(draft, scores, setup.model.vocab_size),
+        target_log_probs=_draft_log_probs(draft, scores, setup.model.vocab_size),
         log_probs=log_probs.of_tokens(logits, processed, candidates, setup.model.vocab_size),
         at_leaf=_at_leaf(draft, is_drafted, num_accepted, path),
         path=path,
     )
-    return Emitted(info, decision.status)
+    return Emitted(round_, decision.status)
 
 
 def _at_leaf(draft: Draft, is_drafted: Array, num_accepted: Array, path: Array | None) -> Array:
@@ -254,7 +259,7 @@ def _at_leaf(draft: Draft, is_drafted: Array, num_accepted: Array, path: Array |
     return ~jnp.any(is_drafted & (jnp.atleast_2d(draft.parents) == last), -1)
 
 
-def _of_draft(draft: Draft, scores: Scores, vocab_size: int) -> LogProbs:
+def _draft_log_probs(draft: Draft, scores: Scores, vocab_size: int) -> LogProbs:
     """The target's log-probabilities [B, W] of the draft tokens, each at its parent's place."""
     logits, processed = scores.logits, scores.processed
     if draft.parents is not None:
@@ -273,7 +278,7 @@ def block_places(path: Array) -> Array:
 
 
 def commit(setup: Setup, cache: PyTree, scores: Scores, emitted: Emitted) -> RoundResult:
-    """Adds the root and the accepted path to the target's cache; the last emitted token is the next root."""
+    """Adds the root and the emitted tokens but the last to the target's cache: `num_emitted` places of the block."""
     path, hidden = emitted.round.path, scores.hidden
     places = None if path is None else block_places(path)
     if places is not None:

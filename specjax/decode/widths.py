@@ -26,16 +26,16 @@ class RoundResult(NamedTuple):
 
 
 # (result, rows, draft) -> result: scores, verifies, emits and commits the draft with the cache of the result before.
-Judge = Callable[[RoundResult, Rows, Draft], RoundResult]
+ScoreToCommit = Callable[[RoundResult, Rows, Draft], RoundResult]
 
 
 def at_narrowest_width(
-    setup: Setup, judge: Judge, empty: RoundResult, rows: Rows, draft: Draft
+    setup: Setup, score_to_commit: ScoreToCommit, initial: RoundResult, rows: Rows, draft: Draft
 ) -> tuple[RoundResult, Array | bool]:
-    """Judges the draft at the first width that holds it; no other width runs.
+    """Runs `score_to_commit` at the first width that holds the draft; no other width runs.
 
-    The second result is whether the draft was judged. An empty draft is left to a plain round, if the controller has
-    plain rounds; then the first result is `empty`. The choice of a width is a sequence of `run_if`, because XLA copies
+    The second result is whether it ran. An empty draft is left to a plain round, if the controller has plain rounds;
+    then the first result is `initial`. The choice of a width is a sequence of `run_if`, because XLA copies
     the caches into `lax.switch` and out of it again.
     """
     widest = draft.tokens.shape[1]
@@ -43,18 +43,18 @@ def at_narrowest_width(
     narrower = () if draft.parents is not None else (size for size in setup.controller.buckets if 0 < size < widest)
     widths = [*narrower, widest]
 
-    def at(width: int) -> Judge:
-        def judged(before: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
-            return pad_result(judge(before, rows, _first_places(draft, width)), empty)
+    def at(width: int) -> ScoreToCommit:
+        def run(before: RoundResult, rows: Rows, draft: Draft) -> RoundResult:
+            return pad_result(score_to_commit(before, rows, _first_places(draft, width)), initial)
 
-        return judged
+        return run
 
     has_plain_rounds = min(setup.controller.buckets) == 0 and widest > 0
     if len(widths) == 1 and not has_plain_rounds:
-        return judge(empty, rows, draft), True
+        return score_to_commit(initial, rows, draft), True
     needed = jnp.max(jnp.where(is_active(rows), draft.lengths, 0))
     chosen = jnp.searchsorted(jnp.asarray(widths, jnp.int32), needed, method="compare_all")
-    result = empty
+    result = initial
     for index, width in enumerate(widths):
         # Only changed arrays are carried: XLA copies a carried buffer that is read before the loop and after it.
         is_next = (chosen == index) & (needed > 0) if has_plain_rounds else chosen == index

@@ -76,7 +76,7 @@ def profile(
     >>> len(found.costs[0].rounds)
     3
     """
-    parts.kinds(model, drafter, verifier)
+    parts.check_kinds(model, drafter, verifier)
     repeats, longest = integers.static(repeats, "repeats"), longest_draft(longest, "longest")
     refuse_traced("profile runs", "call it outside jit.", (params, drafter_params))
     named = up_to(longest) if buckets is None else buckets
@@ -92,7 +92,7 @@ def profile(
             "name shorter ones."
         )
     setup = Setup(model, drafter, verifier or verify.rejection(), forced(chosen), max(contexts))
-    parts.fit(setup, sampling)
+    parts.check_fit(setup, sampling)
     setting = {
         "batch_sizes": list(batch_sizes), "contexts": list(contexts), "buckets": list(chosen),
         "sampling": str(sampling), "verifier": _name(setup.verifier.verify), "drafter": _name(drafter.propose),

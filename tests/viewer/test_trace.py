@@ -199,7 +199,7 @@ def test_generate_pays_nothing(monkeypatch, buckets):
         return Counter(operations), costs["flops"], costs["bytes accessed"]
 
     whole = program()
-    monkeypatch.setattr(round, "_of_draft", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
+    monkeypatch.setattr(round, "_draft_log_probs", lambda draft, *_: LogProbs(*[jnp.zeros(draft.tokens.shape)] * 2))
     monkeypatch.setattr(round, "at_tokens", lambda probs, tokens: jnp.zeros(tokens.shape))
     assert program() == whole
 
