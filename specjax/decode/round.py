@@ -73,8 +73,8 @@ def play_round(setup: Setup, params: Params, carry: Carry, propose: Propose) -> 
         # commit: the target's cache keeps the root and all emitted tokens but the last, which is the next root
         return commit(setup, initial.cache, scores, emitted)
 
-    # These four are compiled at a few widths W, and the narrowest that holds the draft runs. If all drafts are empty and
-    # the controller has plain rounds, none runs: `happened` is False, and a plain round comes next.
+    # These four are compiled at a few widths W, and the narrowest that holds the draft runs. If all drafts are empty
+    # and the controller has plain rounds, none runs: `happened` is False, and a plain round comes next.
     initial = _initial_result(setup, params, carry)
     result, happened = at_narrowest_width(setup, score_to_commit, initial, carry.rows, drafted)
 
