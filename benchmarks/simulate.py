@@ -80,8 +80,8 @@ def main(
         for name, lengths in _drafts(kept).items()
         if name in (draft or [name])
     ]
-    for machine, (rounds, catch_up) in MACHINES.items():
-        profile = _profile(rounds, catch_up[0])
+    for machine, (rounds, extra) in MACHINES.items():
+        profile = _profile(rounds, extra[0])
         for name, lengths in cases:
             for rows in batch:
                 if "batch" in machine and not machine.endswith(f"batch {rows}"):
@@ -92,8 +92,8 @@ def main(
                 costs = [plain, *fixed]
                 best = int(np.argmin(costs))
                 adaptive = controllers.throughput(profile)
-                carried, mean = _cost(adaptive, lengths, rows, rounds, catch_up, carry=True)
-                anew, _ = _cost(adaptive, lengths, rows, rounds, catch_up)
+                carried, mean = _cost(adaptive, lengths, rows, rounds, extra, carry=True)
+                anew, _ = _cost(adaptive, lengths, rows, rounds, extra)
                 heuristic, _ = _cost(controllers.additive(LONGEST), lengths, rows, rounds)
                 over_best.append((carried / costs[best], anew / costs[best], heuristic / costs[best]))
                 over_plain.append((carried / plain, anew / plain, heuristic / plain))
@@ -146,13 +146,13 @@ def _profile(rounds: tuple[float, ...], change: float) -> Profile:
 
 
 def _cost(
-    controller: Controller, kept: np.ndarray, batch: int, rounds, catch_up=(0.0, 0.0), carry: bool = False
+    controller: Controller, kept: np.ndarray, batch: int, rounds, extra=(0.0, 0.0), carry: bool = False
 ) -> tuple[float, float]:
     """Plain steps that all texts take, the second time they are seen if what was learnt is carried; the mean K."""
     state, found = controller.init(batch), []
     places = range(0, len(kept) - batch + 1, batch)
     for at in [*places, *places] if carry else places:
-        given = (kept[at : at + batch], jnp.asarray(rounds), jnp.asarray(catch_up))
+        given = (kept[at : at + batch], jnp.asarray(rounds), jnp.asarray(extra))
         after, counts = _text(controller, state, *given)
         state = controller.begin(after) if carry and controller.begin is not None else controller.init(batch)
         found.append(np.asarray(counts, np.float64))
@@ -161,7 +161,7 @@ def _cost(
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _text(controller: Controller, state, kept, rounds, catch_up):
+def _text(controller: Controller, state, kept, rounds, extra):
     """One batch of texts: the controller's state after it, and (plain steps, draft tokens a row, rounds)."""
     batch, most = kept.shape
 
@@ -178,7 +178,7 @@ def _text(controller: Controller, state, kept, rounds, catch_up):
         })  # fmt: skip
         # The change is paid where drafts end: a text that drafts all along does not pay it.
         ends = (longest == 0) & (idle == 0) & (found[2] > 0)
-        late = jnp.where(ends, catch_up[0], jnp.where((longest > 0) & (idle > 0), catch_up[1] * idle, 0.0))
+        late = jnp.where(ends, extra[0], jnp.where((longest > 0) & (idle > 0), extra[1] * idle, 0.0))
         found = found + jnp.asarray([rounds[longest] + late, longest, 1.0])
         return controller.update(state, info), done + emitted, jnp.where(longest > 0, 0, idle + 1), found
 

@@ -24,7 +24,7 @@ class Costs(NamedTuple):
     plain: float  # one autoregressive step
     rounds: tuple[float, ...]  # [K+1]: a whole round with a draft of 0, 1, ..., K tokens; 0 is a plain step inside it
     drafts: tuple[float, ...]  # [K+1]: of that, the drafting
-    change: float  # what a draft after a round without one costs on top, going back to such rounds included
+    change: float  # what drafts between rounds without one cost on top, once each time that drafts end
 
     def in_steps(self) -> tuple[float, ...]:
         """[K+1]: rounds, in plain steps."""
@@ -108,9 +108,12 @@ def from_json(data: Mapping[str, Any]) -> Profile:
     >>> from_json(Profile("chip", (0, 1), (costs,)).as_json()).at(1, 64) == costs
     True
     """
+    known = data.get("format", FORMAT) if isinstance(data, Mapping) else FORMAT
+    if known != FORMAT:
+        raise ValueError(
+            f"this profile has format {known!r}, this version reads {FORMAT}: measure it again by specjax.profile."
+        )
     try:
-        if data["format"] != FORMAT:
-            raise ValueError(f"its format is {data['format']}, this version reads {FORMAT}")
         costs = tuple(
             Costs(
                 int(c["batch"]), int(c["context"]), float(c["plain"]), tuple(map(float, c["rounds"])),

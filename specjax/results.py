@@ -31,8 +31,9 @@ class Stats(NamedTuple):
     tested: Array  # [B, K] int32, how often it was tested: every draft token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
     by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row, which sets a round's cost
-    switches: Array  # [B] int32, changes between rounds with a draft and rounds in which no row had one; the first
-    # round counts as a change where it has none
+    # [B] int32, changes between rounds in which some row had a draft and rounds in which none had; a first round with a
+    # draft counts as a change. Every second one ends drafts.
+    switches: Array
 
 
 class Generation(NamedTuple):

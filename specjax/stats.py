@@ -59,7 +59,7 @@ BUSY = "this machine is busy: no verdict"
 class Split(NamedTuple):
     """The seconds of a generation by kind of work, from a profile; without reading the prompts."""
 
-    drafting: float  # catching up after rounds without a draft included
+    drafting: float  # going to drafts and back included
     verification: float  # the target's passes over drafts, acceptance, and the rest of such rounds
     plain: float  # rounds without a draft
 
@@ -141,7 +141,7 @@ def time_split(stats: Stats, profile: Profile, *, context: float) -> Split:
     last = int(np.argmax(stats.rounds))  # the last row to end took part in every round
     of_batch = by_longest[last]
     drafting = float(sum(count * seconds for count, seconds in zip(of_batch, costs.drafts, strict=False)))
-    drafting += float(stats.switches[last] // 2) * costs.change
+    drafting += max(float(stats.switches[last]), 0.0) / 2 * costs.change  # every second one ends drafts
     verifying = zip(of_batch[1:], costs.verification()[1:], strict=False)
     verification = float(sum(count * seconds for count, seconds in verifying))
     return Split(drafting, verification, float(of_batch[0]) * costs.rounds[0])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -166,16 +165,15 @@ def run_in_turn(batch: Batch, shown: float) -> Timed:
         took, tokens = _seconds(batch.plain, limit)
         return Timed(shown, took, [(took, shown)], tokens)
     batch.warm_up_calls()
-    jobs = {way: functools.partial(_seconds, way, limit) for way in (batch.plain, batch.speculate)}
-    began = time.perf_counter()
+    jobs = {"plain": lambda: _seconds(batch.plain, limit), "speculative": lambda: _seconds(batch.speculate, limit)}
     timed = in_turn(jobs, 1)
-    if time.perf_counter() - began <= _PATIENCE:
+    if sum(results[0][0] for results in timed.values()) <= _PATIENCE:
         # XLA readies each branch when it first runs, for up to 0.1 s: in a short turn that is most of the time.
-        began = time.perf_counter()
-        timed = in_turn(jobs, MOST_RUNS, enough=lambda turns: time.perf_counter() - began > _PATIENCE)
+        over = time.perf_counter() + _PATIENCE
+        timed = in_turn(jobs, MOST_RUNS, enough=lambda turns: time.perf_counter() > over)
     plain, speculative = ([seconds for seconds, _ in timed[way]] for way in jobs)
     turns = list(zip(plain, speculative, strict=True))
-    return Timed(statistics.median(speculative), statistics.median(plain), turns, timed[batch.plain][0][1])
+    return Timed(statistics.median(speculative), statistics.median(plain), turns, timed["plain"][0][1])
 
 
 def _seconds(run: Callable[[int], Generation], limit: int) -> tuple[float, list[list[int]]]:

@@ -21,7 +21,7 @@ _FADE = 24.0  # tokens: how long a row's acceptance is remembered; a text has ea
 _PAIR = 256.0  # tested tokens a row: how long the pair's mean is remembered; this is some texts
 _SHRINK = 2.0  # tested tokens: weight of the pair's mean in a row's estimate, and of the prior in the mean
 _WAIT = 24  # rounds: the fewest from one probe to the next
-_LOSS = 24.0  # plain steps: the most that drafts may lose; earlier gains may pay for as many again
+_LOSS = 24.0  # plain steps: the most that drafts may lose; earlier gains may pay for up to twice as many more
 
 
 class ThroughputState(NamedTuple):

@@ -68,7 +68,7 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
     """The counts after the round, by depth."""
     place = jnp.arange(stats.by_longest.shape[1])[None]
     longest = jnp.max(info.draft_lengths)
-    was_plain = stats.switches % 2 == 1  # as the start counts as a round with a draft
+    was_plain = stats.switches % 2 == 0  # as the start counts as a round without a draft
     was_drafted = place[:, :-1] < info.draft_lengths[:, None]
     # The draft token after the accepted ones was tested too, if a token was emitted in its place.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]

@@ -86,10 +86,10 @@ def profile(
     _check_counts(batch_sizes, "batch_sizes, rows at once,", "(1, 4)")
     _check_counts(contexts, "contexts, tokens in the cache,", "(64, 1024)")
     most = model.max_positions
-    if most is not None and max(contexts) + longest >= most:
+    if most is not None and max(contexts) + 2 * (longest + 1) >= most:
         raise ValueError(
-            f"contexts go up to {max(contexts)}, and with drafts of {longest} the target has places for {most} tokens: "
-            "name shorter ones."
+            f"contexts go up to {max(contexts)}, and two rounds of {longest + 1} tokens are timed after them, but the "
+            f"target has places for {most} tokens: name shorter ones."
         )
     setup = Setup(model, drafter, verifier or verify.rejection(), forced(chosen), max(contexts))
     parts.check_fit(setup, sampling)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import operator
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from specjax.decode.plain import plain_setup
 from specjax.decode.round import draft, plan_round
 from specjax.decode.start import no_counts
 from specjax.decode.state import Carry, Learnt
-from specjax.profiling.paired_timing import in_turn, paired_ratio
+from specjax.profiling.paired_timing import in_turn
 from specjax.types import Array, Controller, Params, Rows, Sampling, Setup
 
 _TOKENS = 96  # emitted at most in a timed loop: the context stays near the one that is asked for
@@ -61,10 +62,6 @@ def _orders(size: int, without: int = 0, drafts: int = 1) -> _Orders:
     return _Orders(*(jnp.int32(value) for value in (size, without, without + drafts, 0)))
 
 
-def _told(carry: Carry, *orders: int) -> Carry:
-    return carry._replace(controller_state=_orders(*orders))
-
-
 class _Job(NamedTuple):
     run: Callable[..., Any]  # one of those below
     carry: Carry
@@ -77,18 +74,24 @@ class Bench:
     def __init__(self, setup: Setup, params: Params, sampling: Sampling, batch: int):
         """`setup.capacity` is the longest text in the cache that will be asked for."""
         self.params, self.sampling, self.batch = params, sampling, batch
-        longest = setup.longest
-        grown = (self._rounds(k) * (k + 1) for k in range(longest + 1))
-        self.middling = (longest + 1) // 2  # to draft between rounds without
-        mixed = _CHANGES * (_PLAIN + _DRAFTS * (self.middling + 1))
-        capacity = setup.capacity + 2 + max(*grown, mixed)
+        grown = (min(max(_TOKENS // (k + 1), _FEWEST), _MOST) * (k + 1) for k in range(setup.longest + 1))
+        self.middling = (setup.longest + 1) // 2  # to draft between rounds without
+        self.mixed = _PLAIN + _DRAFTS * (self.middling + 1)  # tokens from one change to the next, at most
+        capacity = setup.capacity + 2 + max(*grown, _CHANGES * self.mixed)
         if setup.model.max_positions is not None:
             capacity = min(capacity, setup.model.max_positions)
         self.setup = setup._replace(capacity=capacity)
 
-    @staticmethod
-    def _rounds(draft_len: int) -> int:
-        return min(max(_TOKENS // (draft_len + 1), _FEWEST), _MOST)
+    def _room(self, context: int) -> int:
+        """Tokens that a row may emit in a loop: past that it ends, and the loop's last rounds would be empty."""
+        return self.setup.capacity - context - 1
+
+    def _rounds(self, draft_len: int, room: int) -> int:
+        return min(max(_TOKENS // (draft_len + 1), _FEWEST), _MOST, room // (draft_len + 1))
+
+    def _told(self, carry: Carry, *orders: int) -> Carry:
+        told = _orders(*orders)
+        return carry._replace(controller_state=told, draft_lengths=next_draft_lengths(self.setup, told, carry.rows))
 
     def _opened(self, context: int) -> Carry:
         model, capacity = self.setup.model, self.setup.capacity
@@ -105,10 +108,18 @@ class Bench:
             jax.block_until_ready(self._call(loop, carry, 1))
 
     def time(self, context: int, repeats: int) -> Costs:
-        """Medians over `repeats` turns of what each job takes in plain steps of the same turn."""
-        buckets, longest = self.setup.controller.buckets, self.setup.longest
+        """Medians over `repeats` turns of what each job takes in plain steps of the same turn.
+
+        A target with `max_positions` needs room for two rounds of K + 1 tokens past the context.
+        """
+        buckets, longest, room = self.setup.controller.buckets, self.setup.longest, self._room(context)
         carry = self._opened(context)
-        plain, middle = self._in_steps(_Job(_steps, carry, _MOST), self._jobs(carry), repeats)
+        step = _Job(_steps, carry, min(_MOST, room))
+        jobs, changes = self._jobs(carry, room), min(_CHANGES, room // self.mixed)
+        names = list(jobs)
+        groups = [{name: jobs[name] for name in names[at : at + _GROUP]} for at in range(0, len(names), _GROUP)]
+        plain, ratios = self._in_steps(step, [*groups, self._mixed(carry, changes)], repeats)
+        middle = {name: statistics.median(values) for name, values in ratios.items()}
         # A wider round costs no less: where noise says so, both cost their mean. And none costs less than a plain step.
         widths = _never_falling([middle["round", k] for k in buckets])
         middle |= {("round", k): max(steps, 1.0) for k, steps in zip(buckets, widths, strict=True)}
@@ -119,33 +130,41 @@ class Bench:
             bucket = holding(buckets, k)
             rounds.append(middle["round", bucket] - (drafts[bucket] - drafts[k]))
         drafts = map(min, drafts, rounds)
-        more = middle["changes", _CHANGES] - middle["changes", 1]
-        change = max(more * (_CHANGES * (_PLAIN + _DRAFTS) - 1) / (_CHANGES - 1), 0.0)
+        change = 0.0
+        if changes > 1:
+            more = statistics.median(map(operator.sub, ratios["changes", changes], ratios["changes", 1]))
+            change = max(more * (changes * (_PLAIN + _DRAFTS) - 1) / (changes - 1), 0.0)
         rounds, drafts = (tuple(plain * steps for steps in found) for found in (rounds, drafts))
         return Costs(self.batch, context, plain, rounds, drafts, plain * change)
 
-    def _jobs(self, carry: Carry) -> dict[tuple[str, int], _Job]:
+    def _jobs(self, carry: Carry, room: int) -> dict[tuple[str, int], _Job]:
         buckets, longest = self.setup.controller.buckets, self.setup.longest
-        jobs = {("round", k): _Job(_rounds, _told(carry, k), self._rounds(k)) for k in buckets}
-        jobs |= {("draft", k): _Job(_drafts, _told(carry, k), _MOST) for k in {1, longest}}
-        # The same rounds in two orders, with many changes and with one.
-        for changes in (_CHANGES, 1):
-            orders = (self.middling, _CHANGES * _PLAIN // changes, _CHANGES * _DRAFTS // changes)
-            jobs["changes", changes] = _Job(_rounds, _told(carry, *orders), _CHANGES * (_PLAIN + _DRAFTS))
+        jobs = {("round", k): _Job(_rounds, self._told(carry, k), self._rounds(k, room)) for k in buckets}
+        jobs |= {("draft", k): _Job(_drafts, self._told(carry, k), _MOST) for k in {1, longest}}
+        return jobs
+
+    def _mixed(self, carry: Carry, changes: int) -> dict[tuple[str, int], _Job]:
+        """The same rounds in two orders, with so many changes and with one."""
+        jobs = {}
+        for number in {changes, 1} if changes > 1 else ():
+            orders = (self.middling, changes * _PLAIN // number, changes * _DRAFTS // number)
+            jobs["changes", number] = _Job(_rounds, self._told(carry, *orders), changes * (_PLAIN + _DRAFTS))
         return jobs
 
     def _in_steps(
-        self, step: _Job, jobs: dict[tuple[str, int], _Job], repeats: int
-    ) -> tuple[float, dict[tuple[str, int], float]]:
-        """Seconds of a plain step, and how many plain steps each other job takes; a step is timed with every few."""
+        self, step: _Job, groups: list[dict[tuple[str, int], _Job]], repeats: int
+    ) -> tuple[float, dict[tuple[str, int], list[float]]]:
+        """Seconds of a plain step; and how many plain steps each job takes, turn by turn.
+
+        A plain step is timed with each group of jobs in each turn, so that a slow minute slows both.
+        """
         plain: list[float] = []
-        ratios: dict[tuple[str, int], float] = {}
-        names = list(jobs)
-        for group in (names[at : at + _GROUP] for at in range(0, len(names), _GROUP)):
-            chosen = {None: step, **{name: jobs[name] for name in group}}
-            timed = in_turn({name: functools.partial(self._seconds, *job) for name, job in chosen.items()}, repeats)
+        ratios: dict[tuple[str, int], list[float]] = {}
+        for group in groups:
+            jobs = {None: step, **group}
+            timed = in_turn({name: functools.partial(self._seconds, *job) for name, job in jobs.items()}, repeats)
             plain += timed[None]
-            ratios |= {name: paired_ratio(timed[name], timed[None]) for name in group}
+            ratios |= {name: list(map(operator.truediv, timed[name], timed[None])) for name in group}
         return statistics.median(plain), ratios
 
     def _seconds(self, run: Callable[..., Any], carry: Carry, count: int) -> float:

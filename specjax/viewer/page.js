@@ -9,7 +9,7 @@ const SPARE = 12; // rounds kept above and below what is seen
 const KINDS = {
   accepted: "drafted and kept",
   rejected: "drafted, not kept",
-  unused: "behind a rejected one",
+  unused: "after a rejected one",
   corrected: "the target’s, for a rejected one",
   bonus: "the target’s, after a whole draft",
   first: "from the prompt",

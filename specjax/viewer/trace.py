@@ -185,8 +185,8 @@ def counts(rows: Sequence[TracedRow]) -> Stats:
 
 
 def _switches(lengths: Sequence[int]) -> int:
-    """Changes between zeros and other lengths; the start counts as another length."""
-    kinds = [True, *map(bool, lengths)]
+    """Changes between zeros and other lengths; the start counts as a zero."""
+    kinds = [False, *map(bool, lengths)]
     return sum(before != after for before, after in itertools.pairwise(kinds))
 
 

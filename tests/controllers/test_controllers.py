@@ -49,9 +49,7 @@ def _pair(name):
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name != "fixed"])
-@pytest.mark.parametrize(
-    "rule", ["rejection", "block"]
-)  # with coupled() tests/testing/test_contract.py knows each token
+@pytest.mark.parametrize("rule", ["rejection", "block"])  # test_contract.py knows every token of coupled()
 def test_sampled_output_follows_the_distribution(rule, name):
     """Catches a draft length that leaks: from the token that ends a draft, from noise that verification will use, or in
     block verification from where the draft ends. Whole sequences over up to 4 rounds against seven adversaries;
@@ -296,8 +294,9 @@ def test_statistics_tell_what_was_paid_for():
     turns = "".join(
         "-" if size == 0 else "d" for size in ([0, 0, 3, 1, 0, 2, 0, 0, 0, 0, 0, 3] * 9)[: longest_row.sum()]
     )
-    assert counted.switches[last] == len(re.findall("-+|(?<=-)d", turns))
-    late = len(re.findall("-(?=d)", turns)) * 0.5
+    switches = len(re.findall("d+|(?<=d)-", turns))
+    assert counted.switches[last] == switches
+    late = switches / 2 * 0.5
     assert split.total == pytest.approx(longest_row @ [1.0, 1.5, 2.0, 3.0] + late)
     assert split.plain == longest_row[0]
     assert split.drafting == pytest.approx(longest_row @ [0.0, 0.05, 0.1, 0.15] + late)

@@ -46,7 +46,7 @@ def test_settings_of_sampling_say_where_they_belong(call):
 
 @pytest.mark.parametrize("prompts", [["def fib(n):"], ["a", "bc"], "text"])
 def test_text_is_no_prompt(prompts):
-    """Catches a complaint of dtype <U11."""
+    """Catches a message about dtype <U11."""
     with pytest.raises(ValueError, match=r"got text: .*text\.encode.*text\.generate_text"):
         specjax.generate(*PAIR, prompts)
 

@@ -48,20 +48,21 @@ def test_a_profile_is_measured_once_and_kept(tmp_path, monkeypatch):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+def _seconds_by_count(bench, run, state, count):
+    if run is not timed_loops._rounds:
+        return 1.0 if run is timed_loops._steps else 0.1
+    total = {}
+    for rounds in (1, count):
+        counted = jax.device_get(bench._call(run, state, rounds).stats)
+        assert counted.rounds.tolist() == [rounds]
+        by_longest = counted.by_longest[0]
+        total[rounds] = float(by_longest @ (1 + np.arange(len(by_longest)) / 2) + 2 * (counted.switches[0] // 2))
+    return (total[count] - total[1]) / (count - 1)
+
+
 def test_what_going_to_drafts_and_back_costs_is_found(monkeypatch):
-    """Catches changes that are counted wrong: by a made-up clock a round takes 1 + K/2, and beginning again 2."""
-
-    def seconds(bench, run, state, count):
-        if run is not timed_loops._rounds:
-            return 1.0 if run is timed_loops._steps else 0.1
-        total = {}
-        for rounds in (1, count):
-            counted = jax.device_get(bench._call(run, state, rounds).stats)
-            assert counted.rounds.tolist() == [rounds]
-            total[rounds] = float(np.dot(counted.by_longest[0], [1.0, 1.5, 2.0, 2.5]) + 2 * (counted.switches[0] // 2))
-        return (total[count] - total[1]) / (count - 1)
-
-    monkeypatch.setattr(timed_loops.Bench, "_seconds", seconds)
+    """Catches changes that are counted wrong: by a made-up clock a round takes 1 + K/2, and ending drafts 2."""
+    monkeypatch.setattr(timed_loops.Bench, "_seconds", _seconds_by_count)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=1).costs
     assert found.in_steps() == pytest.approx((1.0, 1.5, 2.0, 2.5))
     assert found.change == pytest.approx(2.0)
@@ -81,16 +82,30 @@ def test_a_slow_minute_is_not_compared_with_a_fast_one(monkeypatch):
     calls = []
 
     def seconds(bench, run, state, count):
-        turn = len(calls) // 4 % 3  # in each turn a plain step and three jobs, of which there are eight; three turns
+        # Three groups, of three jobs, of three and of two, each with a plain step: three turns of each.
+        group = len(calls) // 12
+        turn = (len(calls) - 12 * group) // (4, 4, 3)[group]
         calls.append(run)
         hiccup = 10.0 if turn == 1 and run is timed_loops._rounds else 1.0
-        return (turn + 1) * hiccup
+        return (turn + 1) * (group + 1) * hiccup
 
     monkeypatch.setattr(timed_loops.Bench, "_seconds", seconds)
     (found,) = specjax.profile(*PAIR, longest=3, repeats=3).costs
     assert (len(calls), calls.count(timed_loops._steps)) == (3 * 11, 3 * 3)
-    assert found.plain == 2.0
-    assert found.rounds[0] == 2.0
+    assert found.plain == 3.0  # the median of 1, 2, 3 times 1, 2, 3
+    assert found.rounds == (3.0,) * 4
+    assert found.change == 0.0
+
+
+@pytest.mark.parametrize(("positions", "change"), [(None, 2.0), (64, 2.0), (34, 0.0)])
+def test_loops_end_before_the_positions_do(positions, change, monkeypatch):
+    """Catches rounds that are timed although their rows had ended: by the clock above, with rows that have little room.
+    Where not even two changes have room, none is measured."""
+    monkeypatch.setattr(timed_loops.Bench, "_seconds", _seconds_by_count)
+    model = MODEL._replace(max_positions=positions)
+    (found,) = specjax.profile(model, *PAIR[1:], longest=5, repeats=1, contexts=(20,)).costs
+    assert found.in_steps() == pytest.approx((1.0, 1.5, 2.0, 2.5, 3.5, 3.5))
+    assert found.change == pytest.approx(change)
 
 
 @pytest.mark.parametrize(

@@ -96,25 +96,37 @@ def test_edits_that_change_a_row_without_a_draft_are_caught(monkeypatch):
     _all_caught(monkeypatch, _scores_and_tokens_are_plain_ones, edits)
 
 
-def test_a_chunk_of_which_nothing_is_a_rows_is_caught():
-    """A drafter that repeats the last token it was given to read: wrong where a row's prompt ended in an earlier chunk,
-    which neither the output nor a row beside others shows."""
+def test_chunks_that_are_read_wrong_are_caught():
+    """A drafter that takes the end of an empty chunk for the row's last token, and one that forgets earlier chunks:
+    neither the output nor a row beside others shows it."""
 
-    def repeats(last):
+    def repeats(remember):
         def read(params, state, context, tokens, hidden, keep):
-            return last(state, jnp.take_along_axis(tokens, jnp.maximum(keep - 1, 0)[:, None], 1)[:, 0], keep)
+            last = jnp.take_along_axis(tokens, jnp.maximum(keep - 1, 0)[:, None], 1)[:, 0]
+            return remember(state, last, keep)
 
         def propose(params, state, context, plan):
-            return specjax.Draft(jnp.repeat(state[:, None], plan.longest, 1), plan.lengths, probs=None), state
+            tokens = jnp.repeat(state.sum(-1, keepdims=True) % VOCAB, plan.longest, 1)
+            return specjax.Draft(tokens, plan.lengths, probs=None), state
 
-        return specjax.Drafter(propose, init=lambda params, batch, **sizes: jnp.zeros((batch,), jnp.int32), read=read)
+        return specjax.Drafter(propose, init=lambda params, batch, **sizes: jnp.zeros((batch, 2), jnp.int32), read=read)
 
-    right = repeats(lambda state, token, keep: jnp.where(keep > 0, token, state))
-    testing.check_drafter(right, (), target=MODEL, target_params=TABLE, samples=100)
-    with pytest.raises(AssertionError, match="chunks of 3 and 512"):
-        testing.check_drafter(
-            repeats(lambda state, token, keep: token), (), target=MODEL, target_params=TABLE, samples=100
-        )
+    def right(state, last, keep):  # the last token, and how many there are
+        return jnp.stack([jnp.where(keep > 0, last, state[:, 0]), state[:, 1] + keep], 1)
+
+    def takes_padding(state, last, keep):
+        return jnp.stack([last, state[:, 1] + keep], 1)
+
+    def forgets(state, last, keep):
+        return jnp.stack([jnp.where(keep > 0, last, state[:, 0]), keep], 1)
+
+    def check(remember):
+        testing.check_drafter(repeats(remember), (), target=MODEL, target_params=TABLE, samples=100)
+
+    check(right)
+    for wrong in (takes_padding, forgets):
+        with pytest.raises(AssertionError, match="chunks of 3 and 512"):
+            check(wrong)
 
 
 @pytest.mark.parametrize("rule", ["rejection", "block"])

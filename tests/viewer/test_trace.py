@@ -166,14 +166,14 @@ def test_a_token_of_a_tree_is_judged_after_its_parent(controller):
     chunks = list(specjax.stream(*given, **options, sampling=specjax.Sampling(0.0)))
     plain = specjax.autoregressive(MODEL, TABLE, PROMPTS, LENGTHS, max_new_tokens=20).new_tokens()
     assert [[token for chunk in chunks for token in chunk.tokens[row]] for row in range(3)] == plain
-    probs = np.asarray(jax.nn.log_softmax(TABLE, -1))
+    log_probs = np.asarray(jax.nn.log_softmax(TABLE, -1))
     written = [[*ids, *chunks[0].tokens[row]] for row, ids in enumerate(IDS)]
     paths = set()
     for chunk in chunks[1:]:
         for row, ended in enumerate(written):
             for drafted in filter(lambda one: one.tokens, chunk.rounds[row]):
                 before = [ended[-1] if parent < 0 else drafted.tokens[parent] for parent in parents.tolist()]
-                wanted = [probs[previous, token] for previous, token in zip(before, drafted.tokens, strict=False)]
+                wanted = [log_probs[previous, token] for previous, token in zip(before, drafted.tokens, strict=False)]
                 np.testing.assert_allclose([score.raw for score in drafted.target], wanted, atol=1e-5)
                 kept = [drafted.tokens[place] for place in drafted.accepted]
                 assert kept == chunk.tokens[row][: len(kept)]

@@ -197,10 +197,10 @@ def _in_float32(pair: Pair) -> Pair:
     if floating_dtype(pair) == jnp.float32:
         return pair
 
-    def widened(loaded):
+    def in_float32(loaded):
         return loaded._replace(params=jax.tree.map(lambda leaf: leaf.astype(jnp.float32), loaded.params))
 
-    return pair._replace(target=widened(pair.target), draft=widened(pair.draft))
+    return pair._replace(target=in_float32(pair.target), draft=in_float32(pair.draft))
 
 
 def _same_tokens(pair: Pair, comparison: Comparison, clock: _Clock) -> str:
