@@ -260,6 +260,8 @@ class Drafter(NamedTuple):
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
     num_nodes: Callable[[int], int] | None = None  # (K) -> N, of a drafter of trees; None: chains, N = K
     learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> part to keep after a call, `Generation.drafter_state`
+    # Whether drafts are often empty: then a round in which no row has one is a plain step, with every controller.
+    may_find_nothing: bool = False
 
 
 class Verifier(NamedTuple):
@@ -311,6 +313,11 @@ class Setup(NamedTuple):
     def num_nodes(self) -> int:
         """N."""
         return self.longest if self.drafter.num_nodes is None else self.drafter.num_nodes(self.longest)
+
+    @property
+    def has_plain_rounds(self) -> bool:
+        """Whether the loop has rounds without a draft."""
+        return min(self.controller.buckets) == 0 or self.drafter.may_find_nothing
 
     @property
     def slots(self) -> int:

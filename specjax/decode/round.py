@@ -102,7 +102,9 @@ def plan_round(setup: Setup, carry: Carry) -> DraftPlan:
     buckets, rule = controller.buckets, controller.keep_drafting  # buckets: the widths that are compiled
     steps = jnp.maximum(jnp.max(carry.draft_lengths), min(buckets)) if len(buckets) > 1 else setup.longest
     keep_drafting = None if rule is None else lambda drawn, step: rule(state, drawn, step)
-    return DraftPlan(carry.draft_lengths, setup.longest, steps, may_skip=min(buckets) == 0, keep_drafting=keep_drafting)
+    return DraftPlan(
+        carry.draft_lengths, setup.longest, steps, may_skip=setup.has_plain_rounds, keep_drafting=keep_drafting
+    )
 
 
 def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:

@@ -49,7 +49,7 @@ def at_narrowest_width(
 
         return run
 
-    has_plain_rounds = min(setup.controller.buckets) == 0 and widest > 0
+    has_plain_rounds = setup.has_plain_rounds and widest > 0
     if len(widths) == 1 and not has_plain_rounds:
         return score_to_commit(initial, rows, draft), True
     needed = jnp.max(jnp.where(is_active(rows), draft.lengths, 0))

@@ -2,5 +2,6 @@
 
 from specjax.drafters.draft_model import draft_model
 from specjax.drafters.draw import draw
+from specjax.drafters.prompt_lookup import prompt_lookup
 
-__all__ = ["draft_model", "draw"]
+__all__ = ["draft_model", "draw", "prompt_lookup"]
