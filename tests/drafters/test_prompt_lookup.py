@@ -117,8 +117,8 @@ def test_a_round_without_a_match_is_a_plain_step():
 
 
 def test_a_search_costs_what_the_text_is_long():
-    """Catches a search over the whole buffer, and one that leaves the device: in the compiled loop nothing but the writing
-    of new tokens makes whole numbers or truth values of the size of the buffer, which holds 60,010 tokens a row."""
+    """Catches a search over the whole buffer, and one that leaves the device: in the compiled loop only the
+    writing of new tokens makes integers or truth values of the size of the buffer, which holds 60,010 tokens a row."""
     model, params = tiny.model("llama")
     drafter, prompts = drafters.prompt_lookup(), jnp.ones((2, 5), jnp.int32)
     lowered = lowering.lowered(model, params, drafter, (), prompts, None, 60_000, controller=controllers.fixed(4))
