@@ -259,7 +259,8 @@ class Drafter(NamedTuple):
     vocab_size: int | None = None  # None where any vocabulary will do
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
     num_nodes: Callable[[int], int] | None = None  # (K) -> N, of a drafter of trees; None: chains, N = K
-    learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> part to keep after a call, `Generation.drafter_state`
+    # (state, rows) -> what to keep after a call, `Generation.drafter_state`
+    learnt: Callable[[PyTree, Rows], PyTree] | None = None
     # Whether drafts are often empty: then a round in which no row has one is a plain step, with every controller.
     may_find_nothing: bool = False
 

@@ -9,6 +9,7 @@ from jax import lax
 
 from specjax.types import Array
 
+END = -1  # after each text of a store; no token
 _CHUNK = 512  # places that are compared at once; a search ends with the chunk in which every row has found enough
 
 
@@ -93,3 +94,21 @@ def continuations(tokens: Array, lengths: Array, places: Array, longest: int) ->
     at = places[..., None] + jnp.arange(longest)[None, None] % period[..., None]
     batch, count, _ = at.shape
     return jnp.take_along_axis(tokens, at.reshape(batch, -1), 1).reshape(batch, count, longest)
+
+
+def most_frequent(following: Array, counts: Array) -> Array:
+    """[B, K] int32: step by step the token that most of the continuations [B, M, K] have which agree so far.
+
+    Only those that count [B, M] are asked. Of equally frequent tokens the first one's is taken. END, which is -1, is
+    chosen only if there is nothing else, and from then on.
+    """
+
+    def step(agree: Array, tokens: Array) -> tuple[Array, Array]:
+        agree = agree & (tokens != END)
+        votes = jnp.sum(agree[:, None, :] & (tokens[:, None, :] == tokens[:, :, None]), -1)
+        chosen = jnp.argmax(jnp.where(agree, votes, 0), -1)
+        token = jnp.where(jnp.any(agree, -1, keepdims=True), jnp.take_along_axis(tokens, chosen[:, None], 1), END)
+        return agree & (tokens == token), token[:, 0]
+
+    _, drafted = lax.scan(step, counts, jnp.moveaxis(following, 2, 0))
+    return drafted.T

@@ -6,11 +6,10 @@ import functools
 from typing import Literal
 
 import jax.numpy as jnp
-from jax import lax
 
 from specjax import integers
-from specjax.drafters.matches import continuations, find_matches
-from specjax.types import Array, Context, Draft, Drafter, DraftPlan, PyTree
+from specjax.drafters.matches import continuations, find_matches, most_frequent
+from specjax.types import Context, Draft, Drafter, DraftPlan, PyTree
 
 _MOST = 64  # tokens that are compared
 _CANDIDATES = 16  # recent matches that "frequent" counts
@@ -68,23 +67,7 @@ def _prompt_lookup(n_min: int, n_max: int, pick: str) -> Drafter:
         if pick == "recent":
             tokens = following[:, 0]
         else:
-            tokens = _most_frequent(following, matches.sizes == matches.sizes[:, :1])
+            tokens = most_frequent(following, matches.sizes == matches.sizes[:, :1])
         return Draft(tokens, jnp.where(matches.sizes[:, 0] > 0, plan.lengths, 0), None), state
 
     return Drafter(propose, may_find_nothing=True)
-
-
-def _most_frequent(following: Array, counts: Array) -> Array:
-    """[B, K] int32: step by step the token that most of the continuations [B, M, K] have which agree so far.
-
-    Only those that count [B, M] are asked; of equally frequent tokens the first one's is taken.
-    """
-
-    def step(agree: Array, tokens: Array) -> tuple[Array, Array]:
-        votes = jnp.sum(agree[:, None, :] & (tokens[:, None, :] == tokens[:, :, None]), -1)
-        chosen = jnp.argmax(jnp.where(agree, votes, 0), -1)
-        token = jnp.take_along_axis(tokens, chosen[:, None], 1)
-        return agree & (tokens == token), token[:, 0]
-
-    _, drafted = lax.scan(step, counts, jnp.moveaxis(following, 2, 0))
-    return drafted.T

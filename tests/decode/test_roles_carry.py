@@ -176,7 +176,7 @@ def _bigrams() -> Drafter:
         found = jnp.sum(jnp.cumprod((tokens >= 0).astype(jnp.int32), 1), 1)
         return Draft(jnp.maximum(tokens, 0), jnp.minimum(found, plan.lengths), None), state
 
-    return Drafter(propose, init, read, learnt=lambda state: state[0])
+    return Drafter(propose, init, read, learnt=lambda state, rows: state[0])
 
 
 def test_a_drafter_that_learns_goes_on_in_the_next_call():
