@@ -85,6 +85,7 @@ def _suffix_store(n_min: int, how: str, recent: int, vocab_size: int | None) -> 
         return StoreState(sort_on_device(tokens, params.texts.depth) if recent else None, probs)
 
     def learnt(state: StoreState, rows: Rows) -> Array:
+        assert state.recent is not None, "there is nothing to learn with recent=0"
         return append_texts(state.recent.tokens, rows.tokens, rows.lengths)
 
     def propose(params: Store, state: StoreState, context: Context, plan: DraftPlan) -> tuple[Draft, StoreState]:
@@ -99,7 +100,7 @@ def _suffix_store(n_min: int, how: str, recent: int, vocab_size: int | None) -> 
                 jnp.where(is_newer.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
                 for new, old in zip(other, (sizes, following, is_asked), strict=True)
             )
-        if how == "mode":
+        if state.probs is None:
             tokens, probs = most_frequent(following, is_asked), None
         else:
             tokens, probs = _draw(context, state.probs, following, is_asked)
