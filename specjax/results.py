@@ -31,6 +31,8 @@ class Stats(NamedTuple):
     tested: Array  # [B, K] int32, how often it was tested: every draft token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
     by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row, which sets a round's cost
+    drafted_by: Array  # [B, S] int32, tokens drafted by each of `Drafter.names`; S is 1 but for combined drafters
+    accepted_by: Array  # [B, S] int32, how many of those were accepted and emitted
     switches: Array  # [B] int32, changes between rounds with a draft and rounds in which no row had one; the first
     # round counts as a change where it has none
 

@@ -158,6 +158,7 @@ class Draft(NamedTuple):
     parents: Array | None = None  # [N] or [B, N] int32: index of the parent token, -1 the root; None: a chain
     # [N] or [B, N] int32: where in `probs`, then [B, M, V], each token's distribution stands. Siblings share one.
     probs_at: Array | None = None
+    source: Array | None = None  # [B] int32, which of `Drafter.names` the row's draft is by; None: there is only one
 
 
 class Drawn(NamedTuple):
@@ -215,6 +216,7 @@ class Round(NamedTuple):
     target_log_probs: LogProbs  # [B, N] each, the target's scores of the draft tokens; arbitrary past the draft
     log_probs: LogProbs  # [B, K+1] each, of the emitted tokens; arbitrary past num_emitted
     at_leaf: Array  # [B] bool: no draft token follows the accepted ones, so the target's token is a bonus token
+    source: Array | None = None  # [B] int32, which of `Drafter.names` drafted; -1 for no draft; None: there is only one
     path: Array | None = None  # [B, K] int32, for a tree
 
 
@@ -263,6 +265,12 @@ class Drafter(NamedTuple):
     learnt: Callable[[PyTree, Rows], PyTree] | None = None
     # Whether drafts are often empty: then a round in which no row has one is a plain step, with every controller.
     may_find_nothing: bool = False
+    names: tuple[str, ...] = (
+        "drafter",
+    )  # who may have drafted, for statistics and traces; `Draft.source` says who did
+    # (state, keep) -> state, for a drafter that can read accepted tokens later, at its next `propose`, from the rows'
+    # text: called in place of `read` where another drafter's tokens were accepted. None: `read` must be called.
+    defer: Callable[[PyTree, Array], PyTree] | None = None
 
 
 class Verifier(NamedTuple):

@@ -248,6 +248,7 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
         target_log_probs=_draft_log_probs(draft, scores, setup.model.vocab_size),
         log_probs=log_probs.of_tokens(logits, processed, candidates, setup.model.vocab_size),
         at_leaf=_at_leaf(draft, is_drafted, num_accepted, path),
+        source=None if draft.source is None else jnp.where(is_active(rows) & (draft.lengths > 0), draft.source, -1),
         path=path,
     )
     return Emitted(round_, decision.status)

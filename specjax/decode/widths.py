@@ -77,6 +77,7 @@ def empty_round(setup: Setup, batch: int) -> Round:
         target_log_probs=LogProbs(unscored, unscored),
         log_probs=LogProbs(emitted, emitted),
         at_leaf=none > 0,
+        source=None if len(setup.drafter.names) == 1 else none - 1,
         path=None if setup.drafter.num_nodes is None else jnp.zeros((batch, longest), jnp.int32),
     )
 
@@ -99,6 +100,7 @@ def pad_round(narrow: Round, like: Round) -> Round:
         draft_probs=_pad(narrow.draft_probs, like.draft_probs, 0.0),
         target_log_probs=both(narrow.target_log_probs, like.target_log_probs),
         log_probs=both(narrow.log_probs, like.log_probs),
+        source=like.source if narrow.source is None else narrow.source,
         path=like.path if narrow.path is None else narrow.path,
     )
 

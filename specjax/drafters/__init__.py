@@ -2,8 +2,9 @@
 
 from specjax.drafters.draft_model import draft_model
 from specjax.drafters.draw import draw
+from specjax.drafters.first_of import first_of
 from specjax.drafters.prompt_lookup import prompt_lookup
 from specjax.drafters.store import Store
 from specjax.drafters.suffix_store import suffix_store
 
-__all__ = ["Store", "draft_model", "draw", "prompt_lookup", "suffix_store"]
+__all__ = ["Store", "draft_model", "draw", "first_of", "prompt_lookup", "suffix_store"]

@@ -70,4 +70,4 @@ def _prompt_lookup(n_min: int, n_max: int, pick: str) -> Drafter:
             tokens = most_frequent(following, matches.sizes == matches.sizes[:, :1])
         return Draft(tokens, jnp.where(matches.sizes[:, 0] > 0, plan.lengths, 0), None), state
 
-    return Drafter(propose, may_find_nothing=True)
+    return Drafter(propose, may_find_nothing=True, names=("prompt_lookup",))

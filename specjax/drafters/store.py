@@ -60,7 +60,10 @@ class Store:
     def add(self, texts: Iterable[ArrayLike]) -> Store:
         """A store of the same size with newer texts; where they do not fit, the oldest tokens are dropped."""
         return Store.build(
-            [*map(np.asarray, self.unpack()), *texts], size=self.texts.size, depth=self.texts.depth, tokenizer=self.tokenizer
+            [*map(np.asarray, self.unpack()), *texts],
+            size=self.texts.size,
+            depth=self.texts.depth,
+            tokenizer=self.tokenizer,
         )
 
     def unpack(self) -> list[list[int]]:

@@ -109,7 +109,14 @@ def _suffix_store(n_min: int, how: str, recent: int, vocab_size: int | None) -> 
         lengths = jnp.where(sizes > 0, jnp.minimum(found, plan.lengths), 0)
         return Draft(jnp.maximum(tokens, 0), lengths, probs), state
 
-    return Drafter(propose, init, vocab_size=vocab_size, may_find_nothing=True, learnt=learnt if recent else None)
+    return Drafter(
+        propose,
+        init,
+        vocab_size=vocab_size,
+        may_find_nothing=True,
+        names=("suffix_store",),
+        learnt=learnt if recent else None,
+    )
 
 
 def _look_up(texts: SortedTexts, suffix: Array, n_min: int, longest: int) -> tuple[Array, Array, Array]:
