@@ -41,7 +41,7 @@ def first_of(*drafters: Drafter) -> Drafter:
         raise ValueError(f"first_of takes two or more Drafters, got ({said}): call their makers.")
     if any(each.num_nodes is not None for each in drafters):
         raise ValueError("first_of combines drafters of chains, and one of these drafts trees.")
-    sizes = {each.vocab_size for each in drafters} - {None}
+    sizes = {each.vocab_size for each in drafters if each.vocab_size is not None}
     if len(sizes) > 1:
         raise ValueError(f"these drafters are for different vocabularies, of {sorted(sizes)} ids.")
     return _first_of(drafters)
@@ -127,7 +127,7 @@ def _merge(drafts: list[Draft], offsets: list[int]) -> tuple[Draft, Array]:
         tokens = jnp.where(takes[:, None], made.tokens, tokens)
         lengths = jnp.where(takes, made.lengths, lengths)
         source = jnp.where(takes, offset + (0 if made.source is None else made.source), source)
-        if wide is not None:
+        if probs is not None and wide is not None:
             own = jax.nn.one_hot(made.tokens, wide.shape[-1]) if made.probs is None else made.probs
             probs = jnp.where(takes[:, None, None], own, probs)
     return Draft(tokens, lengths, probs, source=source), source

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -171,3 +174,38 @@ def test_bad_arguments_say_what_is_wrong(given, said):
     """Catches an argument that fails deep inside."""
     with pytest.raises(ValueError, match=said):
         drafters.suffix_store(**given)
+
+
+def test_a_saved_store_is_the_same_and_the_old_one_stays_until_then(tmp_path, monkeypatch):
+    """Catches numbers lost on the way, a save that removes the old store first, and folders that are something else."""
+    first, second = (drafters.Store.build(_texts(20, seed=seed), depth=4, tokenizer="t") for seed in (1, 2))
+    drafters.save_store(first, tmp_path / "store")
+    loaded = drafters.load_store(tmp_path / "store")
+    assert loaded.tokenizer == "t"
+    assert jax.tree.structure(loaded) == jax.tree.structure(first)
+    assert all((a == b).all() for a, b in zip(jax.tree.leaves(loaded), jax.tree.leaves(first), strict=True))
+
+    killed = f"""if True:
+        import os
+        from orbax.checkpoint._src.path import atomicity
+        from specjax import drafters
+        for name in ("AtomicRenameTemporaryPath", "CommitFileTemporaryPath"):
+            async def finalize(*_, **__): os._exit(9)
+            setattr(getattr(atomicity, name), "finalize", finalize)
+        drafters.save_store(drafters.load_store({str(tmp_path / "store")!r}), {str(tmp_path / "store")!r})
+    """
+    done = subprocess.run([sys.executable, "-c", killed], capture_output=True, text=True, check=False)
+    assert done.returncode == 9, done.stderr
+    assert jax.tree.leaves(drafters.load_store(tmp_path / "store"))[0].tolist() == first.texts.tokens.tolist()
+    drafters.save_store(second, tmp_path / "store")
+    assert jax.tree.leaves(drafters.load_store(tmp_path / "store"))[0].tolist() == second.texts.tokens.tolist()
+
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"empty is no store, or a damaged one \(it holds no finished store\)"):
+        drafters.load_store(tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match="none is no folder: build a store"):
+        drafters.load_store(tmp_path / "none")
+    about = next((tmp_path / "store").rglob("about/metadata"))
+    about.write_text(about.read_text().replace('"tokens": ', '"tokens": 1'))
+    with pytest.raises(ValueError, match="its tokens are not those that were written"):
+        drafters.load_store(tmp_path / "store")
