@@ -63,6 +63,21 @@ class Profile(NamedTuple):
         """The measured ones, ascending."""
         return sorted({costs.context for costs in self.costs})
 
+    def warn_unless_here(self, batch: int) -> None:
+        """Logs a warning, while tracing, where the profile is of another device, or not of as many rows as `batch`."""
+        here = jax.devices()[0].device_kind
+        if self.device != here:
+            _log.warning(
+                "this profile is of %s, but this device is %s: measure a profile here with specjax.profile",
+                self.device, here,
+            )  # fmt: skip
+        measured = sorted({found.batch for found in self.costs})
+        if not measured[0] <= batch <= measured[-1]:
+            _log.warning(
+                "%d rows, but the profile is of %d to %d: costs of the nearest are used; profile with "
+                "batch_sizes=(%d,)", batch, measured[0], measured[-1], batch,
+            )  # fmt: skip
+
     def as_json(self) -> dict[str, Any]:
         """Plain data; `from_json` reads it."""
         costs = [{**c._asdict(), "rounds": list(c.rounds), "drafts": list(c.drafts)} for c in self.costs]
@@ -159,22 +174,6 @@ def check(profile: Profile) -> None:
             raise ValueError(f"{where} hold numbers that are not finite.")
         if min(costs.plain, *costs.rounds) <= 0:
             raise ValueError(f"{where} hold a time of 0 or less.")
-
-
-def warn_where_measured_elsewhere(profile: Profile, batch: int) -> None:
-    """Logs a warning, while tracing, where the profile is of another device, or of fewer or more rows than `batch`."""
-    here = jax.devices()[0].device_kind
-    if profile.device != here:
-        _log.warning(
-            "this profile is of %s, but this device is %s: measure a profile here with specjax.profile",
-            profile.device, here,
-        )  # fmt: skip
-    measured = sorted({found.batch for found in profile.costs})
-    if not measured[0] <= batch <= measured[-1]:
-        _log.warning(
-            "%d rows, but the profile is of %d to %d: costs of the nearest are used; profile with batch_sizes=(%d,)",
-            batch, measured[0], measured[-1], batch,
-        )  # fmt: skip
 
 
 def _along(parts: list[Costs], axis: str, value: float) -> Costs:

@@ -74,7 +74,7 @@ def _throughput(profile: Profile, prior: float) -> Controller:
     sizes = np.arange(profile.longest + 1)
 
     def init(batch: int) -> ThroughputState:
-        costs.warn_where_measured_elsewhere(profile, batch)
+        profile.warn_unless_here(batch)
         none, zero = jnp.zeros((batch,), jnp.float32), jnp.int32(0)
         mean = (jnp.float32(_SHRINK), jnp.float32(_SHRINK * prior))
         counts = (jnp.int32(_WAIT), zero, zero, zero, jnp.zeros((batch,), jnp.int32))

@@ -100,7 +100,7 @@ def test_a_pair_that_disappoints_at_first_gets_another_chance():
     after it, where a probe is dear. 40 runs; in nine of ten more than half of the rounds of the sixth to eighth text
     after it draft."""
     rng = np.random.default_rng(6)
-    controller = controllers.throughput(profile((1.0, 1.7, 2.0, 2.2), catch_up=(0.8, 0.014)))
+    controller = controllers.throughput(profile((1.0, 1.7, 2.0, 2.2), change=0.8))
     turn, drafted = _turn(controller), []
     for _ in range(40):
         state, taken = controller.init(1), []

@@ -100,7 +100,7 @@ def test_the_wrong_kind_of_part():
     """Catches an AttributeError from deep inside where a model was passed as loaded, or a maker was not called."""
     draft = models.random(GPT2, jax.random.key(0))
     for changes, message in (
-        ({"model": draft}, r"pass `\.model`"),
+        ({"model": draft}, r"pass the `\.model`"),
         ({"drafter": MODEL}, "drafters.draft_model"),
         ({"drafter": specjax.drafters.draft_model}, "drafters.draft_model"),
         ({"verifier": specjax.verify.rejection}, r"verify\.rejection\(\)"),

@@ -55,7 +55,7 @@ def test_ragged_batches_equal_plain_decoding(draft_len):
     assert _speculate(draft_len, 8) == _plain()
 
 
-@pytest.mark.parametrize("draft_len", range(1, 9))
+@pytest.mark.parametrize("draft_len", [1, 4, 8])
 def test_single_rows_equal_plain_decoding(draft_len):
     """The same prompts one at a time: identical as well, so batching changes nothing either."""
     assert _speculate(draft_len, 1) == _plain()

@@ -50,7 +50,7 @@ def test_a_trace_counts_breaks():
     for ours, wanted in zip(counted, whole.stats, strict=True):
         np.testing.assert_array_equal(ours, wanted)
     assert counted.switches.max() >= 4
-    assert (counted.by_longest[:, 0] > counted.switches).any()  # rounds without a draft that follow one another
+    assert (counted.by_longest[:, 0] > (counted.switches + 1) // 2).any()  # rounds without a draft, one after another
 
 
 @pytest.mark.parametrize(

@@ -61,9 +61,9 @@ def test_rows_have_noise_of_their_own(way, implementation):
 def test_the_exactness_suite_under_other_implementations(implementation):
     """Catches a bias that comes from the caller's keys, or from a default that programs for TPUs often set. Sequences
     of 4 tokens in up to 3 rounds, 7 adversaries, 3 settings, K = 1 and 3: 42 chi-square tests of 4,000 sequences each
-    for every rule, false alarms 1e-6 a test."""
+    for both rules, false alarms 1e-6 a test. The coupled rule is above, token by token."""
     with jax.default_prng_impl(implementation):
-        for rule in (verify.rejection(), verify.block(), verify.coupled()):
+        for rule in (verify.rejection(), verify.block()):
             assert len(testing.check_verifier(rule, samples=4000)) == 56
         table = testing.random_table(jax.random.key(11), order=2, vocab_size=4, sharpness=1.5)
         model, prompts = testing.table_model(2, 4), jnp.tile(jnp.array([[1, 2]]), (20_000, 1))
