@@ -31,6 +31,8 @@ class Stats(NamedTuple):
     tested: Array  # [B, K] int32, how often it was tested: every draft token before it had been accepted
     accepted: Array  # [B, K] int32, how often it was accepted and emitted
     by_longest: Array  # [B, K+1] int32, the row's rounds by the longest draft of any row, which sets a round's cost
+    drafted_by: Array  # [B, S] int32, tokens drafted by each of `Drafter.names`; S is 1 but for combined drafters
+    accepted_by: Array  # [B, S] int32, how many of those were accepted and emitted
     # [B] int32, changes between rounds in which some row had a draft and rounds in which none had; a first round with a
     # draft counts as a change. Every second one ends drafts.
     switches: Array

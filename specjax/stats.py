@@ -72,8 +72,8 @@ class Split(NamedTuple):
 def zeros(batch: int, draft_len: int) -> Stats:
     """Counts of zero, as NumPy arrays."""
     none, by_position = np.zeros((batch,), np.int32), np.zeros((batch, draft_len), np.int32)
-    by_longest = np.zeros((batch, draft_len + 1), np.int32)
-    return Stats(none, none, by_position, by_position, by_position, by_longest, none)  # type: ignore[arg-type]
+    by_longest, by_source = np.zeros((batch, draft_len + 1), np.int32), np.zeros((batch, 1), np.int32)
+    return Stats(none, none, by_position, by_position, by_position, by_longest, by_source, by_source, none)  # type: ignore[arg-type]
 
 
 def acceptance_rate(stats: Stats) -> float:

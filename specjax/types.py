@@ -158,6 +158,7 @@ class Draft(NamedTuple):
     parents: Array | None = None  # [N] or [B, N] int32: index of the parent token, -1 the root; None: a chain
     # [N] or [B, N] int32: where in `probs`, then [B, M, V], each token's distribution stands. Siblings share one.
     probs_at: Array | None = None
+    source: Array | None = None  # [B] int32, which of `Drafter.names` the row's draft is by; None: there is only one
 
 
 class Drawn(NamedTuple):
@@ -215,6 +216,7 @@ class Round(NamedTuple):
     target_log_probs: LogProbs  # [B, N] each, the target's scores of the draft tokens; arbitrary past the draft
     log_probs: LogProbs  # [B, K+1] each, of the emitted tokens; arbitrary past num_emitted
     at_leaf: Array  # [B] bool: no draft token follows the accepted ones, so the target's token is a bonus token
+    source: Array | None = None  # [B] int32, which of `Drafter.names` drafted; -1 for no draft; None: there is only one
     path: Array | None = None  # [B, K] int32, for a tree
 
 
@@ -259,7 +261,16 @@ class Drafter(NamedTuple):
     vocab_size: int | None = None  # None where any vocabulary will do
     hidden_layers: tuple[int, ...] = ()  # the target's layers whose hidden states it asks for
     num_nodes: Callable[[int], int] | None = None  # (K) -> N, of a drafter of trees; None: chains, N = K
-    learnt: Callable[[PyTree], PyTree] | None = None  # (state) -> part to keep after a call, `Generation.drafter_state`
+    # (state, rows) -> what to keep after a call, `Generation.drafter_state`
+    learnt: Callable[[PyTree, Rows], PyTree] | None = None
+    # Whether drafts are often empty: then a round in which no row has one is a plain step, with every controller.
+    may_find_nothing: bool = False
+    names: tuple[str, ...] = (
+        "drafter",
+    )  # who may have drafted, for statistics and traces; `Draft.source` says who did
+    # (state, keep) -> state, for a drafter that can read accepted tokens later, at its next `propose`, from the rows'
+    # text: called in place of `read` where another drafter's tokens were accepted. None: `read` must be called.
+    defer: Callable[[PyTree, Array], PyTree] | None = None
 
 
 class Verifier(NamedTuple):
@@ -311,6 +322,11 @@ class Setup(NamedTuple):
     def num_nodes(self) -> int:
         """N."""
         return self.longest if self.drafter.num_nodes is None else self.drafter.num_nodes(self.longest)
+
+    @property
+    def has_plain_rounds(self) -> bool:
+        """Whether the loop has rounds without a draft."""
+        return min(self.controller.buckets) == 0 or self.drafter.may_find_nothing
 
     @property
     def slots(self) -> int:

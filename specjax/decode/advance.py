@@ -73,6 +73,8 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
     # The draft token after the accepted ones was tested too, if a token was emitted in its place.
     num_tested = jnp.minimum(info.num_accepted + 1, info.num_emitted)[:, None]
     took_part = was_active.astype(jnp.int32)
+    source = jnp.zeros_like(longest)[None] if info.source is None else info.source
+    is_source = source[:, None] == jnp.arange(stats.drafted_by.shape[1])[None]
     return Stats(
         rounds=stats.rounds + took_part,
         emitted=stats.emitted + info.num_emitted,
@@ -80,5 +82,7 @@ def count(stats: Stats, info: Round, was_active: Array) -> Stats:
         tested=stats.tested + ((place[:, :-1] < num_tested) & was_drafted).astype(jnp.int32),
         accepted=stats.accepted + (place[:, :-1] < info.num_accepted[:, None]).astype(jnp.int32),
         by_longest=stats.by_longest + jnp.where(place == longest, took_part[:, None], 0),
+        drafted_by=stats.drafted_by + jnp.where(is_source, info.draft_lengths[:, None], 0),
+        accepted_by=stats.accepted_by + jnp.where(is_source, info.num_accepted[:, None], 0),
         switches=stats.switches + (was_active & (was_plain != (longest == 0))).astype(jnp.int32),
     )

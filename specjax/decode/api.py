@@ -203,6 +203,6 @@ def result(setup: Setup, carry: Carry, pad_token: Array | int) -> Generation:
     learns = setup.drafter.learnt
     out = Generation(
         tokens, rows.lengths, prompt_lengths, rows.status, scored, carry.stats, carry.controller_state,
-        () if learns is None else learns(carry.drafter_state),
+        () if learns is None else learns(carry.drafter_state, rows),
     )  # fmt: skip
     return constrain(setup.model.layout, out)  # whole on every device, so that each process of a pod can read it

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from specjax import controllers, verify
 from specjax.decode import arguments, parts
 from specjax.decode.arguments import Request
+from specjax.decode.start import open_request
 from specjax.decode.state import Learnt
 from specjax.sharding import globally
 from specjax.types import Controller, Drafter, Model, Params, Processor, PyTree, Setup, Verifier
@@ -45,6 +47,7 @@ def prepare(
     parts.check_fit(setup, request.arrays.sampling)
     arrays, both = request.arrays, Params(params, drafter_params)
     parts.check_controller_state(controller, controller_state, request)
-    parts.check_drafter_state(setup, both, arrays.prompts.shape[0], arrays.inputs, drafter_state)
+    open_rows = functools.partial(open_request, model, arrays, setup.slots)
+    parts.check_drafter_state(setup, both, open_rows, arrays.inputs, drafter_state)
     arrays = globally(model.layout, arrays)
     return Call(setup, both, arrays, Learnt(controller_state, drafter_state))

@@ -34,8 +34,8 @@ def run(
 ) -> tuple[Carry, PyTree]:
     """Runs rounds as long as `continue_fn` returns True.
 
-    If no row has a draft, the round is a plain one, provided that the controller's buckets begin with 0. Plain rounds
-    have a loop of their own inside the other, so a sequence of plain rounds costs what plain decoding costs. Nothing
+    If no row has a draft, the round is a plain one, provided that `setup.has_plain_rounds`. Plain rounds have a loop of
+    their own inside the other, so a sequence of plain rounds costs what plain decoding costs. Nothing
     for drafts is in that loop. It also needs one loop condition a round only: on a GPU the host waits for each
     condition (benchmarks/investigations/gpu_loops.py measures how long).
     """
@@ -59,8 +59,7 @@ def run(
         so_far = lax.while_loop(lambda x: has_next(x) & (jnp.max(x.carry.draft_lengths) == 0), plainly, so_far)
         return run_if(has_next(so_far), drafting, so_far)
 
-    has_plain_rounds = min(setup.controller.buckets) == 0
-    turn = plainly if setup.longest == 0 else both if has_plain_rounds else drafting
+    turn = plainly if setup.longest == 0 else both if setup.has_plain_rounds else drafting
     end = lax.while_loop(has_next, turn, _Run(carry, record))
     return end.carry, end.record
 

@@ -10,7 +10,7 @@ import jax
 from specjax.controllers.buckets import MOST
 from specjax.decode.arguments import Checked
 from specjax.traced import known
-from specjax.types import Controller, Draft, Drafter, Model, Params, Sampling, Setup, Verifier
+from specjax.types import Controller, Draft, Drafter, Model, Params, Rows, Sampling, Setup, Verifier
 
 _NO_TREES = (
     "this drafter makes trees, and this target reads chains only (its Model says trees=False): use a drafter of "
@@ -156,7 +156,7 @@ def check_fit(setup: Setup, sampling: Sampling) -> None:
         )
 
 
-def check_drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, state: Any) -> None:
+def check_drafter_state(setup: Setup, params: Params, open_rows: Callable[[], Rows], inputs: Any, state: Any) -> None:
     """Checks the drafter state that the caller passes on from an earlier call."""
     if state is None:
         return
@@ -166,8 +166,9 @@ def check_drafter_state(setup: Setup, params: Params, batch: int, inputs: Any, s
         raise ValueError("this drafter learns nothing that outlives a call: leave drafter_state out.")
 
     def fresh() -> Any:
-        sizes = {"slots": setup.slots, "longest": setup.longest}
-        return learnt(drafter.init(params.drafter, batch, **sizes, inputs=inputs, learnt=None))
+        rows, sizes = open_rows(), {"slots": setup.slots, "longest": setup.longest}
+        begun = drafter.init(params.drafter, rows.lengths.shape[0], **sizes, inputs=inputs, learnt=None)
+        return learnt(begun, rows)
 
     wanted, given = _form(fresh), _form(lambda: state)
     if wanted != given:

@@ -102,7 +102,9 @@ def plan_round(setup: Setup, carry: Carry) -> DraftPlan:
     buckets, rule = controller.buckets, controller.keep_drafting  # buckets: the widths that are compiled
     steps = jnp.maximum(jnp.max(carry.draft_lengths), min(buckets)) if len(buckets) > 1 else setup.longest
     keep_drafting = None if rule is None else lambda drawn, step: rule(state, drawn, step)
-    return DraftPlan(carry.draft_lengths, setup.longest, steps, may_skip=min(buckets) == 0, keep_drafting=keep_drafting)
+    return DraftPlan(
+        carry.draft_lengths, setup.longest, steps, may_skip=setup.has_plain_rounds, keep_drafting=keep_drafting
+    )
 
 
 def draft(setup: Setup, params: Params, carry: Carry, plan: DraftPlan) -> tuple[Draft, PyTree]:
@@ -246,6 +248,7 @@ def emit(setup: Setup, rows: Rows, draft: Draft, scores: Scores, verdict: Verdic
         target_log_probs=_draft_log_probs(draft, scores, setup.model.vocab_size),
         log_probs=log_probs.of_tokens(logits, processed, candidates, setup.model.vocab_size),
         at_leaf=_at_leaf(draft, is_drafted, num_accepted, path),
+        source=None if draft.source is None else jnp.where(is_active(rows) & (draft.lengths > 0), draft.source, -1),
         path=path,
     )
     return Emitted(round_, decision.status)

@@ -64,7 +64,7 @@ def _opened(setup: Setup, params: Params, request: Request, learnt: Learnt) -> C
     sizes = {"slots": setup.slots, "longest": setup.longest}
     drafter_state = setup.drafter.init(params.drafter, batch, **sizes, inputs=request.inputs, learnt=learnt.drafter)
     state, none = _begin(setup, batch, learnt.controller), jnp.zeros((batch,), jnp.int32)
-    return Carry(rows, cache, drafter_state, state, none, no_counts(batch, setup.longest))
+    return Carry(rows, cache, drafter_state, state, none, no_counts(batch, setup.longest, len(setup.drafter.names)))
 
 
 def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
@@ -74,7 +74,8 @@ def _begin(setup: Setup, batch: int, learnt: PyTree | None) -> PyTree:
     return learnt if controller.begin is None else controller.begin(learnt)
 
 
-def no_counts(batch: int, longest: int) -> Stats:
+def no_counts(batch: int, longest: int, sources: int = 1) -> Stats:
     """Statistics with all counts 0."""
     none, by_depth = jnp.zeros((batch,), jnp.int32), jnp.zeros((batch, longest), jnp.int32)
-    return Stats(none, none, by_depth, by_depth, by_depth, jnp.zeros((batch, longest + 1), jnp.int32), none)
+    by_longest, by_source = (jnp.zeros((batch, size), jnp.int32) for size in (longest + 1, sources))
+    return Stats(none, none, by_depth, by_depth, by_depth, by_longest, by_source, by_source, none)

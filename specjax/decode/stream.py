@@ -68,6 +68,7 @@ class Drafted(NamedTuple):
     target: list[LogProb]  # how likely the target found each, after the draft tokens before it
     accepted: list[int]  # which of them were emitted: 0, 1, ... of a chain, the path of a tree
     num_emitted: int  # the accepted tokens and the corrected or bonus token, which a row that ends may lack
+    source: int = 0  # which of `Drafter.names` drafted; -1 for no draft
 
 
 class Chunk(NamedTuple):
@@ -197,6 +198,7 @@ def _read(sent) -> tuple[np.ndarray, Chunk]:
                     target=_pairs(*(values[row][:drafted] for values in entry.target_log_probs)),
                     accepted=list(range(accepted)) if entry.path is None else entry.path[row][:accepted],
                     num_emitted=count,
+                    source=0 if entry.source is None else entry.source[row],
                 )
             )
     return status, Chunk(tokens, origins, scores, rounds, status, stats, learnt)

@@ -49,7 +49,7 @@ def at_narrowest_width(
 
         return run
 
-    has_plain_rounds = min(setup.controller.buckets) == 0 and widest > 0
+    has_plain_rounds = setup.has_plain_rounds and widest > 0
     if len(widths) == 1 and not has_plain_rounds:
         return score_to_commit(initial, rows, draft), True
     needed = jnp.max(jnp.where(is_active(rows), draft.lengths, 0))
@@ -77,6 +77,7 @@ def empty_round(setup: Setup, batch: int) -> Round:
         target_log_probs=LogProbs(unscored, unscored),
         log_probs=LogProbs(emitted, emitted),
         at_leaf=none > 0,
+        source=None if len(setup.drafter.names) == 1 else none - 1,
         path=None if setup.drafter.num_nodes is None else jnp.zeros((batch, longest), jnp.int32),
     )
 
@@ -99,6 +100,7 @@ def pad_round(narrow: Round, like: Round) -> Round:
         draft_probs=_pad(narrow.draft_probs, like.draft_probs, 0.0),
         target_log_probs=both(narrow.target_log_probs, like.target_log_probs),
         log_probs=both(narrow.log_probs, like.log_probs),
+        source=like.source if narrow.source is None else narrow.source,
         path=like.path if narrow.path is None else narrow.path,
     )
 

@@ -125,7 +125,10 @@ def _draft_model(model: Model) -> Drafter:
         draft = Draft(drafted.tokens, lengths, drafted.probs)
         return draft, state._replace(probs=drafted.probs, block=drafted.block)
 
-    return Drafter(propose, init, read, vocab_size=model.vocab_size)
+    def defer(state: DraftModelState, keep: Array) -> DraftModelState:
+        return state._replace(read=state.read + keep)
+
+    return Drafter(propose, init, read, vocab_size=model.vocab_size, names=("draft_model",), defer=defer)
 
 
 class _Drafted(NamedTuple):

@@ -180,6 +180,8 @@ def counts(rows: Sequence[TracedRow]) -> Stats:
         tested=by_position(lambda one: min(num_accepted(one) + 1, len(one.emitted()), len(one.draft))),
         accepted=by_position(num_accepted),
         by_longest=by_longest,
+        drafted_by=by_position(lambda one: len(one.draft)).sum(1, keepdims=True),
+        accepted_by=by_position(num_accepted).sum(1, keepdims=True),
         switches=np.array([_switches(of_all[:count]) for count in rounds], np.int32),  # type: ignore[arg-type]
     )
 

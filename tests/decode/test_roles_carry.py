@@ -52,7 +52,7 @@ def reading(width: int, slots: int = 64) -> dict[str, Any]:
             state.length + keep,
         )
 
-    return {"init": init, "read": read, "hidden_layers": (1,), "learnt": lambda state: state}
+    return {"init": init, "read": read, "hidden_layers": (1,), "learnt": lambda state, rows: state}
 
 
 def branching(params, state, context, plan):
@@ -176,7 +176,7 @@ def _bigrams() -> Drafter:
         found = jnp.sum(jnp.cumprod((tokens >= 0).astype(jnp.int32), 1), 1)
         return Draft(jnp.maximum(tokens, 0), jnp.minimum(found, plan.lengths), None), state
 
-    return Drafter(propose, init, read, learnt=lambda state: state[0])
+    return Drafter(propose, init, read, learnt=lambda state, rows: state[0])
 
 
 def test_a_drafter_that_learns_goes_on_in_the_next_call():

@@ -70,7 +70,7 @@ def _nested(key: str) -> set[str]:
 def test_json_keys_are_documented():
     """Catches a key that came, went or changed its name without the page, which calls them stable."""
     counts = np.ones((1, 2), np.int32)
-    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 4, counts[:, 0])
+    stats = Stats(*(counts[:, 0],) * 2, *(counts,) * 6, counts[:, 0])
     row = generate.Row("prompt", "text", [1], [0], Status.LENGTH)
     in_turn = speedup_in_turn([1.0], [1.0])
     summary = generate.Summary([row], stats, 2, "fixed", 1.0, 1.0, in_turn, 1, True, 0.1, None, None, "cpu", False)
