@@ -25,21 +25,16 @@ def in_turn(
 
     Args:
       jobs: what to run; each returns its seconds, alone or with more.
-      turns: how many, 1 or more.
+      turns: how many; 0 runs nothing.
       enough: asked after each turn with the number of turns done; True ends it.
       around: called with the number of each turn, from 1 on, for a context around each of its jobs (a spinner).
 
     Returns:
       What each job returned, turn by turn.
 
-    Raises:
-      ValueError: no turn.
-
     >>> in_turn({"slow": lambda: 2.0, "fast": lambda: 1.0}, 2)
     {'slow': [2.0, 2.0], 'fast': [1.0, 1.0]}
     """
-    if turns < 1:
-        raise ValueError(f"turns must be 1 or more, got {turns}.")
     results: dict[Name, list[Result]] = {name: [] for name in jobs}
     for turn in range(1, turns + 1):
         for name, job in jobs.items():
