@@ -38,7 +38,10 @@ def first_of(*drafters: Drafter) -> Drafter:
     """
     if len(drafters) < 2 or not all(isinstance(each, Drafter) for each in drafters):
         said = ", ".join(type(each).__name__ for each in drafters)
-        raise ValueError(f"first_of takes two or more Drafters, got ({said}): call their makers.")
+        raise ValueError(
+            f"first_of takes two or more Drafters, one by one, got ({said}): call the makers of functions, and pass "
+            "the parts of a list by first_of(*drafters)."
+        )
     if any(each.num_nodes is not None for each in drafters):
         raise ValueError("first_of combines drafters of chains, and one of these drafts trees.")
     sizes = {each.vocab_size for each in drafters if each.vocab_size is not None}
@@ -54,6 +57,12 @@ def _first_of(drafters: tuple[Drafter, ...]) -> Drafter:
     offsets = [sum(len(each.names) for each in drafters[:place]) for place in range(len(drafters))]
 
     def init(params: tuple[PyTree, ...], batch: int, *, learnt: Any, **sizes: Any) -> CombinedState:
+        if not isinstance(params, tuple | list) or len(params) != len(drafters):
+            said = f"{len(params)} of them" if isinstance(params, tuple | list) else f"a {type(params).__name__}"
+            raise ValueError(
+                f"first_of of {len(drafters)} drafters takes a tuple of as many drafter_params, in the same order, "
+                f"got {said}."
+            )
         known = dict(zip(learners, learnt, strict=True)) if learnt is not None else {}
         each = enumerate(zip(drafters, params, strict=True))
         return CombinedState(tuple(one.init(own, batch, learnt=known.get(at), **sizes) for at, (one, own) in each))

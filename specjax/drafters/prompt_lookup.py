@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 
 from specjax import integers
@@ -56,6 +57,12 @@ def prompt_lookup(*, n_min: int = 2, n_max: int = 8, pick: Literal["recent", "fr
 
 @functools.cache
 def _prompt_lookup(n_min: int, n_max: int, pick: str) -> Drafter:
+    def init(params: PyTree, batch: int, **_) -> PyTree:
+        del batch
+        if jax.tree.leaves(params):
+            raise ValueError("prompt_lookup has no parameters: pass () as its drafter_params.")
+        return ()
+
     def propose(params: PyTree, state: PyTree, context: Context, plan: DraftPlan) -> tuple[Draft, PyTree]:
         del params
         rows = context.rows
@@ -70,4 +77,4 @@ def _prompt_lookup(n_min: int, n_max: int, pick: str) -> Drafter:
             tokens = most_frequent(following, matches.sizes == matches.sizes[:, :1])
         return Draft(tokens, jnp.where(matches.sizes[:, 0] > 0, plan.lengths, 0), None), state
 
-    return Drafter(propose, may_find_nothing=True, names=("prompt_lookup",))
+    return Drafter(propose, init, may_find_nothing=True, names=("prompt_lookup",))

@@ -23,8 +23,11 @@ def save_store(store: Store, folder: str | Path) -> None:
     The old one stays until the new one is whole: whoever is killed while saving has the old one.
 
     Raises:
+      ValueError: what is given first is no Store.
       ImportError: orbax-checkpoint is not installed.
     """
+    if not isinstance(store, Store):
+        raise ValueError(f"save_store takes (store, folder), got a {type(store).__name__} first.")
     ocp = _orbax()
     arrays = {"tokens": np.asarray(store.texts.tokens), "order": np.asarray(store.texts.order)}
     about = {
@@ -49,7 +52,7 @@ def load_store(folder: str | Path) -> Store:
     ocp, folder = _orbax(), Path(folder).expanduser()
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{folder} is no folder: build a store, by drafters.Store.build or `specjax store build`."
+            f"{folder} is no folder: make a store by drafters.Store.build(...) and save_store(store, folder)."
         )
     try:
         with _manager(ocp, folder) as manager:

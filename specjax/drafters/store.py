@@ -23,7 +23,7 @@ class Store:
     """Texts to draft from, the drafter_params of `suffix_store`. Immutable; its memory is fixed: 8 bytes a token."""
 
     texts: SortedTexts
-    tokenizer: str = ""  # what tells the tokenizer of its texts from others, by `text.fingerprint`; "": unknown
+    tokenizer: str = ""  # names the tokenizer of its texts; kept with the store, not checked
 
     @classmethod
     def build(
@@ -34,20 +34,17 @@ class Store:
         Args:
           texts: ids of each text.
           size: tokens that the store can hold, an END after each text included. Of more texts the oldest tokens are
-            dropped. Stores of one size share compiled programs. Default: what the texts need.
+            dropped. Stores of one size share compiled programs. Default: what the texts need, without room for others.
           depth: tokens of context that are compared at most.
-          tokenizer: the fingerprint of the tokenizer that made the ids.
+          tokenizer: names the tokenizer that made the ids, for whoever loads the store; nothing checks it.
 
         Raises:
           ValueError: no text of two tokens or more; ids below 0; a size or depth out of range.
         """
-        given = [np.asarray(text) for text in texts]
+        given = _checked(texts)
+        if not isinstance(tokenizer, str):
+            raise ValueError(f"tokenizer must be a string that names it, got a {type(tokenizer).__name__}.")
         depth = integers.static(depth, "depth", most=_MOST_DEPTH)
-        for place, text in enumerate(given):
-            if text.ndim != 1 or (text.size and not np.issubdtype(text.dtype, np.integer)):
-                raise ValueError(f"texts[{place}] must be a list of token ids, got {text.dtype} of shape {text.shape}.")
-            if text.size and (text.min() < 0 or text.max() >= 2**31 - 1):
-                raise ValueError(f"texts[{place}] holds ids outside 0..2**31 - 2: {text.min()} to {text.max()}.")
         if not any(len(text) > 1 for text in given):
             raise ValueError(
                 "a store needs a text of two tokens or more: what follows is drafted from what came before it. The "
@@ -75,3 +72,23 @@ class Store:
     def __len__(self) -> int:
         """Tokens held."""
         return int((np.asarray(self.texts.tokens) != END).sum())
+
+
+def _checked(texts: Iterable[ArrayLike]) -> list[np.ndarray]:
+    """The texts as arrays, or a ValueError for the first that is no list of token ids."""
+    if isinstance(texts, str):
+        raise ValueError("texts is a string: pass lists of token ids, [tokenizer.encode(text).ids for text in ...].")
+    given = []
+    for place, text in enumerate(texts):
+        ids = np.asarray(text)
+        if ids.ndim == 0 and np.issubdtype(ids.dtype, np.integer):
+            raise ValueError(f"texts[{place}] is one id, {ids}: texts are lists of ids, so one text is [ids].")
+        if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+            raise ValueError(
+                f"texts[{place}] must be a list of token ids, got a {type(text).__name__}: encode text first, "
+                "tokenizer.encode(text).ids."
+            )
+        if ids.size and (ids.min() < 0 or ids.max() >= 2**31 - 1):
+            raise ValueError(f"texts[{place}] holds ids outside 0..2**31 - 2: {ids.min()} to {ids.max()}.")
+        given.append(ids)
+    return given

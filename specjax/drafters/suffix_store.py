@@ -80,6 +80,11 @@ def suffix_store(
 @functools.cache
 def _suffix_store(n_min: int, how: str, recent: int, vocab_size: int | None) -> Drafter:
     def init(params: Store, batch: int, *, longest: int, learnt: Array | None, **_) -> StoreState:
+        if not isinstance(params, Store):
+            raise ValueError(
+                f"drafter_params of suffix_store must be a drafters.Store, got a {type(params).__name__}: make one by "
+                "drafters.Store.build(texts)."
+            )
         tokens = jnp.full((recent,), END, jnp.int32) if learnt is None else learnt
         probs = jnp.zeros((batch, longest, vocab_size), jnp.float32) if how == "counts" else None
         return StoreState(sort_on_device(tokens, params.texts.depth) if recent else None, probs)

@@ -93,6 +93,15 @@ def test_a_draft_model_that_no_row_needs_does_not_run():
     jax.effects_barrier()
     assert out.stats.drafted_by.tolist() == [[30, 0]]
     assert len(calls) == 1  # the prompt
+    for params, said in (
+        ((same, ()), r"prompt_lookup has no parameters: pass \(\)"),
+        (same, "first_of of 2 drafters takes a tuple of as many drafter_params"),
+        (((),), "in the same order, got 1 of them"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            specjax.generate(model, same, drafter, params, PROMPTS[2:], max_new_tokens=4)
+    with pytest.raises(ValueError, match=r"suffix_store must be a drafters\.Store, got a tuple: make one"):
+        specjax.generate(model, same, drafters.suffix_store(draw="mode"), (), PROMPTS[2:], max_new_tokens=4)
     with pytest.raises(ValueError, match="two or more Drafters"):
         drafters.first_of(drafter)
     with pytest.raises(ValueError, match=r"different vocabularies, of \[5, 13\] ids"):

@@ -149,7 +149,10 @@ def test_added_texts_are_found_and_memory_is_bounded():
         ({"texts": []}, "a store needs a text of two tokens or more"),
         ({"texts": [[1], [2]]}, "a store needs a text of two tokens or more: .* The 2 texts given have none"),
         ({"texts": [[1, -2]]}, r"texts\[0\] holds ids outside 0..2\*\*31 - 2: -2 to 1"),
-        ({"texts": ["abc"]}, r"texts\[0\] must be a list of token ids, got <U3 of shape \(\)"),
+        ({"texts": ["abc"]}, r"texts\[0\] must be a list of token ids, got a str: encode text first"),
+        ({"texts": "abc"}, "texts is a string: pass lists of token ids"),
+        ({"texts": [1, 2]}, r"texts\[0\] is one id, 1: texts are lists of ids"),
+        ({"texts": [[1, 2]], "tokenizer": 5}, "tokenizer must be a string that names it, got a int"),
         ({"texts": [[1, 2]], "size": 1}, "size must be in 2..268435456, got 1"),
         ({"texts": [[1, 2]], "depth": 0}, "depth must be in 1..64, got 0"),
     ],
@@ -203,7 +206,7 @@ def test_a_saved_store_is_the_same_and_the_old_one_stays_until_then(tmp_path, mo
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"empty is no store, or a damaged one \(it holds no finished store\)"):
         drafters.load_store(tmp_path / "empty")
-    with pytest.raises(FileNotFoundError, match="none is no folder: build a store"):
+    with pytest.raises(FileNotFoundError, match="none is no folder: make a store"):
         drafters.load_store(tmp_path / "none")
     about = next((tmp_path / "store").rglob("about/metadata"))
     about.write_text(about.read_text().replace('"tokens": ', '"tokens": 1'))
