@@ -66,7 +66,7 @@ def test_any_kind_of_number_is_a_share():
         (lambda: controllers.throughput(Profile("x", (0, 1), ())), "needs costs"),
         (lambda: controllers.throughput(profile((1.0, 0.0))), "0 or less"),
         (lambda: controllers.throughput(profile((1.0, float("nan")))), "not finite"),
-        (lambda: costs.from_json({"format": 9}), "its format is 9"),
+        (lambda: costs.from_json({"format": 9}), "this profile has format 9, this version reads"),
     ],
 )
 def test_bad_settings_say_what_is_wrong(make, said):
