@@ -33,14 +33,22 @@ def find_matches(tokens: Array, lengths: Array, wanted: Array, *, n_min: int, n_
       lengths: [B] int32, 1 or more.
       wanted: [B] bool, rows that need matches; the others may find none.
       n_min: tokens that must match at least, 1 or more.
-      n_max: tokens that are compared at most; (n_max + 1) * (C + 1) must be below 2**31.
+      n_max: tokens that are compared at most.
       count: M, matches a row.
+
+    Raises:
+      ValueError: (n_max + 1) * (C + 1) is not below 2**31.
 
     >>> text = jnp.array([[5, 6, 7, 5, 6, 8, 5, 6, 0]])
     >>> find_matches(text, jnp.array([8]), jnp.array([True]), n_min=1, n_max=4, count=2).places.tolist()
     [[5, 2]]
     """
     batch, slots = tokens.shape
+    if (n_max + 1) * (slots + 1) >= 2**31:
+        raise ValueError(
+            f"with n_max={n_max} a row may hold {2**31 // (n_max + 1) - 2} tokens at most, this buffer has {slots}: "
+            "lower n_max or capacity."
+        )
     chunk = min(_CHUNK, slots)
     size = min(chunk + n_max, slots)
     # Suffix tokens, last one first; -1, which is no token, before the text begins.

@@ -105,6 +105,8 @@ def _suffix_store(n_min: int, how: str, recent: int, vocab_size: int | None) -> 
                 jnp.where(is_newer.reshape(-1, *(1,) * (new.ndim - 1)), new, old)
                 for new, old in zip(other, (sizes, following, is_asked), strict=True)
             )
+        # A store made with another tokenizer may hold ids that the target does not have: they end a draft.
+        following = jnp.where(following < context.vocab_size, following, END)
         if state.probs is None:
             tokens, probs = most_frequent(following, is_asked), None
         else:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import lowering
@@ -133,6 +135,16 @@ def test_a_search_costs_what_the_text_is_long():
     ]
     assert large
     assert all(item.scope.endswith("scatter") for item in large)
+
+
+def test_a_buffer_too_large_for_a_match_as_one_number_is_refused():
+    """Catches a match's place and size that wrap in int32."""
+    tokens = jax.ShapeDtypeStruct((1, 2**25), jnp.int32)
+    search = functools.partial(find_matches, n_min=1, n_max=64)
+    with pytest.raises(
+        ValueError, match="with n_max=64 a row may hold 33038207 tokens at most, this buffer has 33554432"
+    ):
+        jax.eval_shape(search, tokens, jnp.ones(1, jnp.int32), jnp.ones(1, bool))
 
 
 @pytest.mark.parametrize(

@@ -134,6 +134,24 @@ def test_a_call_is_learnt_by_the_next():
         call(jnp.zeros((8,), jnp.int32))
 
 
+@pytest.mark.parametrize("draw", ["counts", "mode"])
+def test_ids_that_the_target_does_not_have_end_a_draft(draw):
+    """Catches a draft of ids past the vocabulary, from a store that was made with another tokenizer. The store says 9
+    after a 1 as often as 2, and only 9 after a 2."""
+    store = drafters.Store.build([[1, 9], [1, 2, 9, 9]] * 4)
+    drafter = drafters.suffix_store(n_min=1, draw=draw, vocab_size=VOCAB)
+    prompts = jnp.tile(jnp.array([[0, 1], [1, 2]]), (20, 1))
+    state = specjax.init(
+        MODEL, TABLE, drafter, store, prompts, max_new_tokens=8, sampling=Sampling(1.0), controller=controllers.fixed(3)
+    )
+    after = np.asarray(state.rows.tokens)[:, 2]  # the token that the prompt gave
+    _, info = specjax.step(state)
+    assert {1, 2} <= set(after.tolist())
+    for token, length, drafted in zip(after, info.draft_lengths.tolist(), info.draft_tokens.tolist(), strict=True):
+        assert length == (token == 1)
+        assert drafted[:length] == [2][:length]
+
+
 def test_added_texts_are_found_and_memory_is_bounded():
     """Catches a store that grows, and one whose old texts stay for new ones."""
     store = drafters.Store.build([[1, 2, 3]], size=8)
